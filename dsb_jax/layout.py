@@ -1,0 +1,224 @@
+"""The shuffled-block layout: which weights of a matrix exist, as a pytree of integers.
+
+Jiang, Hu, Song, "Exposing and Exploiting Fine-Grained Block Structures for Fast and Accurate Sparse
+Training", NeurIPS 2022. The rows of `W[out, in]` are permuted and cut into row groups of R rows; a block
+belongs to one row group and owns C input columns of its own, in any order. All blocks of a group share its
+rows, so together they are one dense *panel*: R rows that read the same list of columns.
+
+A worked 4x4 example with 2x2 blocks and two groups, of which the first holds two blocks:
+
+    out_idx     = [[2, 0], [1, 3]]        group 0 holds rows 2 and 0, group 1 holds rows 1 and 3
+    in_idx      = [[3, 1], [0, 2], [1, 2]]
+    group_start = [0, 2, 3]               blocks 0 and 1 belong to group 0, block 2 to group 1
+
+    to_mask:    column  0  1  2  3
+       row 0           [1  1  1  1]       group 0: columns 3, 1, 0, 2
+       row 1           [0  1  1  0]       group 1: columns 1, 2
+       row 2           [1  1  1  1]       group 0
+       row 3           [0  1  1  0]       group 1
+
+    blocks[1, 0, 0] is W[out_idx[0][0], in_idx[1][0]] = W[2, 0].
+
+Sizes that the block shape does not divide: `in` needs no padding, because a group may leave columns unused
+(at most `in // C` blocks a group). If R does not divide `out`, row indices `out .. num_groups * R - 1` are
+*phantom* rows: all of them lie in the last group, whose number of blocks is fixed (`ragged_blocks`), so
+that the number of real weights is a constant of the layer, whatever the topology. Phantom weights are zero.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockLayout:
+    """Shuffled-block sparsity pattern of one `[out, in]` matrix. See the module docstring for an example.
+
+    Attributes:
+      out_idx: int32[num_groups, R], the rows of each group; together a permutation of `range(num_groups * R)`.
+      in_idx: int32[num_blocks, C], the input columns of each block; distinct within a group.
+      group_start: int32[num_groups + 1]; the blocks of group g are `group_start[g]:group_start[g + 1]`.
+      shape: `(out, in)`, static.
+      block_shape: `(R, C)`, static.
+    """
+
+    out_idx: jax.Array
+    in_idx: jax.Array
+    group_start: jax.Array
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    block_shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_blocks(self) -> int:
+        return self.in_idx.shape[0]
+
+    @property
+    def num_groups(self) -> int:
+        return self.out_idx.shape[0]
+
+    @property
+    def num_active(self) -> int:
+        """Number of real (not phantom) weights: a static integer, the same before and after adapting."""
+        return num_active(self.shape, self.block_shape, self.num_blocks)
+
+    @property
+    def density(self) -> float:
+        return self.num_active / (self.shape[0] * self.shape[1])
+
+
+def count_groups(out: int, rows_per_group: int) -> int:
+    """Number of row groups, the last of them ragged if R does not divide `out`."""
+    return -(-out // rows_per_group)
+
+
+def max_blocks(shape: tuple[int, int], block_shape: tuple[int, int]) -> int:
+    """The most blocks that fit: `in // C` in each group."""
+    return count_groups(shape[0], block_shape[0]) * (shape[1] // block_shape[1])
+
+
+def ragged_blocks(shape: tuple[int, int], block_shape: tuple[int, int], num_blocks: int) -> int | None:
+    """The fixed number of blocks in the last group if R does not divide `out`, else None."""
+    if shape[0] % block_shape[0] == 0:
+        return None
+    return round(num_blocks / count_groups(shape[0], block_shape[0]))
+
+
+def num_active(shape: tuple[int, int], block_shape: tuple[int, int], num_blocks: int) -> int:
+    """Number of real weights that `num_blocks` blocks hold, phantom rows left out."""
+    rows, cols = block_shape
+    stored = num_blocks * rows * cols
+    ragged = ragged_blocks(shape, block_shape, num_blocks)
+    if ragged is None:
+        return stored
+    return stored - ragged * cols * (rows - shape[0] % rows)
+
+
+def block_group(layout: BlockLayout) -> Int[Array, "num_blocks"]:
+    """The group of each block."""
+    ids = jnp.arange(layout.num_blocks, dtype=jnp.int32)
+    return jnp.searchsorted(layout.group_start, ids, side="right", method="compare_all").astype(jnp.int32) - 1
+
+
+def block_rows(layout: BlockLayout) -> Int[Array, "num_blocks R"]:
+    """The output rows of each block; phantom rows are `>= out`."""
+    return layout.out_idx[block_group(layout)]
+
+
+def _positions(layout: BlockLayout) -> tuple[jax.Array, jax.Array]:
+    return block_rows(layout)[:, :, None], layout.in_idx[:, None, :]
+
+
+def pack(dense: Float[Array, "out in"], layout: BlockLayout) -> Float[Array, "num_blocks R C"]:
+    """Reads the active positions of a dense matrix. Phantom rows read zero."""
+    return dense.at[_positions(layout)].get(mode="fill", fill_value=0)
+
+
+def unpack(blocks: Float[Array, "num_blocks R C"], layout: BlockLayout) -> Float[Array, "out in"]:
+    """Writes blocks into a dense matrix that is zero elsewhere. `pack(unpack(b, l), l) == b` on real rows."""
+    return jnp.zeros(layout.shape, blocks.dtype).at[_positions(layout)].set(blocks, mode="drop")
+
+
+def to_mask(layout: BlockLayout) -> Bool[Array, "out in"]:
+    """True where a weight exists."""
+    ones = jnp.ones((layout.num_blocks, *layout.block_shape), jnp.bool_)
+    return jnp.zeros(layout.shape, jnp.bool_).at[_positions(layout)].set(ones, mode="drop")
+
+
+def real_rows(layout: BlockLayout) -> Bool[Array, "num_blocks R 1"]:
+    """False at the stored weights of phantom rows."""
+    return (block_rows(layout) < layout.shape[0])[:, :, None]
+
+
+def random_layout(
+    key: jax.Array, shape: tuple[int, int], *, block_shape: tuple[int, int], num_blocks: int
+) -> BlockLayout:
+    """A random layout with blocks spread evenly over the groups (counts differ by one at the most).
+
+    Raises:
+      ValueError: if the block is larger than the matrix or `num_blocks` does not fit.
+    """
+    check_sizes(shape, block_shape, num_blocks)
+    (out, in_), (rows, cols) = shape, block_shape
+    groups = count_groups(out, rows)
+    row_key, col_key, group_key = jax.random.split(key, 3)
+    phantom = jnp.arange(out, groups * rows, dtype=jnp.int32)
+    out_idx = jnp.concatenate([jax.random.permutation(row_key, out).astype(jnp.int32), phantom])
+    ragged = ragged_blocks(shape, block_shape, num_blocks)
+    full = groups if ragged is None else groups - 1
+    spread = num_blocks - (ragged or 0)
+    # Which groups get one block more than the others is random too.
+    counts = jax.random.permutation(group_key, spread // max(full, 1) + (jnp.arange(full) < spread % max(full, 1)))
+    if ragged is not None:
+        counts = jnp.concatenate([counts, jnp.array([ragged])])
+    group_start = jnp.concatenate([jnp.zeros(1), jnp.cumsum(counts)]).astype(jnp.int32)
+    # Row g of `orders` is a permutation of the columns; block s of the group takes its s-th run of C.
+    orders = jax.vmap(lambda k: jax.random.permutation(k, in_))(jax.random.split(col_key, groups))
+    orders = orders[:, : in_ // cols * cols].reshape(groups, in_ // cols, cols).astype(jnp.int32)
+    ids = jnp.arange(num_blocks, dtype=jnp.int32)
+    group = jnp.searchsorted(group_start, ids, side="right").astype(jnp.int32) - 1
+    in_idx = orders[group, ids - group_start[group]]
+    return BlockLayout(out_idx.reshape(groups, rows), in_idx, group_start, tuple(shape), tuple(block_shape))
+
+
+def check_sizes(shape: tuple[int, int], block_shape: tuple[int, int], num_blocks: int) -> None:
+    """Raises ValueError unless `num_blocks` blocks of `block_shape` fit a matrix of `shape`."""
+    (out, in_), (rows, cols) = shape, block_shape
+    if rows < 1 or cols < 1:
+        raise ValueError(f"block_shape={rows}x{cols} has a side below 1; give positive sizes such as 16x16.")
+    if rows > out or cols > in_:
+        raise ValueError(
+            f"block_shape={rows}x{cols} is larger than the {out}x{in_} (out x in) matrix; use a smaller block "
+            "or keep this layer dense."
+        )
+    most = max_blocks(shape, block_shape)
+    if not 1 <= num_blocks <= most:
+        raise ValueError(
+            f"num_blocks={num_blocks} does not fit a {out}x{in_} matrix of {rows}x{cols} blocks; give 1 to {most}."
+        )
+
+
+def validate(layout: BlockLayout) -> None:
+    """Checks a concrete layout on the host, before any of its indices is used.
+
+    Raises:
+      ValueError: with the first broken rule: shapes, dtypes, a permutation, ranges, order, distinct columns.
+    """
+    (out, in_), (rows, cols) = layout.shape, layout.block_shape
+    out_idx, in_idx, start = (np.asarray(x) for x in (layout.out_idx, layout.in_idx, layout.group_start))
+    groups = count_groups(out, rows)
+    for name, array, shape in (
+        ("out_idx", out_idx, (groups, rows)),
+        ("in_idx", in_idx, (in_idx.shape[0] if in_idx.ndim else 0, cols)),
+        ("group_start", start, (groups + 1,)),
+    ):
+        if array.shape != shape or array.dtype != np.int32:
+            raise ValueError(
+                f"{name} is {array.dtype}{list(array.shape)}, expected int32{list(shape)} for a {out}x{in_} matrix "
+                f"of {rows}x{cols} blocks; the layout does not belong to this layer."
+            )
+    num_blocks = in_idx.shape[0]
+    check_sizes((out, in_), (rows, cols), num_blocks)
+    if not np.array_equal(np.sort(out_idx, axis=None), np.arange(groups * rows)):
+        raise ValueError(f"out_idx is not a permutation of 0..{groups * rows - 1}; the layout is damaged.")
+    if in_idx.min() < 0 or in_idx.max() >= in_:
+        bad = in_idx[(in_idx < 0) | (in_idx >= in_)][0]
+        raise ValueError(f"in_idx holds {bad}, outside 0..{in_ - 1}; the layout is damaged.")
+    counts = np.diff(start)
+    if start[0] != 0 or start[-1] != num_blocks or counts.min() < 0 or counts.max() > in_ // cols:
+        raise ValueError(
+            f"group_start={start.tolist()} does not cut {num_blocks} blocks into {groups} groups of at most "
+            f"{in_ // cols}; the layout is damaged."
+        )
+    ragged = ragged_blocks((out, in_), (rows, cols), num_blocks)
+    if ragged is not None and (
+        counts[-1] != ragged or out_idx[-1].max() < groups * rows - 1 or (out_idx[:-1] >= out).any()
+    ):
+        raise ValueError(f"the last group must hold the phantom rows and {ragged} blocks, not {counts[-1]}.")
+    group = np.repeat(np.arange(groups), counts)
+    cells = (group[:, None].astype(np.int64) * in_ + in_idx).ravel()
+    if np.unique(cells).size != cells.size:
+        raise ValueError("in_idx repeats a column within a row group; the layout is damaged.")
