@@ -1,0 +1,76 @@
+"""The dense fallback: unpack the blocks into an ordinary kernel and let XLA do the rest.
+
+Compute is dense, storage stays sparse: the kernel and its gradient live for the duration of one layer. Both
+directions move runs of R weights (the rows of a group lie side by side in the grouped order) and then permute
+whole columns, which on a CPU is many times faster than scattering single weights.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsb_jax.layout import BlockLayout, block_group
+from pallas_kernels.interface import ConvGeometry
+
+
+def _runs(layout: BlockLayout) -> jax.Array:
+    """int32[num_blocks, C, 2]: where the run of R weights of each block column begins in `[in, num_groups * R]`."""
+    first = jnp.broadcast_to(block_group(layout)[:, None] * layout.block_shape[0], layout.in_idx.shape)
+    return jnp.stack([layout.in_idx, first], axis=-1)
+
+
+@jax.custom_vjp
+def unpack_transposed(blocks: jax.Array, layout: BlockLayout) -> jax.Array:
+    """blocks[num_blocks, R, C] -> [in, out], the matrix that Flax calls a kernel; zero where inactive."""
+    rows = layout.block_shape[0]
+    grouped = jnp.zeros((layout.shape[1], layout.num_groups * rows), blocks.dtype)
+    numbers = lax.ScatterDimensionNumbers(
+        update_window_dims=(2,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1)
+    )
+    grouped = lax.scatter(
+        grouped, _runs(layout), blocks.transpose(0, 2, 1), numbers, unique_indices=True, mode="promise_in_bounds"
+    )
+    size = layout.out_idx.size
+    place = jnp.zeros(size, jnp.int32).at[layout.out_idx.reshape(-1)].set(jnp.arange(size, dtype=jnp.int32))
+    return grouped.at[:, place[: layout.shape[0]]].get(mode="promise_in_bounds")
+
+
+def _unpack_fwd(blocks: jax.Array, layout: BlockLayout) -> tuple[jax.Array, BlockLayout]:
+    return unpack_transposed(blocks, layout), layout
+
+
+def _unpack_bwd(layout: BlockLayout, d_kernel: jax.Array) -> tuple[jax.Array, None]:
+    rows = layout.block_shape[0]
+    phantom = layout.out_idx.size - layout.shape[0]
+    grouped = jnp.pad(d_kernel, ((0, 0), (0, phantom)))
+    grouped = grouped.at[:, layout.out_idx.reshape(-1)].get(mode="promise_in_bounds")
+    numbers = lax.GatherDimensionNumbers(offset_dims=(2,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
+    runs = lax.gather(grouped, _runs(layout), numbers, (1, rows), mode="promise_in_bounds")
+    return runs.transpose(0, 2, 1), None
+
+
+unpack_transposed.defvjp(_unpack_fwd, _unpack_bwd)
+
+
+def dense_conv(
+    x: jax.Array,
+    blocks: jax.Array,
+    layout: BlockLayout,
+    *,
+    geometry: ConvGeometry,
+    feature_major: bool,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """The product by unpacking: x is NHWC, or CHWN if `feature_major`; the result likewise."""
+    kernel = unpack_transposed(blocks, layout).reshape(*geometry.kernel_size, geometry.in_channels, layout.shape[0])
+    numbers = ("CHWN", "HWIO", "CHWN") if feature_major else ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel.astype(x.dtype), geometry.strides, geometry.padding, dimension_numbers=numbers, precision=precision
+    )
+
+
+def dense_matmul(
+    x: jax.Array, blocks: jax.Array, layout: BlockLayout, *, precision: lax.PrecisionLike = None
+) -> jax.Array:
+    """x[..., in] -> y[..., out] by unpacking."""
+    return jnp.dot(x, unpack_transposed(blocks, layout).astype(x.dtype), precision=precision)

@@ -1,0 +1,130 @@
+"""Shuffled-block matmul and convolution, differentiable in activations and blocks.
+
+    forward          Y[out_idx[g]] = sum over blocks b of g of blocks[b] @ X[in_idx[b]]
+    input gradient   dX[in_idx[b]] += blocks[b]^T @ dY[out_idx[g]]
+    weight gradient  dblocks[b] = dY[out_idx[g]] @ X[in_idx[b]]^T
+
+(Jiang et al. 2022, section 3.) The gradient of the blocks exists at the stored blocks only. Each of the three
+is one call of an array-level implementation (`pallas_kernels.interface`).
+"""
+
+import functools
+
+import jax
+from jax import lax
+from jaxtyping import Array, Float
+
+from dsb_jax.layout import BlockLayout
+from dsb_jax.ops.dense import dense_conv, dense_matmul
+from dsb_jax.ops.dispatch import choose
+from dsb_jax.ops.xla import XLA
+from pallas_kernels import REFERENCE, ConvGeometry, Kernels, matmul_geometry
+
+_KERNELS: dict[str, Kernels] = {"xla": XLA, "reference": REFERENCE}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _product(kernels: Kernels, geometry: ConvGeometry, out: int, precision, x, blocks, index):
+    return kernels.forward(x, blocks, index, out=out, geometry=geometry, precision=precision)
+
+
+def _product_fwd(kernels, geometry, out, precision, x, blocks, index):
+    return _product(kernels, geometry, out, precision, x, blocks, index), (x, blocks, index)
+
+
+def _product_bwd(kernels, geometry, out, precision, residuals, dy):
+    del out
+    x, blocks, index = residuals
+    dx = kernels.input_gradient(dy, blocks, index, geometry=geometry, input_size=x.shape[1:3], precision=precision)
+    d_blocks = kernels.weight_gradient(x, dy, index, geometry=geometry, dtype=blocks.dtype, precision=precision)
+    return dx, d_blocks, None
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def _check(x: jax.Array, channel_axis: int, blocks: jax.Array, layout: BlockLayout, geometry: ConvGeometry) -> None:
+    if blocks.shape != (layout.num_blocks, *layout.block_shape):
+        raise ValueError(
+            f"blocks has shape {blocks.shape}, but the layout holds {layout.num_blocks} blocks of "
+            f"{layout.block_shape[0]}x{layout.block_shape[1]}; pass the blocks and the layout of one layer."
+        )
+    if x.shape[channel_axis] != geometry.in_channels or geometry.in_features != layout.shape[1]:
+        raise ValueError(
+            f"x has {x.shape[channel_axis]} input channels and the kernel {geometry.kernel_size} taps, but the layout "
+            f"has {layout.shape[1]} columns (kernel height * width * channels)."
+        )
+
+
+def sparse_conv(
+    x: Float[Array, "N H W C"],
+    blocks: Float[Array, "num_blocks R C_block"],
+    layout: BlockLayout,
+    *,
+    geometry: ConvGeometry,
+    implementation: str = "auto",
+    feature_major: bool = False,
+    precision: lax.PrecisionLike = None,
+) -> Float[Array, "N OH OW out"]:
+    """2-D convolution with shuffled-block weights.
+
+    Args:
+      x: [N, H, W, C], or [C, H, W, N] if `feature_major`.
+      blocks: [num_blocks, R, C].
+      layout: where the blocks lie in `W[out, in]`, `in` in HWIO order.
+      geometry: kernel size, strides, padding.
+      implementation: "auto", "xla", "dense" or "reference"; see `dsb_jax.ops.choose`.
+      feature_major: activations come and go as [C, H, W, N], the form the kernels use, without a transpose.
+      precision: as in `jax.lax.dot`.
+
+    Returns:
+      [N, OH, OW, out], or [out, OH, OW, N] if `feature_major`, in x's dtype.
+
+    Raises:
+      ValueError: if shapes do not fit or the implementation is unknown.
+    """
+    _check(x, 0 if feature_major else 3, blocks, layout, geometry)
+    height, width = x.shape[1:3]
+    batch = x.shape[3 if feature_major else 0]
+    choice = choose(implementation, layout, geometry=geometry, input_size=(height, width), batch=batch)
+    if choice.implementation == "dense":
+        return dense_conv(x, blocks, layout, geometry=geometry, feature_major=feature_major, precision=precision)
+    index = (layout.out_idx, layout.in_idx, layout.group_start)
+    kernels = _KERNELS[choice.implementation]
+    if not feature_major:
+        x = x.transpose(3, 1, 2, 0)
+    y = _product(kernels, geometry, layout.shape[0], precision, x, blocks, index)
+    return y if feature_major else y.transpose(3, 1, 2, 0)
+
+
+def sparse_matmul(
+    x: Float[Array, "... in"],
+    blocks: Float[Array, "num_blocks R C"],
+    layout: BlockLayout,
+    *,
+    implementation: str = "auto",
+    feature_major: bool = False,
+    precision: lax.PrecisionLike = None,
+) -> Float[Array, "... out"]:
+    """`x @ W^T` with shuffled-block weights: [..., in] -> [..., out], or [in, N] -> [out, N] if `feature_major`.
+
+    Arguments and errors as in `sparse_conv`.
+    """
+    geometry = matmul_geometry(layout.shape[1])
+    _check(x, 0 if feature_major else -1, blocks, layout, geometry)
+    if feature_major:
+        x = x.reshape(x.shape[0], 1, 1, x.shape[1])
+        y = sparse_conv(
+            x, blocks, layout, geometry=geometry, implementation=implementation, feature_major=True, precision=precision
+        )
+        return y.reshape(y.shape[0], y.shape[3])
+    lead = x.shape[:-1]
+    flat = x.reshape(-1, x.shape[-1])
+    choice = choose(implementation, layout, geometry=geometry, input_size=(1, 1), batch=flat.shape[0])
+    if choice.implementation == "dense":
+        return dense_matmul(x, blocks, layout, precision=precision)
+    y = sparse_conv(
+        flat[:, None, None, :], blocks, layout, geometry=geometry, implementation=choice.implementation,
+        precision=precision,
+    )  # fmt: skip
+    return y.reshape(*lead, -1)

@@ -1,0 +1,79 @@
+"""What an implementation of the shuffled-block product is: three array-level operations, one geometry.
+
+Activations are feature-major, `x[C, H, W, N]` with the batch innermost, so that a gathered input row is one
+contiguous run and a convolution tap a mere change of base address. A linear layer is the same thing with a
+1x1 kernel and `H = W = 1`.
+
+Column j of the flattened matrix `W[out, in]` means tap and channel in HWIO order,
+`j = (kh * kernel_width + kw) * C + c`. For a 2x1 kernel over C = 3 channels:
+
+    j        0  1  2  3  4  5
+    (kh,kw)  0,0 0,0 0,0 1,0 1,0 1,0
+    c        0  1  2  0  1  2
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvGeometry:
+    """Static sizes of a 2-D convolution over `x[C, H, W, N]` (dilation 1, one feature group).
+
+    Attributes:
+      in_channels: C.
+      kernel_size: `(kernel_height, kernel_width)`.
+      strides: `(stride_height, stride_width)`.
+      padding: `((top, bottom), (left, right))` zeros.
+    """
+
+    in_channels: int
+    kernel_size: tuple[int, int] = (1, 1)
+    strides: tuple[int, int] = (1, 1)
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the flattened weight matrix."""
+        return self.kernel_size[0] * self.kernel_size[1] * self.in_channels
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Spatial size of the output for an input of `height x width`."""
+        sizes = []
+        for size, kernel, stride, (low, high) in zip(
+            (height, width), self.kernel_size, self.strides, self.padding, strict=True
+        ):
+            if size + low + high < kernel:
+                raise ValueError(
+                    f"a {kernel}-wide kernel does not fit an input of {size} padded by {low}+{high}; pad more."
+                )
+            sizes.append((size + low + high - kernel) // stride + 1)
+        return sizes[0], sizes[1]
+
+
+def matmul_geometry(in_features: int) -> ConvGeometry:
+    """The geometry of a linear layer: x is `[in, 1, 1, N]`."""
+    return ConvGeometry(in_channels=in_features)
+
+
+class Kernels(NamedTuple):
+    """One implementation. `index` is `(out_idx[num_groups, R], in_idx[num_blocks, C], group_start[num_groups + 1])`.
+
+    The blocks of group g are `group_start[g]:group_start[g + 1]`; rows `>= out` of `out_idx` are phantom: they
+    are computed by nobody, read as zero, and get zero gradient. Results have the dtype of the activations
+    (weight gradient: of `blocks`); products accumulate in float32.
+
+    Attributes:
+      forward: `(x[C, H, W, N], blocks[num_blocks, R, C'], index, *, out, geometry) -> y[out, OH, OW, N]`.
+      input_gradient: `(dy[out, OH, OW, N], blocks, index, *, geometry, input_size=(H, W)) -> dx[C, H, W, N]`.
+      weight_gradient: `(x, dy, index, *, geometry, dtype) -> dblocks[num_blocks, R, C']`.
+
+    All three take `precision=` as `jax.lax.dot` does. An implementation that cannot serve a shape, dtype or device raises NotImplementedError with the reason.
+    """
+
+    forward: Callable[..., jax.Array]
+    input_gradient: Callable[..., jax.Array]
+    weight_gradient: Callable[..., jax.Array]

@@ -1,0 +1,84 @@
+"""The specification: each operation in a few readable lines, for any shape, without regard to speed."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.interface import ConvGeometry, Kernels
+
+Index = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def patches(x: jax.Array, geometry: ConvGeometry) -> jax.Array:
+    """x[C, H, W, N] -> [in, OH, OW, N]: row (kh, kw, c) is channel c shifted by the tap and strided."""
+    (top, bottom), (left, right) = geometry.padding
+    out_h, out_w = geometry.output_size(x.shape[1], x.shape[2])
+    stride_h, stride_w = geometry.strides
+    padded = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    taps = [
+        padded[:, kh : kh + (out_h - 1) * stride_h + 1 : stride_h, kw : kw + (out_w - 1) * stride_w + 1 : stride_w]
+        for kh in range(geometry.kernel_size[0])
+        for kw in range(geometry.kernel_size[1])
+    ]
+    return jnp.concatenate(taps)
+
+
+def rows_of_blocks(index: Index) -> jax.Array:
+    """[num_blocks, R]: the output rows of each block."""
+    out_idx, in_idx, group_start = index
+    group = jnp.searchsorted(group_start, jnp.arange(in_idx.shape[0]), side="right") - 1
+    return out_idx[group]
+
+
+def forward(
+    x: jax.Array,
+    blocks: jax.Array,
+    index: Index,
+    *,
+    out: int,
+    geometry: ConvGeometry,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """Y[rows(b)] += blocks[b] @ X[in_idx[b]] for every block b (SpMM)."""
+    panels = patches(x, geometry)[index[1]]
+    partial = jnp.einsum("brc,bchwn->brhwn", blocks, panels, precision=precision, preferred_element_type=jnp.float32)
+    y = jnp.zeros((out, *partial.shape[2:]), jnp.float32).at[rows_of_blocks(index)].add(partial, mode="drop")
+    return y.astype(x.dtype)
+
+
+def input_gradient(
+    dy: jax.Array,
+    blocks: jax.Array,
+    index: Index,
+    *,
+    geometry: ConvGeometry,
+    input_size: tuple[int, int],
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """dX[in_idx[b]] += blocks[b]^T @ dY[rows(b)] (transposed SpMM), then the taps are summed back."""
+    rows = dy.at[rows_of_blocks(index)].get(mode="fill", fill_value=0)
+    partial = jnp.einsum("brc,brhwn->bchwn", blocks, rows, precision=precision, preferred_element_type=jnp.float32)
+    d_patches = jnp.zeros((geometry.in_features, *dy.shape[1:]), jnp.float32).at[index[1]].add(partial)
+    x_spec = jax.ShapeDtypeStruct((geometry.in_channels, *input_size, dy.shape[-1]), jnp.float32)
+    (dx,) = jax.linear_transpose(lambda x: patches(x, geometry), x_spec)(d_patches)
+    return dx.astype(dy.dtype)
+
+
+def weight_gradient(
+    x: jax.Array,
+    dy: jax.Array,
+    index: Index,
+    *,
+    geometry: ConvGeometry,
+    dtype: jnp.dtype,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """dblocks[b] = dY[rows(b)] @ X[in_idx[b]]^T (SDDMM sampled at the stored blocks)."""
+    rows = dy.at[rows_of_blocks(index)].get(mode="fill", fill_value=0)
+    panels = patches(x, geometry)[index[1]]
+    return jnp.einsum("brhwn,bchwn->brc", rows, panels, precision=precision, preferred_element_type=jnp.float32).astype(
+        dtype
+    )
+
+
+REFERENCE = Kernels(forward, input_gradient, weight_gradient)
