@@ -1,0 +1,208 @@
+"""How dense each layer of a model is, and how many blocks that makes.
+
+`uniform` gives every layer the same density. `erk` is the Erdos-Renyi-Kernel rule of Evci et al., "Rigging the
+Lottery", ICML 2020, section 3, which spares thin layers and small kernels:
+
+    density_l = eps * (c_in + out + sum(kernel_size)) / (c_in * out * prod(kernel_size))
+
+where layers that would exceed 1 are dense, and eps makes the total number of weights `(1 - sparsity) * N`, N being
+the weights of all layers given here. Layers that stay dense by the model's own rule are not given here.
+
+`to_blocks` rounds densities to whole blocks without losing the total, because methods are compared at equal
+numbers of active weights. Worked example: 16x16 blocks, two linear layers of 64x64 (4096 weights, 16 blocks) and
+128x64 (8192 weights, 32 blocks), both at density 0.1:
+
+    wanted weights          409.6     819.2     1228.8 in all
+    whole blocks, down      1         3         1024 in all: 204.8 are missing
+    remainder, in blocks    0.6       0.2       the largest remainder gets the block that is still missing
+    num_blocks              2         3         1280 in all, 51.2 more than wanted
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from dsb_jax import layout
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """The size of one sparse layer.
+
+    Attributes:
+      out: output features.
+      in_: input features of the matrix; for a convolution, flattened, `prod(kernel_size) * c_in`.
+      kernel_size: spatial size of a convolution's kernel, such as `(3, 3)`; empty for a linear layer.
+    """
+
+    out: int
+    in_: int
+    kernel_size: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.out < 1 or self.in_ < 1 or any(k < 1 for k in self.kernel_size):
+            raise ValueError(f"{self} has a size below 1; give positive sizes.")
+        if self.in_ % math.prod(self.kernel_size):
+            raise ValueError(
+                f"in_={self.in_} is not a multiple of the kernel's {math.prod(self.kernel_size)} taps "
+                f"{self.kernel_size}; a convolution flattened has in_ = prod(kernel_size) * c_in."
+            )
+
+    @property
+    def size(self) -> int:
+        """Number of weights of the dense layer."""
+        return self.out * self.in_
+
+    @property
+    def c_in(self) -> int:
+        """Input channels of a convolution, input features of a linear layer."""
+        return self.in_ // math.prod(self.kernel_size)
+
+
+def uniform(shapes: Sequence[LayerShape], sparsity: float) -> tuple[float, ...]:
+    """The density `1 - sparsity` for every layer.
+
+    Raises:
+      ValueError: if `sparsity` is not in [0, 1].
+    """
+    _check_sparsity(sparsity)
+    return (1.0 - sparsity,) * len(shapes)
+
+
+def erk(shapes: Sequence[LayerShape], sparsity: float) -> tuple[float, ...]:
+    """Erdos-Renyi-Kernel densities; see the module docstring for the rule and the source.
+
+    Args:
+      shapes: the sparse layers of the model, in any order.
+      sparsity: fraction of zeros over all of them together.
+
+    Returns:
+      One density per layer, in [0, 1], with `sum(density * size) == (1 - sparsity) * sum(size)`.
+
+    Raises:
+      ValueError: if `sparsity` is not in [0, 1].
+    """
+    _check_sparsity(sparsity)
+    # density = eps * score / size, so that eps * score is the number of weights of a layer.
+    scores = [shape.c_in + shape.out + sum(shape.kernel_size) for shape in shapes]
+    wanted = (1.0 - sparsity) * sum(shape.size for shape in shapes)
+    dense: set[int] = set()
+    while len(dense) < len(shapes):
+        free = [i for i in range(len(shapes)) if i not in dense]
+        eps = (wanted - sum(shapes[i].size for i in dense)) / sum(scores[i] for i in free)
+        # Saturating a layer hands its surplus to the others, so eps only grows and no layer is ever released.
+        over = {i for i in free if eps * scores[i] > shapes[i].size}
+        if not over:
+            return tuple(1.0 if i in dense else eps * scores[i] / shapes[i].size for i in range(len(shapes)))
+        dense |= over
+    return (1.0,) * len(shapes)
+
+
+def to_blocks(
+    shapes: Sequence[LayerShape], densities: Sequence[float], block_shape: tuple[int, int]
+) -> tuple[int, ...]:
+    """The number of blocks of each layer: densities rounded to whole blocks, the total kept.
+
+    The total of `layout.num_active` is within half a block (`R * C / 2` weights) of the wanted total,
+    `sum(density * size)`. Each layer is within one block of what it wants, unless some layer wants less than its
+    one block or more than its columns can hold (`in` not a multiple of C); what that layer has too much or too
+    little is shared by the others in proportion to their weights.
+
+    Args:
+      shapes: the sparse layers.
+      densities: the density wanted of each, in [0, 1].
+      block_shape: `(R, C)`.
+
+    Returns:
+      `num_blocks` of each layer, from 1 to `layout.max_blocks`.
+
+    Raises:
+      ValueError: if a block is larger than a layer, a density is not in [0, 1], or the total cannot be met: fewer
+        weights than one block a layer, or more than whole blocks can hold.
+    """
+    if len(shapes) != len(densities):
+        raise ValueError(f"{len(densities)} densities for {len(shapes)} layers; give one density per layer.")
+    for shape, density in zip(shapes, densities, strict=True):
+        layout.check_sizes((shape.out, shape.in_), block_shape, 1)
+        if not 0 <= density <= 1:
+            raise ValueError(f"density={density} of {shape} is not a fraction; give 0 to 1.")
+    wanted = [density * shape.size for shape, density in zip(shapes, densities, strict=True)]
+    targets = _fit_between_bounds(shapes, wanted, block_shape)
+    num_blocks = [_blocks_within(shape, target, block_shape) for shape, target in zip(shapes, targets, strict=True)]
+    held = [_num_active(shape, block_shape, count) for shape, count in zip(shapes, num_blocks, strict=True)]
+    growable = [i for i, s in enumerate(shapes) if num_blocks[i] < layout.max_blocks((s.out, s.in_), block_shape)]
+    gain = {i: _num_active(shapes[i], block_shape, num_blocks[i] + 1) - held[i] for i in growable}
+    # `missing` is the sum of all remainders, each below one block. Every block that brings the total closer is
+    # taken, largest remainder first, so what is left at the end is at most half a block, too much or too little.
+    missing = sum(targets) - sum(held)
+    for i in sorted(growable, key=lambda i: ((held[i] - targets[i]) / gain[i], i)):
+        if missing >= gain[i] / 2:
+            missing -= gain[i]
+            num_blocks[i] += 1
+    return tuple(num_blocks)
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity={sparsity} is not a fraction of zeros; give 0 to 1, such as 0.9.")
+
+
+def _num_active(shape: LayerShape, block_shape: tuple[int, int], num_blocks: int) -> int:
+    return layout.num_active((shape.out, shape.in_), block_shape, num_blocks)
+
+
+def _blocks_within(shape: LayerShape, weights: float, block_shape: tuple[int, int]) -> int:
+    """The most blocks (at least one) that hold no more than `weights` real weights, by bisection.
+
+    With a ragged `out`, blocks of the last group hold fewer weights than others, so there is no division to do;
+    but every block holds some, so the count of weights is increasing.
+    """
+    low, high = 1, layout.max_blocks((shape.out, shape.in_), block_shape)
+    while low < high:
+        middle = (low + high + 1) // 2
+        # The slack of a millionth weight forgives the rounding of `density * size`.
+        if _num_active(shape, block_shape, middle) <= weights + 1e-6:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _fit_between_bounds(
+    shapes: Sequence[LayerShape], wanted: Sequence[float], block_shape: tuple[int, int]
+) -> list[float]:
+    """Scales `wanted` by one factor, clipped to what each layer can hold, so that its sum stays the same."""
+    if not shapes:
+        return []
+    least = [float(_num_active(s, block_shape, 1)) for s in shapes]
+    most = [float(_num_active(s, block_shape, layout.max_blocks((s.out, s.in_), block_shape))) for s in shapes]
+    total, dense = sum(wanted), sum(shape.size for shape in shapes)
+    rows, cols = block_shape
+    half_block = rows * cols / 2
+    # Limits quoted in the errors are rounded to the safe side: they have to work when they are tried.
+    if sum(least) > total + half_block:
+        raise ValueError(
+            f"sparsity={1 - total / dense:.6g} leaves {total:.0f} weights, but one {rows}x{cols} block in each of "
+            f"{len(shapes)} layers takes {sum(least):.0f}; use a sparsity of at most "
+            f"{math.floor((1 - sum(least) / dense) * 1e4) / 1e4}, or smaller blocks."
+        )
+    if sum(most) < total - half_block:
+        raise ValueError(
+            f"sparsity={1 - total / dense:.6g} asks for {total:.0f} weights, but whole {rows}x{cols} blocks hold at "
+            f"most {sum(most):.0f}, because C={cols} does not divide `in` everywhere; use a sparsity of at least "
+            f"{math.ceil((1 - sum(most) / dense) * 1e4) / 1e4}, or a C that divides `in`."
+        )
+    # A layer that wants nothing still counts as its one block, so that any total between the bounds is reached.
+    shares = [max(want, low) for want, low in zip(wanted, least, strict=True)]
+
+    def scaled(factor: float) -> list[float]:
+        return [min(max(factor * share, lo), hi) for share, lo, hi in zip(shares, least, most, strict=True)]
+
+    if sum(scaled(1.0)) == total:
+        return scaled(1.0)
+    # The sum grows with the factor, from all layers at their least to all at their most: bisect.
+    low, high = 0.0, max(hi / share for hi, share in zip(most, shares, strict=True))
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(scaled(middle)) <= total else (low, middle)
+    return scaled(low)

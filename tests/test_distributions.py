@@ -1,0 +1,162 @@
+"""Laws of densities and of their rounding to blocks: the total is kept, whatever the shapes."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from dsb_jax import distributions, layout
+from dsb_jax.distributions import LayerShape
+
+SPARSITIES = st.floats(0, 1)
+BLOCKS = st.sampled_from([(16, 16), (32, 8), (64, 4), (8, 1), (5, 3)])
+
+
+@st.composite
+def layer_shapes(draw, min_out=1, min_c_in=1):
+    kernel = draw(st.sampled_from([(), (1, 1), (3, 3), (3,)]))
+    c_in = draw(st.integers(min_c_in, 300))
+    return LayerShape(draw(st.integers(min_out, 300)), math.prod(kernel) * c_in, kernel)
+
+
+def models(**bounds):
+    return st.lists(layer_shapes(**bounds), min_size=1, max_size=6)
+
+
+def total_weights(shapes):
+    return sum(shape.out * shape.in_ for shape in shapes)
+
+
+def active_weights(shapes, num_blocks, block_shape):
+    return [layout.num_active((s.out, s.in_), block_shape, n) for s, n in zip(shapes, num_blocks, strict=True)]
+
+
+def test_erk_by_hand():
+    # Scores c_in + out + kernel: 3x3 convolution of 16 to 32 channels 16 + 32 + 6 = 54, linear 64 to 10 74, 8 to 2 10.
+    # N = 4608 + 640 + 16 = 5264; at sparsity 0.5 2632 weights are wanted. eps = 2632 / 138 = 19.07, so the linear
+    # layers would have 1411 of 640 and 190.7 of 16 weights: both are dense. 2632 - 656 = 1976 of 4608 remain.
+    shapes = [LayerShape(32, 144, (3, 3)), LayerShape(10, 64), LayerShape(2, 8)]
+    assert distributions.erk(shapes, 0.5) == pytest.approx((1976 / 4608, 1.0, 1.0))
+    # At 0.9 526.4 are wanted, eps = 3.814: 38.1 of 16 saturates, then eps = 510.4 / 128 = 3.9875.
+    expected = (3.9875 * 54 / 4608, 3.9875 * 74 / 640, 1.0)
+    assert distributions.erk(shapes, 0.9) == pytest.approx(expected)
+
+
+@given(shapes=models(), sparsity=SPARSITIES)
+def test_erk_keeps_the_total_and_the_proportions(shapes, sparsity):
+    densities = distributions.erk(shapes, sparsity)
+    assert all(0 <= d <= 1 for d in densities)
+    held = sum(d * s.out * s.in_ for d, s in zip(densities, shapes, strict=True))
+    assert held == pytest.approx((1 - sparsity) * total_weights(shapes), rel=1e-9)
+    # eps = density / rule is one number for all layers below 1, and at least as large as a dense layer's own.
+    eps = [
+        d * s.c_in * s.out * math.prod(s.kernel_size) / (s.c_in + s.out + sum(s.kernel_size))
+        for d, s in zip(densities, shapes, strict=True)
+    ]
+    free = [e for e, d in zip(eps, densities, strict=True) if d < 1]
+    if free:
+        np.testing.assert_allclose(free, free[0], rtol=1e-9)
+        assert all(e <= free[0] * (1 + 1e-9) for e in eps)
+
+
+@given(shapes=models(), sparsity=SPARSITIES)
+def test_uniform_is_one_density(shapes, sparsity):
+    assert distributions.uniform(shapes, sparsity) == (1 - sparsity,) * len(shapes)
+
+
+def test_to_blocks_by_hand():
+    # The example of the module docstring: 1.6 and 3.2 blocks are wanted, the missing one goes to the remainder 0.6.
+    shapes = [LayerShape(64, 64), LayerShape(128, 64)]
+    assert distributions.to_blocks(shapes, (0.1, 0.1), (16, 16)) == (2, 3)
+
+
+def test_to_blocks_counts_ragged_rows_by_hand():
+    # out = 6 with R = 4: two groups, the last with 2 real rows. in = 8, C = 2: up to 8 blocks, of 8 weights each but
+    # for the blocks of the last group, round(num_blocks / 2), which hold 4. Half of 48 weights are 24: 4 blocks.
+    shape = LayerShape(6, 8)
+    assert layout.num_active((6, 8), (4, 2), 4) == 4 * 8 - 2 * 4 == 24
+    assert distributions.to_blocks([shape], (0.5,), (4, 2)) == (4,)
+
+
+@given(
+    shapes=models(min_out=64, min_c_in=16),
+    block_shape=BLOCKS,
+    sparsity=SPARSITIES,
+    rule=st.sampled_from([distributions.uniform, distributions.erk]),
+)
+def test_to_blocks_keeps_the_total_and_every_layer(shapes, block_shape, sparsity, rule):
+    densities = rule(shapes, sparsity)
+    wanted = [d * s.out * s.in_ for d, s in zip(densities, shapes, strict=True)]
+    most = [layout.max_blocks((s.out, s.in_), block_shape) for s in shapes]
+    least_weights = active_weights(shapes, [1] * len(shapes), block_shape)
+    most_weights = active_weights(shapes, most, block_shape)
+    assume(sum(least_weights) <= sum(wanted) <= sum(most_weights))
+    num_blocks = distributions.to_blocks(shapes, densities, block_shape)
+    held = active_weights(shapes, num_blocks, block_shape)
+    block = math.prod(block_shape)
+    assert all(1 <= n <= m for n, m in zip(num_blocks, most, strict=True))
+    assert abs(sum(held) - sum(wanted)) <= block / 2 + 1e-3
+    if all(lo <= w <= hi for lo, w, hi in zip(least_weights, wanted, most_weights, strict=True)):
+        assert all(abs(h - w) <= block + 1e-3 for h, w in zip(held, wanted, strict=True))
+
+
+@given(shapes=models(min_out=64, min_c_in=16), block_shape=BLOCKS, seed=st.integers(0, 2**32 - 1))
+def test_to_blocks_returns_what_a_layout_of_that_density_holds(shapes, block_shape, seed):
+    """Densities that are whole blocks come back as those blocks."""
+    rng = np.random.default_rng(seed)
+    blocks = tuple(int(rng.integers(1, layout.max_blocks((s.out, s.in_), block_shape) + 1)) for s in shapes)
+    held = active_weights(shapes, blocks, block_shape)
+    densities = [h / (s.out * s.in_) for h, s in zip(held, shapes, strict=True)]
+    assert distributions.to_blocks(shapes, densities, block_shape) == blocks
+
+
+def test_to_blocks_shares_what_a_layer_cannot_hold():
+    # in = 27 holds one block of 16 columns, 16/27 of the dense 27 * 64 weights; the other layer takes the rest.
+    shapes = [LayerShape(64, 27, (3, 3)), LayerShape(256, 256)]
+    wanted = 64 * 27 + 0.1 * 256 * 256
+    num_blocks = distributions.to_blocks(shapes, (1.0, 0.1), (16, 16))
+    assert num_blocks[0] == layout.max_blocks((64, 27), (16, 16)) == 4
+    assert abs(sum(num_blocks) * 256 - wanted) <= 128
+
+
+@pytest.mark.parametrize("rule", [distributions.uniform, distributions.erk])
+@pytest.mark.parametrize("sparsity", [-0.1, 1.01, float("nan")])
+def test_impossible_sparsities_are_named(rule, sparsity):
+    with pytest.raises(ValueError, match=re.escape(f"sparsity={sparsity}") + ".*give 0 to 1"):
+        rule([LayerShape(8, 8)], sparsity)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "sparsity", "quoted"),
+    [
+        ([LayerShape(64, 64), LayerShape(128, 64)], 0.99, r"at most (\d\.\d+)"),
+        ([LayerShape(64, 27, (3, 3)), LayerShape(64, 64)], 0.0, r"at least (\d\.\d+)"),
+    ],
+)
+def test_the_limit_quoted_in_the_error_works(shapes, sparsity, quoted):
+    with pytest.raises(ValueError, match=f"sparsity={sparsity:g}") as error:
+        distributions.to_blocks(shapes, distributions.uniform(shapes, sparsity), (16, 16))
+    (limit,) = map(float, re.findall(quoted, str(error.value)))
+    distributions.to_blocks(shapes, distributions.uniform(shapes, limit), (16, 16))
+
+
+def test_other_errors_name_the_value():
+    shape = LayerShape(64, 64)
+    with pytest.raises(ValueError, match="block_shape=128x4 is larger"):
+        distributions.to_blocks([shape], (0.5,), (128, 4))
+    with pytest.raises(ValueError, match=r"density=1.5"):
+        distributions.to_blocks([shape], (1.5,), (16, 16))
+    with pytest.raises(ValueError, match="2 densities for 1 layers"):
+        distributions.to_blocks([shape], (0.5, 0.5), (16, 16))
+    with pytest.raises(ValueError, match=r"in_=32 is not a multiple of the kernel's 9 taps"):
+        LayerShape(64, 32, (3, 3))
+    with pytest.raises(ValueError, match=r"out=0.*positive sizes"):
+        LayerShape(0, 32)
+
+
+def test_a_model_without_sparse_layers_has_none():
+    assert distributions.uniform([], 0.9) == distributions.erk([], 0.9) == ()
+    assert distributions.to_blocks([], (), (16, 16)) == ()
