@@ -1,0 +1,289 @@
+"""Image-classification sets as uint8 arrays in memory: scikit-learn's digits, and those of TensorFlow Datasets.
+
+TensorFlow itself is not needed to read: a prepared set in the array_record format is read through
+`builder.as_data_source`, and its JPEG or PNG bytes are decoded here. To *prepare* a set, tfds downloads it, and for
+most sets encodes its images with TensorFlow; where that cannot be done, the error says what to run where.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import absl.logging
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+from dsb_jax.data.batches import Augmentation
+
+# Records read at a time: enough to amortise array_record's own thread pool, small enough not to hold a set twice.
+_READ_BATCH = 2048
+_PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+# Images and labels of one split. Unnamed sizes, because the two splits of a set differ in n.
+Examples = tuple[UInt8[np.ndarray, "_ H W C"], Int[np.ndarray, "_"]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """One image-classification set, in memory on the host.
+
+    Attributes:
+      name: as given to `load`.
+      train_images, test_images: uint8[n, H, W, C], raw pixels.
+      train_labels, test_labels: int32[n], in 0..num_classes-1.
+      num_classes: number of classes.
+      mean, std: per channel, over the pixels of the training images, in units of 0..1.
+      augmentation: how to vary the training images.
+    """
+
+    name: str
+    train_images: UInt8[np.ndarray, "n H W C"]
+    train_labels: Int[np.ndarray, "n"]
+    test_images: UInt8[np.ndarray, "m H W C"]
+    test_labels: Int[np.ndarray, "m"]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: Augmentation
+
+
+def load(
+    name: str, *, data_dir: str | os.PathLike[str] | None = None, augmentation: Augmentation | None = None
+) -> Dataset:
+    """Loads a whole data set: CIFAR-10's 60000 images take about 10 s.
+
+    Args:
+      name: `digits` (bundled with scikit-learn: 1797 gray images of 8x8, split 80/20 by class, always in the same
+        way), or the name of a tfds image-classification set with images of one size, such as `cifar10`.
+      data_dir: folder of the tfds sets; by default `TFDS_DATA_DIR` or `~/tensorflow_datasets`. A set that is not
+        prepared there is downloaded and prepared there first.
+      augmentation: instead of the default, which is a crop after padding by 4 and a flip for 32x32 color
+        photographs, a crop after padding by H // 8 for everything else.
+
+    Raises:
+      ValueError: if tfds does not know the set, or it is not one of images of one size with one label each.
+      FileNotFoundError: if the set is not prepared in `data_dir` and cannot be prepared here.
+    """
+    if name == "digits":
+        (train_images, train_labels), (test_images, test_labels), num_classes = _read_digits()
+    else:
+        (train_images, train_labels), (test_images, test_labels), num_classes = _read_tfds(name, data_dir)
+    mean, std = _channel_moments(train_images)
+    return Dataset(
+        name=name,
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+        num_classes=num_classes,
+        mean=mean,
+        std=std,
+        augmentation=augmentation or _default_augmentation(name, train_images.shape[1:]),
+    )
+
+
+def _default_augmentation(name: str, image_shape: tuple[int, ...]) -> Augmentation:
+    # Street View House Numbers are 32x32 photographs too, but a mirrored digit is not a digit.
+    if image_shape == (32, 32, 3) and not name.startswith("svhn"):
+        return Augmentation(pad=4, flip=True)
+    return Augmentation(pad=image_shape[0] // 8, flip=False)
+
+
+def _channel_moments(images: UInt8[np.ndarray, "n H W C"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Exact mean and standard deviation per channel in units of 0..1, from counts of the 256 values."""
+    channels = images.shape[-1]
+    counts = np.zeros((channels, 256), np.int64)
+    for start in range(0, len(images), _READ_BATCH):
+        for c in range(channels):
+            counts[c] += np.bincount(images[start : start + _READ_BATCH, ..., c].ravel(), minlength=256)
+    values = np.arange(256) / 255
+    frequency = counts / counts.sum(axis=1, keepdims=True)
+    mean = frequency @ values
+    variance = (frequency * np.square(values[None, :] - mean[:, None])).sum(axis=1)
+    # A channel that never varies would be divided by zero; any other scale does.
+    std = np.where(variance > 0, np.sqrt(variance), 1.0)
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _read_digits() -> tuple[Examples, Examples, int]:
+    # Imported here because scikit-learn takes a second and other sets do not need it.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = bunch.target.astype(np.int32)
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    return (images[train], labels[train]), (images[test], labels[test]), 10
+
+
+def _read_tfds(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[Examples, Examples, int]:
+    # Imported here because tfds takes seconds and `digits` does not need it.
+    import tensorflow_datasets as tfds
+
+    where = f"data_dir={os.fspath(data_dir or tfds.core.constants.DATA_DIR)!r}"
+    with _quiet():
+        try:
+            builder = tfds.builder(name, data_dir=data_dir)
+        except (ValueError, AssertionError) as error:  # tfds asserts that it has the version asked for
+            raise ValueError(
+                f"tfds cannot find data set {name!r}, nor is it prepared in {where} ({_first_line(error)}); check the "
+                "spelling, for example 'cifar10', 'cifar100' or 'digits'."
+            ) from None
+        image_key, label_key = _feature_keys(builder, name)
+        prepared = builder.is_prepared()
+    if not prepared:
+        _prepare(builder, name, where)
+    splits = builder.info.splits
+    test_split = "test" if "test" in splits else "validation"
+    if "train" not in splits or test_split not in splits:
+        raise ValueError(
+            f"data set {name!r} in {where} has the splits {sorted(splits)}; choose one with 'train' and 'test' (or "
+            "'validation')."
+        )
+    num_classes = builder.info.features[label_key].num_classes
+    train, test = (
+        read_split(builder, split, image_key=image_key, label_key=label_key) for split in ("train", test_split)
+    )
+    for split, (_, labels) in (("train", train), (test_split, test)):
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(
+                f"split {split!r} of data set {name!r} has labels from {labels.min()} to {labels.max()}, outside "
+                f"0..{num_classes - 1}; choose a set whose {split!r} split is labelled."
+            )
+    return train, test, num_classes
+
+
+def _feature_keys(builder: Any, name: str) -> tuple[str, str]:
+    """The names of the image and of the label, from the metadata alone: nothing has been downloaded yet."""
+    import tensorflow_datasets as tfds
+
+    keys, features = builder.info.supervised_keys, builder.info.features
+    if not (
+        keys
+        and len(keys) == 2
+        and all(isinstance(key, str) and key in features for key in keys)
+        and isinstance(features[keys[0]], tfds.features.Image)
+        and isinstance(features[keys[1]], tfds.features.ClassLabel)
+    ):
+        raise ValueError(
+            f"data set {name!r} is not an image-classification set: its supervised keys are {keys}; choose one that "
+            "maps an image to one class label, such as 'cifar10'."
+        )
+    image = features[keys[0]]
+    if None in image.shape or image.shape[-1] not in _PIL_MODES or image.np_dtype != np.uint8:
+        raise ValueError(
+            f"data set {name!r} has images of {np.dtype(image.np_dtype)}{list(image.shape)} (None: of varying size); "
+            "choose a set of 8-bit images of one size, or prepare a resized copy, such as 'imagenet_resized/64x64'."
+        )
+    return keys
+
+
+def _prepare(builder: Any, name: str, where: str) -> None:
+    """Downloads and prepares a set in the array_record format, or says in two lines why not and what to do."""
+    cure = (
+        f"prepare it once where both can be had: `tfds build {name} --file_format=array_record`, "
+        "and give the folder it wrote to as data_dir."
+    )
+    try:
+        hosts = _download_hosts(builder.url_infos or ())
+        unreachable = _unreachable(hosts)
+        if not unreachable:
+            builder.download_and_prepare(file_format="array_record")
+    except Exception as error:  # whatever a data set's own script raises: the caller wants the cure
+        raise FileNotFoundError(
+            f"data set {name!r} is not prepared in {where}, and tfds could not prepare it "
+            f"({type(error).__name__}: {_first_line(error)}).\nPreparing, unlike reading, may need network and "
+            f"TensorFlow; {cure}"
+        ) from error
+    if unreachable:
+        raise FileNotFoundError(
+            f"data set {name!r} is not prepared in {where}, and {unreachable} cannot be reached from here.\n"
+            f"Preparing, unlike reading, may need network and TensorFlow; {cure}"
+        )
+
+
+def _download_hosts(urls: Iterable[str]) -> list[tuple[str, int]]:
+    """Host and port of each URL, without repetition."""
+    ports = {"http": 80, "https": 443, "ftp": 21}
+    parts = [urllib.parse.urlsplit(url) for url in urls]
+    pairs = {(p.hostname, p.port or ports[p.scheme]): None for p in parts if p.hostname and p.scheme in ports}
+    return list(pairs)
+
+
+def _unreachable(hosts: list[tuple[str, int]], timeout_s: float = 3.0) -> str | None:
+    """The first of the hosts if it takes no connection, else None.
+
+    tfds retries a failed download for more than three minutes and then prints pages; one try shows a missing
+    network at once. Behind a proxy a direct connection tells nothing, so there the question is left to tfds.
+    """
+    if not hosts or urllib.request.getproxies():
+        return None
+    try:
+        socket.create_connection(hosts[0], timeout=timeout_s).close()
+    except OSError:
+        return hosts[0][0]
+    return None
+
+
+def read_split(
+    builder: Any, split: str, *, image_key: str = "image", label_key: str = "label"
+) -> tuple[UInt8[np.ndarray, "n H W C"], Int[np.ndarray, "n"]]:
+    """Reads and decodes one split of a prepared tfds set, without TensorFlow.
+
+    Args:
+      builder: a `tfds.core.DatasetBuilder` of a prepared set with uint8 images of one size.
+      split: any tfds split, also a part of one, such as `test[:100]`.
+      image_key, label_key: names of the features.
+
+    Returns:
+      Images, uint8, and labels, int32.
+
+    Raises:
+      ValueError: if the set is stored in a format without random access, such as tfrecord.
+    """
+    import tensorflow_datasets as tfds
+
+    shape = builder.info.features[image_key].shape
+    try:
+        # Decoding here instead of by tfds halves the time, which is all overhead for images this small.
+        source = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
+    except NotImplementedError:
+        raise ValueError(
+            f"data set {builder.name!r} is stored as {builder.info.file_format.value} in "
+            f"{os.fspath(builder.data_path)!r}, which only TensorFlow reads; prepare it in another data_dir with "
+            f"`tfds build {builder.name} --file_format=array_record`."
+        ) from None
+    images = np.empty((len(source), *shape), np.uint8)
+    labels = np.empty(len(source), np.int32)
+    # One thread on purpose: images of 32x32 hold the interpreter's lock for most of their decoding, and two threads
+    # took 1.5 times as long as one.
+    for start in range(0, len(source), _READ_BATCH):
+        stop = min(start + _READ_BATCH, len(source))
+        for i, record in zip(range(start, stop), source.__getitems__(range(start, stop)), strict=True):
+            with Image.open(io.BytesIO(record[image_key])) as image:
+                images[i] = np.asarray(image.convert(_PIL_MODES[shape[-1]])).reshape(shape)
+            labels[i] = record[label_key]
+    return images, labels
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides tfds' warnings about folders it looked into in vain; an error follows where it matters."""
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.logging.set_verbosity(verbosity)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -1,0 +1,291 @@
+"""Data sets are read exactly, batches are crops of them, and evaluation counts every example once."""
+
+import functools
+import io
+import pathlib
+import socket
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dsb_jax import data
+from dsb_jax.data import datasets
+
+TFDS_DIR = pathlib.Path(__file__).parents[2] / "shared" / "tfds"
+
+
+def write_image_set(folder, name, images, labels, *, splits=("train", "test")):
+    """Writes `images` (of one shape) as a tfds set of PNGs: the last third of them in the second split."""
+    import tensorflow_datasets as tfds
+
+    def example(i):
+        file = io.BytesIO()
+        Image.fromarray(images[i].squeeze()).save(file, "PNG")
+        return {"image": io.BytesIO(file.getvalue()), "label": int(labels[i])}
+
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=images.shape[1:]),
+            "label": tfds.features.ClassLabel(num_classes=3),
+        }
+    )
+    version_dir = folder / name / "1.0.0"
+    version_dir.mkdir(parents=True)
+    identity = tfds.core.DatasetIdentity(
+        name=name, version=tfds.core.Version("1.0.0"), data_dir=str(version_dir), module_name=__name__
+    )
+    info = tfds.core.DatasetInfo(builder=identity, features=features, supervised_keys=("image", "label"))
+    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=8, file_format="array_record")
+    writer.initialize_splits(list(splits))
+    cut = len(images) * 2 // 3
+    ranges = (range(cut), range(cut, len(images)))
+    writer.add_examples({split: [example(i) for i in ids] for split, ids in zip(splits, ranges, strict=True)})
+    writer.close_all()
+
+
+def random_images(shape, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, shape, dtype=np.uint8), rng.integers(0, 3, shape[0])
+
+
+# Data sets.
+
+
+def test_digits_split_is_fixed_and_stratified():
+    digits, again = data.load("digits"), data.load("digits")
+    assert digits.train_images.shape == (1437, 8, 8, 1)
+    assert digits.test_images.shape == (360, 8, 8, 1)
+    assert digits.train_images.dtype == np.uint8
+    assert digits.train_labels.dtype == np.int32
+    assert digits.train_images.min() == 0
+    assert digits.train_images.max() == 255
+    np.testing.assert_array_equal(digits.train_images, again.train_images)
+    np.testing.assert_array_equal(digits.test_labels, again.test_labels)
+    train_share, test_share = (np.bincount(y) / len(y) for y in (digits.train_labels, digits.test_labels))
+    np.testing.assert_allclose(train_share, test_share, atol=0.003)
+    assert (digits.num_classes, digits.augmentation) == (10, data.Augmentation(pad=1, flip=False))
+
+
+def test_moments_are_those_of_the_training_images():
+    digits = data.load("digits")
+    np.testing.assert_allclose(digits.mean, [(digits.train_images / 255).mean()], rtol=1e-12)
+    np.testing.assert_allclose(digits.std, [(digits.train_images / 255).std()], rtol=1e-12)
+    pixels = np.asarray(data.normalize(digits.train_images, digits.mean, digits.std))
+    assert pixels.mean() == pytest.approx(0, abs=1e-4)
+    assert pixels.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_constant_channel_is_not_divided_by_zero():
+    images = np.zeros((2, 4, 4, 2), np.uint8)
+    images[0, ..., 1] = 255
+    assert datasets._channel_moments(images) == ((0.0, 0.5), (1.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("shape", "augmentation"),
+    [((24, 32, 32, 3), data.Augmentation(pad=4, flip=True)), ((24, 16, 12, 1), data.Augmentation(pad=2, flip=False))],
+)
+def test_a_tfds_set_is_read_exactly_and_in_order(tmp_path, shape, augmentation):
+    images, labels = random_images(shape)
+    write_image_set(tmp_path, "tiny_set", images, labels, splits=("train", "validation"))
+    loaded = data.load("tiny_set", data_dir=tmp_path)
+    np.testing.assert_array_equal(np.concatenate([loaded.train_images, loaded.test_images]), images)
+    np.testing.assert_array_equal(np.concatenate([loaded.train_labels, loaded.test_labels]), labels)
+    assert loaded.train_images.shape[0] == 16  # two shards of 8: order holds across them
+    assert loaded.train_labels.dtype == np.int32
+    assert (loaded.num_classes, loaded.augmentation) == (3, augmentation)
+    assert "tensorflow" not in sys.modules
+    other = data.Augmentation(pad=0, flip=True)
+    assert data.load("tiny_set", data_dir=tmp_path, augmentation=other).augmentation == other
+
+
+def test_house_numbers_are_never_mirrored():
+    assert datasets._default_augmentation("svhn_cropped", (32, 32, 3)) == data.Augmentation(pad=4, flip=False)
+
+
+@pytest.mark.skipif(not (TFDS_DIR / "cifar10").is_dir(), reason="needs a prepared CIFAR-10 in ../shared/tfds")
+def test_a_few_records_of_cifar10():
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder("cifar10", data_dir=TFDS_DIR)
+    images, labels = datasets.read_split(builder, "test[:20]")
+    expected = list(builder.as_data_source(split="test[:20]"))
+    np.testing.assert_array_equal(images, np.stack([record["image"] for record in expected]))
+    np.testing.assert_array_equal(labels, [record["label"] for record in expected])
+
+
+def test_unknown_sets_are_named_with_the_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"'no_such_set'.*spelling") as error:
+        data.load("no_such_set", data_dir=tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_without_network_the_error_names_the_cure_at_once(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(datasets.urllib.request, "getproxies", dict)
+    with pytest.raises(FileNotFoundError, match="tfds build cifar100 --file_format=array_record") as error:
+        data.load("cifar100", data_dir=tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_hosts_are_probed_once_each_and_not_behind_a_proxy(monkeypatch):
+    hosts = datasets._download_hosts(["https://a.org/x.zip", "https://a.org/y.zip", "http://b.org:81/z", "manual.tar"])
+    assert hosts == [("a.org", 443), ("b.org", 81)]
+    assert datasets._unreachable([]) is None
+    monkeypatch.setattr(datasets.urllib.request, "getproxies", lambda: {"https": "proxy:80"})
+    assert datasets._unreachable(hosts) is None
+
+
+def test_sets_of_varying_sizes_or_without_labels_are_rejected_before_any_download(tmp_path):
+    with pytest.raises(ValueError, match=r"'cats_vs_dogs' has images of uint8\[None, None, 3\]"):
+        data.load("cats_vs_dogs", data_dir=tmp_path)
+    with pytest.raises(ValueError, match="'kitti' is not an image-classification set"):
+        data.load("kitti", data_dir=tmp_path)
+    images, labels = random_images((6, 8, 8, 1))
+    write_image_set(tmp_path, "no_test", images, labels, splits=("train", "extra"))
+    with pytest.raises(ValueError, match=r"splits \['extra', 'train'\]"):
+        data.load("no_test", data_dir=tmp_path)
+    write_image_set(tmp_path, "unlabelled", images, np.full(6, -1))
+    with pytest.raises(ValueError, match="labels from -1 to -1"):
+        data.load("unlabelled", data_dir=tmp_path)
+
+
+def test_a_set_stored_as_tfrecord_is_rejected_with_the_command_that_converts_it(tmp_path):
+    write_image_set(tmp_path, "old_set", *random_images((6, 8, 8, 1)))
+    info = tmp_path / "old_set" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match=r"'old_set' is stored as tfrecord.*tfds build old_set"):
+        data.load("old_set", data_dir=tmp_path)
+
+
+# Batches.
+
+
+@functools.partial(jax.jit, static_argnames=("augmentation", "dtype"))
+def raw_batch(images, labels, idx, key, augmentation, dtype=jnp.float32):
+    """A batch in raw pixel values: normalized by mean 0 and std 1/255."""
+    channels = images.shape[-1]
+    return data.take_batch(
+        images,
+        labels,
+        idx,
+        key=key,
+        augmentation=augmentation,
+        mean=(0.0,) * channels,
+        std=(1 / 255,) * channels,
+        dtype=dtype,
+    )
+
+
+def test_crop_by_hand():
+    # One image of 2x2 pixels 1 2 / 3 4, padded by 1 and mirrored or not: the nine crops and their mirror images.
+    image = jnp.array([[1, 2], [3, 4]], jnp.uint8)[None, :, :, None]
+    padded = np.pad([[1, 2], [3, 4]], 1)
+    crops = {
+        tuple(padded[y : y + 2, x : x + 2][:, ::flip].ravel()) for y in range(3) for x in range(3) for flip in (1, -1)
+    }
+    idx = jnp.zeros(400, jnp.int32)
+    got, _ = raw_batch(image, jnp.zeros(1, jnp.int32), idx, jax.random.key(0), data.Augmentation(pad=1, flip=True))
+    seen = {tuple(row) for row in np.rint(np.asarray(got)).astype(int).reshape(400, 4)}
+    assert seen == crops
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    pad=st.sampled_from([0, 1, 3]),
+    flip=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_every_image_of_a_batch_is_a_crop_of_its_own_example(pad, flip, seed):
+    height, width = 6, 5
+    images, labels = random_images((5, height, width, 3), seed)
+    images = np.maximum(images, 1)  # so that zeros are padding
+    idx = jax.random.randint(jax.random.key(seed), (7,), 0, 5)
+    augmentation = data.Augmentation(pad=pad, flip=flip)
+    got, got_labels = raw_batch(jnp.asarray(images), jnp.asarray(labels), idx, jax.random.key(seed), augmentation)
+    np.testing.assert_array_equal(got_labels, labels[np.asarray(idx)])
+    for i, result in zip(np.asarray(idx), np.rint(np.asarray(got)).astype(np.uint8), strict=True):
+        padded = np.pad(images[i], ((pad, pad), (pad, pad), (0, 0)))
+        windows = (padded[y : y + height, x : x + width] for y in range(2 * pad + 1) for x in range(2 * pad + 1))
+        candidates = [w for window in windows for w in ((window, window[:, ::-1]) if flip else (window,))]
+        assert any(np.array_equal(result, candidate) for candidate in candidates)
+
+
+def test_without_augmentation_a_batch_is_the_normalized_images():
+    images, labels = random_images((9, 4, 4, 3))
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    idx = np.array([8, 0, 0, 3], np.int32)
+    got, _ = data.take_batch(
+        jnp.asarray(images),
+        jnp.asarray(labels),
+        jnp.asarray(idx),
+        key=jax.random.key(0),
+        augmentation=data.Augmentation(pad=0, flip=False),
+        mean=mean,
+        std=std,
+    )
+    np.testing.assert_allclose(got, (images[idx] / 255 - np.array(mean)) / np.array(std), atol=1e-6)
+    np.testing.assert_array_equal(got, data.normalize(images[idx], mean, std))
+
+
+def test_a_batch_has_the_dtype_asked_for_and_needs_no_rank_promotion():
+    images, labels = random_images((4, 8, 8, 3))
+    arguments = (jnp.asarray(images), jnp.asarray(labels), jnp.arange(4), jax.random.key(0))
+    with jax.numpy_rank_promotion("raise"):
+        got, got_labels = raw_batch(*arguments, data.Augmentation(pad=2, flip=True), dtype=jnp.bfloat16)
+    assert (got.dtype, got.shape, got_labels.dtype) == (jnp.bfloat16, (4, 8, 8, 3), jnp.int32)
+
+
+def test_the_same_key_gives_the_same_batch_and_another_key_another():
+    images, labels = random_images((4, 8, 8, 3))
+    batch = functools.partial(raw_batch, jnp.asarray(images), jnp.asarray(labels), jnp.arange(4))
+    augmentation = data.Augmentation(pad=2, flip=True)
+    first, same, other = (batch(jax.random.key(k), augmentation)[0] for k in (1, 1, 2))
+    np.testing.assert_array_equal(first, same)
+    assert not np.array_equal(first, other)
+
+
+def test_epoch_orders_are_permutations_that_depend_on_key_and_epoch():
+    key = jax.random.key(3)
+    order = np.asarray(data.epoch_order(key, 2, 1000))
+    assert order.dtype == np.int32
+    np.testing.assert_array_equal(np.sort(order), np.arange(1000))
+    traced = jax.jit(data.epoch_order, static_argnums=2)(key, jnp.int32(2), 1000)
+    np.testing.assert_array_equal(order, traced)
+    for other in (data.epoch_order(key, 3, 1000), data.epoch_order(jax.random.key(4), 2, 1000)):
+        assert (order != np.asarray(other)).mean() > 0.9
+
+
+def test_eval_batches_by_hand():
+    batches = list(data.eval_batches(5, 3))
+    np.testing.assert_array_equal([idx for idx, _ in batches], [[0, 1, 2], [3, 4, 4]])
+    np.testing.assert_array_equal([weight for _, weight in batches], [[1, 1, 1], [1, 1, 0]])
+
+
+@given(num_examples=st.integers(0, 200), batch_size=st.integers(1, 70))
+def test_evaluation_counts_every_example_once(num_examples, batch_size):
+    counts = np.zeros(num_examples)
+    for idx, weight in data.eval_batches(num_examples, batch_size):
+        assert idx.shape == weight.shape == (batch_size,)
+        assert (idx.dtype, weight.dtype) == (np.int32, np.float32)
+        np.add.at(counts, idx, weight)
+    assert (counts == 1).all()
+
+
+def test_bad_sizes_are_named_at_the_call():
+    with pytest.raises(ValueError, match="batch_size=0"):
+        data.eval_batches(5, 0)
+    with pytest.raises(ValueError, match="num_examples=-1"):
+        data.eval_batches(-1, 5)
+    with pytest.raises(ValueError, match="pad=-2"):
+        data.Augmentation(pad=-2, flip=False)
