@@ -161,7 +161,7 @@ def random_layout(
     ids = jnp.arange(num_blocks, dtype=jnp.int32)
     group = jnp.searchsorted(group_start, ids, side="right").astype(jnp.int32) - 1
     in_idx = orders[group, ids - group_start[group]]
-    return BlockLayout(out_idx.reshape(groups, rows), in_idx, group_start, tuple(shape), tuple(block_shape))
+    return BlockLayout(out_idx.reshape(groups, rows), in_idx, group_start, (out, in_), (rows, cols))
 
 
 def check_sizes(shape: tuple[int, int], block_shape: tuple[int, int], num_blocks: int) -> None:

@@ -1,0 +1,53 @@
+"""Models by name: `convnet`, `resnet18`, `vgg16`, and `wrn-DEPTH-WIDTH` such as `wrn-22-2`."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsb_jax.models.convnet import ConvNet
+from dsb_jax.models.resnet import ResNet18
+from dsb_jax.models.vgg import VGG16
+from dsb_jax.models.wide_resnet import WideResNet
+
+MODELS = ("convnet", "resnet18", "vgg16", "wrn-DEPTH-WIDTH")
+
+
+def create(
+    name: str,
+    *,
+    num_classes: int,
+    conv: Callable[..., nn.Module] = nn.Conv,
+    dense: Callable[..., nn.Module] = nn.Dense,
+    dtype: Any = jnp.float32,
+    dropout_rate: float = 0.0,
+    width_multiplier: float = 1.0,
+) -> nn.Module:
+    """Builds a model; `__call__(x[N, H, W, C], train: bool) -> logits[N, num_classes]`.
+
+    Args:
+      name: one of `MODELS`; `wrn-22-2` is a wide residual network of depth 22 and width 2.
+      num_classes: size of the output.
+      conv, dense: layer classes with the signatures of `nn.Conv` and `nn.Dense`.
+      dtype: of the computation; parameters stay float32.
+      dropout_rate: inside the residual blocks of a wide residual network; no other model has dropout.
+      width_multiplier: scales every hidden width, as for a smaller dense model.
+
+    Raises:
+      ValueError: if the name is unknown, the depth impossible, or dropout asked of a model without it.
+    """
+    sizes: dict[str, Any] = {"num_classes": num_classes, "conv": conv, "dense": dense, "dtype": dtype}
+    sizes["width_multiplier"] = width_multiplier
+    if match := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
+        depth, width = int(match[1]), int(match[2])
+        if depth < 10 or (depth - 4) % 6 or width < 1:
+            raise ValueError(f"model={name!r} does not exist: the depth is 6n + 4 (10, 16, 22, 28, ...), the width >= 1.")
+        return WideResNet(depth=depth, width=width, dropout_rate=dropout_rate, **sizes)
+    classes = {"convnet": ConvNet, "resnet18": ResNet18, "vgg16": VGG16}
+    if name not in classes:
+        raise ValueError(f"model={name!r} is unknown; choose one of {', '.join(MODELS)}.")
+    if dropout_rate:
+        raise ValueError(f"dropout_rate={dropout_rate} is for wrn models only; {name} has no dropout.")
+    return classes[name](**sizes)
