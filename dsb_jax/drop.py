@@ -15,6 +15,8 @@ over the values. With 3-bit values 1, 3, 3, 6 and k = 2:
 All values below the threshold are chosen, and as many equal to it, by index, as are still missing.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -37,14 +39,7 @@ def select_smallest(values: Float[Array, "*dims"], k: Int[Array, ""] | int, *, w
     where = jnp.broadcast_to(where, values.shape)
     bits = jnp.where(where, _ordered_bits(values.astype(jnp.float32)), _EXCLUDED)
     k = jnp.asarray(k, jnp.int32)
-
-    def try_bit(step: Array, threshold: Array) -> Array:
-        # The bit is not yet set, so xor sets it; for the sign bit, step 0, it clears it: INT_MIN -> 0.
-        candidate = threshold ^ jax.lax.shift_left(jnp.int32(1), 31 - step)
-        below = jnp.sum(bits < candidate, dtype=jnp.int32)
-        return jnp.where(below < k, candidate, threshold)
-
-    threshold = jax.lax.fori_loop(0, 32, try_bit, jnp.int32(jnp.iinfo(jnp.int32).min))
+    threshold = _bisect(lambda candidate: jnp.sum(bits < candidate, dtype=jnp.int32), k)
     below = bits < threshold
     ties = where & (bits == threshold)
     missing = k - jnp.sum(below, dtype=jnp.int32)
@@ -57,6 +52,45 @@ def select_largest(values: Float[Array, "*dims"], k: Int[Array, ""] | int, *, wh
     ranks below minus infinity: a broken value is never chosen before a sound one, in either direction.
     """
     return select_smallest(-values, k, where=where)
+
+
+def take_largest(
+    values: Float[Array, "*dims"], k: Int[Array, ""] | int, *, weights: Int[Array, "*dims"]
+) -> Int[Array, "*dims"]:
+    """Takes k units from bins in order of decreasing value: whole bins, then a part of the last one.
+
+    Values 5, 9, 5 of weights 2, 3, 4 and k = 6 give 2, 3, 1. `select_largest` is the case of weights 0 and 1.
+
+    Args:
+      values: float, any shape; ties go to the smaller flat index, NaN comes last.
+      k: how many units to take; may be traced. Negative counts as 0, more than there are as all of them.
+      weights: how many units each bin holds, >= 0.
+
+    Returns:
+      The units taken from each bin, `clip(k, 0, weights.sum())` together.
+    """
+    bits = _ordered_bits(-values.astype(jnp.float32))
+    k = jnp.asarray(k, jnp.int32)
+
+    def units_below(bound: Int[Array, ""]) -> Int[Array, ""]:
+        return jnp.sum(jnp.where(bits < bound, weights, 0), dtype=jnp.int32)
+
+    threshold = _bisect(units_below, k)
+    tied = jnp.where(bits == threshold, weights, 0)
+    before = jnp.cumsum(tied.ravel(), dtype=jnp.int32).reshape(tied.shape) - tied
+    part = jnp.clip(k - units_below(threshold) - before, 0, tied)
+    return jnp.where(bits < threshold, weights, part)
+
+
+def _bisect(count_below: Callable[[Int[Array, ""]], Int[Array, ""]], k: Int[Array, ""]) -> Int[Array, ""]:
+    """The largest int32 below which there are fewer than k; the smallest int32 if k <= 0."""
+
+    def try_bit(step: Int[Array, ""], threshold: Int[Array, ""]) -> Int[Array, ""]:
+        # The bit is not yet set, so xor sets it; for the sign bit, step 0, it clears it: INT_MIN -> 0.
+        candidate = threshold ^ jax.lax.shift_left(jnp.int32(1), 31 - step)
+        return jnp.where(count_below(candidate) < k, candidate, threshold)
+
+    return jax.lax.fori_loop(0, 32, try_bit, jnp.int32(jnp.iinfo(jnp.int32).min))
 
 
 def _ordered_bits(values: Float[Array, "*dims"]) -> Int[Array, "*dims"]:
