@@ -46,7 +46,9 @@ class SparsityPlan:
             if layer.path == path:
                 return layer
         known = ", ".join("/".join(layer.path) for layer in self.layers[:4])
-        raise KeyError(f"no layer at {'/'.join(path)!r} in the plan, which has {known}, ...; make the plan from this model.")
+        raise KeyError(
+            f"no layer {'/'.join(path)!r} in the plan, which has {known}, ...; make the plan from this model."
+        )
 
     @property
     def sparse_layers(self) -> tuple[LayerPlan, ...]:

@@ -43,7 +43,7 @@ def create(
     if match := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
         depth, width = int(match[1]), int(match[2])
         if depth < 10 or (depth - 4) % 6 or width < 1:
-            raise ValueError(f"model={name!r} does not exist: the depth is 6n + 4 (10, 16, 22, 28, ...), the width >= 1.")
+            raise ValueError(f"model={name!r} does not exist: depth is 6n + 4 (10, 16, 22, ...), width >= 1.")
         return WideResNet(depth=depth, width=width, dropout_rate=dropout_rate, **sizes)
     classes = {"convnet": ConvNet, "resnet18": ResNet18, "vgg16": VGG16}
     if name not in classes:

@@ -22,9 +22,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = functools.partial(
-            self.conv, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal()
-        )
+        conv = functools.partial(self.conv, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal())
         norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         strides, padding = (self.stride, self.stride), ((1, 1), (1, 1))
         y = conv(self.features, (3, 3), strides=strides, padding=padding, name="conv_0")(x)

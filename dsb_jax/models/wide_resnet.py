@@ -24,9 +24,7 @@ class WideBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = functools.partial(
-            self.conv, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal()
-        )
+        conv = functools.partial(self.conv, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal())
         norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         strides, padding = (self.stride, self.stride), ((1, 1), (1, 1))
         y = nn.relu(norm(name="norm_0")(x))

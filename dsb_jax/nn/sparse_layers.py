@@ -12,6 +12,7 @@ Initial weights are drawn by `kernel_init` as for the dense kernel and scaled by
 group, so that a variance-scaling initializer sees the fan-in that each output really has.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,7 +56,7 @@ def _blocks_and_layout(
     layout = layer.variable(
         "topology",
         "layout",
-        lambda: random_layout(layer.make_rng("params"), matrix, block_shape=block_shape, num_blocks=num_blocks),
+        lambda: layer.init_layout(layer.make_rng("params"), matrix, block_shape=block_shape, num_blocks=num_blocks),
     ).value
 
     def init(key: jax.Array) -> jax.Array:
@@ -77,6 +78,7 @@ class SparseDense(nn.Dense):
       plan: takes both from a `SparsityPlan` by the module's path, instead of `density`.
       implementation: "auto", "xla", "dense" or "reference".
       feature_major: inputs and outputs are [in, N] and [out, N].
+      init_layout: `(key, shape, *, block_shape, num_blocks) -> BlockLayout`, the first topology.
     """
 
     density: float | None = None
@@ -85,6 +87,7 @@ class SparseDense(nn.Dense):
     plan: SparsityPlan | None = None
     implementation: str = "auto"
     feature_major: bool = False
+    init_layout: Callable[..., BlockLayout] = random_layout
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "... in"]) -> Float[Array, "... out"]:
@@ -136,6 +139,7 @@ class SparseConv(nn.Conv):
     plan: SparsityPlan | None = None
     implementation: str = "auto"
     feature_major: bool = False
+    init_layout: Callable[..., BlockLayout] = random_layout
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "*batch H W C"]) -> Float[Array, "*batch OH OW out"]:

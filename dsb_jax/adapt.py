@@ -1,0 +1,163 @@
+"""The adaptation step: statistics, new layouts, repacked weights and moments, in one jit-compiled function.
+
+It maps (train state, batch) to (train state, report) outside of the gradient path: the batch is used to measure,
+never to update. Weights that stay active keep their values and moments bit by bit, wherever their block goes; newly
+active positions start with weight 0 and moments 0. Layers of equal sizes run through one compiled loop, others in a
+chain, so that at any time one layer at the most exists in dense form.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import lax
+
+from dsb_jax.layout import BlockLayout, pack, unpack
+from dsb_jax.methods.base import LayerReport, Method
+from dsb_jax.ops.probes import make_probe
+from dsb_jax.train import Loss, cross_entropy, forward, step_key
+from dsb_jax.train_state import Path, TrainState, layouts, leaf_at, with_layouts
+
+Report = dict[str, LayerReport]
+
+
+def repack(blocks: jax.Array, old: BlockLayout, new: BlockLayout) -> jax.Array:
+    """Moves values to where their positions went: bit-identical if active in both layouts, 0 if newly active."""
+    return pack(unpack(blocks, old), new)
+
+
+def measure(
+    state: TrainState, images: jax.Array, labels: jax.Array, *, model: nn.Module, kind: str, loss: Loss
+) -> dict[Path, Any]:
+    """The statistic `kind` of every sparse layer on one batch, by differentiating with respect to the probes."""
+
+    def probes_tree(topology: Any) -> Any:
+        if isinstance(topology, BlockLayout):
+            return make_probe(kind, topology)
+        return {("statistic" if name == "layout" else name): probes_tree(value) for name, value in topology.items()}
+
+    def objective(probes: Any) -> jax.Array:
+        logits, _ = forward(model, {**state.variables, "probes": probes}, images, dropout_key=step_key(state))
+        return loss(logits, labels)
+
+    statistics = jax.grad(objective)(probes_tree(state.topology))
+    return {path: leaf_at(statistics, (*path, "statistic")) for path in layouts(state.topology)}
+
+
+def _signature(blocks: jax.Array, layout: BlockLayout) -> tuple[Any, ...]:
+    return layout.shape, layout.block_shape, blocks.shape, str(blocks.dtype)
+
+
+def update_layers(
+    method: Method,
+    key: jax.Array,
+    step: jax.Array,
+    blocks: Mapping[Path, jax.Array],
+    old: Mapping[Path, BlockLayout],
+    statistics: Mapping[Path, Any],
+) -> tuple[dict[Path, BlockLayout], Report]:
+    """New layouts and report of every layer. Layers of one signature share one compiled loop."""
+    assert method.update is not None
+    same: dict[tuple[Any, ...], list[Path]] = {}
+    for path in old:
+        same.setdefault(_signature(blocks[path], old[path]), []).append(path)
+    new: dict[Path, BlockLayout] = {}
+    report: Report = {}
+    keys = dict(zip(old, jax.random.split(key, max(len(old), 1)), strict=False))
+    done: Any = step
+    for paths in same.values():
+        args = [(keys[p], blocks[p], old[p], statistics.get(p)) for p in paths]
+        # Tied to the layers before, so that their dense scratch can be reused.
+        args, _ = lax.optimization_barrier((args, done))
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *args)
+
+        def update(arg: Any) -> tuple[BlockLayout, LayerReport]:
+            layer_key, layer_blocks, layout, statistic = arg
+            return method.update(layer_key, step, layer_blocks, layout, statistic)
+
+        results = lax.map(update, stacked)
+        done = results
+        for i, path in enumerate(paths):
+            new[path], report["/".join(path)] = jax.tree.map(lambda leaf, i=i: leaf[i], results)
+    return new, report
+
+
+def repack_state(
+    state: TrainState, new: Mapping[Path, BlockLayout], optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Repacks the blocks and every block-shaped leaf of the optimizer state, for any optax optimizer.
+
+    Raises:
+      NotImplementedError: if the optimizer keeps a state for blocks that has another shape than they have.
+    """
+    old = layouts(state.topology)
+    last: list[Any] = [state.step]
+
+    def move(leaf: Any, name: str) -> Any:
+        path = tuple(name.split("/"))
+        if path[-1] != "blocks" or path[:-1] not in new or not hasattr(leaf, "shape"):
+            return leaf
+        before, after = old[path[:-1]], new[path[:-1]]
+        if leaf.shape != (before.num_blocks, *before.block_shape):
+            if leaf.size <= 1:  # a placeholder, such as Adafactor's unused factors
+                return leaf
+            raise NotImplementedError(
+                f"the optimizer keeps a state of shape {leaf.shape} for {name}, which cannot follow its "
+                "blocks; use one whose moments have the shape of the weights (SGD, Adam, Lion, ...)."
+            )
+        leaf, _ = lax.optimization_barrier((leaf, last[0]))
+        last[0] = repack(leaf, before, after)
+        return last[0]
+
+    names = jax.tree_util.tree_map_with_path(lambda path, _: "/".join(key.key for key in path), state.params)
+    return TrainState(
+        params=jax.tree.map(move, state.params, names),
+        batch_stats=state.batch_stats,
+        opt_state=optax.tree_utils.tree_map_params(optimizer, move, state.opt_state, names),
+        topology=with_layouts(state.topology, new),
+        step=state.step,
+        key=state.key,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "method", "optimizer", "loss"), donate_argnums=0)
+def adapt_step(
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    model: nn.Module,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    loss: Loss = cross_entropy,
+) -> tuple[TrainState, Report]:
+    """Adapts the topology of every sparse layer. The state is donated.
+
+    Args:
+      state: the train state.
+      images, labels: the adaptation batch, used for the statistics that growing needs.
+      model: the model that `state` belongs to.
+      method: with an `update`, such as `methods.dsb(...)`.
+      optimizer: the one whose state is to follow the weights.
+      loss: as in training.
+
+    Returns:
+      The new state (same shapes, same number of active weights) and a report for each layer by its path.
+
+    Raises:
+      ValueError: if the method does not adapt.
+    """
+    if method.update is None:
+        raise ValueError(f"method {method.name!r} never adapts; call adapt_step for methods with an update only.")
+    old = layouts(state.topology)
+    statistics: dict[Path, Any] = {}
+    if method.statistic is not None:
+        statistics = measure(state, images, labels, model=model, kind=method.statistic, loss=loss)
+    blocks = {path: leaf_at(state.params, (*path, "blocks")) for path in old}
+    key = jax.random.fold_in(step_key(state), 1)  # apart from the key of the training step
+    new, report = update_layers(method, key, state.step, blocks, old, statistics)
+    return repack_state(state, new, optimizer), report

@@ -1,0 +1,45 @@
+"""What a method is: how a layer's topology begins, and how it changes; pure functions, no inheritance."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from dsb_jax.layout import BlockLayout
+
+
+class LayerReport(NamedTuple):
+    """What one adaptation did to one layer; scalars.
+
+    Attributes:
+      requested: positions that were to be grown.
+      accepted: of these, how many are active afterwards.
+      turnover: newly active positions over all active ones.
+      collateral: share of the weights that were to be kept but are no longer active.
+      empty_groups: row groups without any block, that is dead outputs in units of R.
+    """
+
+    requested: jax.Array
+    accepted: jax.Array
+    turnover: jax.Array
+    collateral: jax.Array
+    empty_groups: jax.Array
+
+
+class Method(NamedTuple):
+    """A sparse-training method for layers that store shuffled blocks.
+
+    Attributes:
+      name: as in the flags.
+      sparse: False if every layer stays dense.
+      init: `(key, shape, *, block_shape, num_blocks) -> BlockLayout`.
+      update: `(key, step, blocks, layout, statistic) -> (BlockLayout, LayerReport)`, or None if the topology never
+        changes. It must be jit-able, keep every static size, and hold no more than one layer in dense form.
+      statistic: which probe of `dsb_jax.ops.probes` the update needs, or None for none.
+    """
+
+    name: str
+    sparse: bool
+    init: Callable[..., BlockLayout] | None
+    update: Callable[..., tuple[BlockLayout, LayerReport]] | None
+    statistic: str | None

@@ -1,0 +1,194 @@
+"""A recipe: everything that determines a run, as plain values; `assemble` makes the objects of it.
+
+A recipe goes to JSON and back without loss, so that a checkpoint can hold the one it was made by.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from dsb_jax import methods, models
+from dsb_jax.methods import Method
+from dsb_jax.nn import SparseConv, SparseDense
+from dsb_jax.ops.dispatch import check_implementation
+from dsb_jax.plan import KEEP_DENSE, MIN_BLOCKS, SparsityPlan, find_layers, make_plan
+from dsb_jax.train import Loss, smoothed_cross_entropy
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("cosine", "step", "constant")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The values that determine a run. Defaults are those of `make train`: digits, DSB, 90 % sparse.
+
+    The paper's CIFAR protocol (160 epochs, WRN-22-2): optimizer sgd, momentum 0.9, weight_decay 1e-4, batch_size
+    128, learning_rate 0.1, learning_rate_schedule step, distribution erk, update_interval 100, drop_fraction 0.3,
+    update_end_fraction 0.5, dropout_rate 0.3, block_shape 16x16.
+
+    Attributes:
+      image_shape, num_classes: of the data; filled in from the data set.
+      update_end_fraction: T_end as a fraction of all training steps.
+      keep_dense: patterns of paths that stay dense, see `dsb_jax.plan`.
+      learning_rate_schedule: "cosine" to zero, "step" (times 0.1 at 50 % and 75 %), or "constant".
+      total_steps: training steps of the whole run.
+    """
+
+    dataset: str = "digits"
+    image_shape: tuple[int, int, int] = (8, 8, 1)
+    num_classes: int = 10
+    model: str = "convnet"
+    method: str = "dsb"
+    sparsity: float = 0.9
+    distribution: str = "uniform"
+    block_shape: tuple[int, int] = (16, 16)
+    keep_dense: tuple[str, ...] = KEEP_DENSE
+    min_blocks: int = MIN_BLOCKS
+    grow: str = "block_gradient"
+    granularity: str = "block"
+    block_aware_drop: bool = True
+    min_group_blocks: int = 0
+    drop_fraction: float = 0.3
+    update_interval: int = 20
+    update_end_fraction: float = 0.75
+    epochs: int = 30
+    total_steps: int = 660
+    batch_size: int = 64
+    learning_rate: float = 0.05
+    learning_rate_schedule: str = "cosine"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    optimizer: str = "sgd"
+    label_smoothing: float = 0.0
+    dropout_rate: float = 0.0
+    dtype: str = "float32"
+    seed: int = 0
+    implementation: str = "auto"
+
+    @property
+    def update_end_step(self) -> int:
+        """T_end in steps."""
+        return round(self.update_end_fraction * self.total_steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: tuples become lists."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Recipe":
+        """The inverse of `to_json`.
+
+        Raises:
+          ValueError: if a name is unknown or missing.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != names:
+            odd = sorted(set(values) ^ names)
+            raise ValueError(f"the recipe has unknown or missing fields {odd}; it was made by another version.")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class Assembly(NamedTuple):
+    """The objects of a recipe; hashable, so that they can be static arguments of the steps."""
+
+    model: nn.Module
+    plan: SparsityPlan | None
+    method: Method
+    optimizer: optax.GradientTransformation
+    loss: Loss
+    learning_rate: optax.Schedule
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises ValueError for the first value that cannot be."""
+    for name, value, known in (
+        ("method", recipe.method, methods.METHODS),
+        ("optimizer", recipe.optimizer, OPTIMIZERS),
+        ("learning_rate_schedule", recipe.learning_rate_schedule, SCHEDULES),
+        ("dtype", recipe.dtype, DTYPES),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
+    check_implementation(recipe.implementation)
+    for name, low, high in (
+        ("sparsity", 0.0, 1.0),
+        ("drop_fraction", 0.0, 1.0),
+        ("update_end_fraction", 0.0, 1.0),
+        ("weight_decay", 0.0, float("inf")),
+        ("dropout_rate", 0.0, 1.0),
+        ("label_smoothing", 0.0, 1.0),
+        ("momentum", 0.0, 1.0),
+    ):
+        value = getattr(recipe, name)
+        open_end = name not in ("drop_fraction", "update_end_fraction")
+        if not (low <= value < high or (value == high and not open_end)):
+            raise ValueError(f"{name}={value} is not in [{low:g}, {high:g}{')' if open_end else ']'}.")
+    for name in ("update_interval", "epochs", "total_steps", "batch_size", "learning_rate"):
+        if not getattr(recipe, name) > 0:
+            raise ValueError(f"{name}={getattr(recipe, name)} is not positive.")
+
+
+def make_method(recipe: Recipe) -> Method:
+    """The method with its settings."""
+    if recipe.method == "dsb":
+        return methods.dsb(
+            update_end_step=max(recipe.update_end_step, 1),
+            alpha=recipe.drop_fraction,
+            grow=recipe.grow,
+            block_aware_drop=recipe.block_aware_drop,
+            granularity=recipe.granularity,
+            min_group_blocks=recipe.min_group_blocks,
+        )
+    return {"ssb": methods.ssb, "dense": methods.dense}[recipe.method]()
+
+
+def make_optimizer(recipe: Recipe) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer and its learning rate by step. SGD's weight decay is L2, AdamW's decoupled."""
+    base, total = recipe.learning_rate, recipe.total_steps
+    schedule = {
+        "cosine": lambda: optax.cosine_decay_schedule(base, total),
+        "step": lambda: optax.piecewise_constant_schedule(base, {total // 2: 0.1, total * 3 // 4: 0.1}),
+        "constant": lambda: optax.constant_schedule(base),
+    }[recipe.learning_rate_schedule]()
+    if recipe.optimizer == "adamw":
+        return optax.adamw(schedule, weight_decay=recipe.weight_decay), schedule
+    sgd = optax.sgd(schedule, momentum=recipe.momentum or None)
+    return optax.chain(optax.add_decayed_weights(recipe.weight_decay), sgd), schedule
+
+
+@functools.lru_cache(maxsize=32)
+def assemble(recipe: Recipe) -> Assembly:
+    """Builds model, plan, method, optimizer and loss. Equal recipes give the same objects, so nothing recompiles.
+
+    Raises:
+      ValueError: for a value that cannot be, with the value and the cure.
+    """
+    check_recipe(recipe)
+    method = make_method(recipe)
+    create = functools.partial(
+        models.create, recipe.model, num_classes=recipe.num_classes, dtype=jnp.dtype(recipe.dtype),
+        dropout_rate=recipe.dropout_rate,
+    )  # fmt: skip
+    plan = None
+    model = create()
+    if method.sparse:
+        images = jax.ShapeDtypeStruct((1, *recipe.image_shape), jnp.float32)
+        params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+        plan = make_plan(
+            find_layers(params),
+            sparsity=recipe.sparsity,
+            distribution=recipe.distribution,
+            block_shape=recipe.block_shape,
+            keep_dense=recipe.keep_dense,
+            min_blocks=recipe.min_blocks,
+        )
+        sparse = {"plan": plan, "implementation": recipe.implementation, "init_layout": method.init}
+        model = create(conv=functools.partial(SparseConv, **sparse), dense=functools.partial(SparseDense, **sparse))
+    optimizer, schedule = make_optimizer(recipe)
+    return Assembly(model, plan, method, optimizer, smoothed_cross_entropy(recipe.label_smoothing), schedule)

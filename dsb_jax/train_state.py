@@ -1,0 +1,110 @@
+"""The train state: everything that a run is, as one pytree of arrays."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from dsb_jax.layout import BlockLayout, block_group, real_rows, unpack
+
+Path = tuple[str, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Donated to every step and returned by it.
+
+    Attributes:
+      params: floats. A sparse layer holds `blocks[num_blocks, R, C]` where a dense one holds `kernel`.
+      batch_stats: running statistics of batch norm.
+      opt_state: of any optax optimizer; moments of blocks have the shape of blocks.
+      topology: {..., layer: {"layout": BlockLayout}}, integers.
+      step: int32[], training steps done.
+      key: uint32[2], the data of the run's PRNG key; steps derive theirs by folding in `step`.
+    """
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    topology: Any
+    step: jax.Array
+    key: jax.Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `model.apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats, "topology": self.topology}
+
+
+def create_train_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, key: jax.Array, images: Any
+) -> TrainState:
+    """Initializes parameters, topology and optimizer; `images` only gives shape and dtype. Jit-able."""
+    init_key, run_key = jax.random.split(key)
+    variables = model.init(init_key, jnp.zeros(images.shape, images.dtype))
+    params = variables["params"]
+    return TrainState(
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=optimizer.init(params),
+        topology=variables.get("topology", {}),
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key_data(run_key),
+    )
+
+
+def layouts(topology: Mapping[str, Any]) -> dict[Path, BlockLayout]:
+    """Path of each sparse layer -> its layout."""
+    leaves = jax.tree_util.tree_leaves_with_path(topology, is_leaf=lambda leaf: isinstance(leaf, BlockLayout))
+    return {tuple(key.key for key in path[:-1]): leaf for path, leaf in leaves}
+
+
+def with_layouts(topology: Mapping[str, Any], new: Mapping[Path, BlockLayout]) -> Any:
+    """The topology with some layouts replaced."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: new.get(tuple(key.key for key in path[:-1]), leaf),
+        topology,
+        is_leaf=lambda leaf: isinstance(leaf, BlockLayout),
+    )
+
+
+def leaf_at(tree: Any, path: Path) -> Any:
+    """The subtree or leaf at a path of keys."""
+    for part in path:
+        tree = tree[part]
+    return tree
+
+
+def dense_params(state: TrainState) -> Any:
+    """The params of the equal dense model: every `blocks` unpacked to a `kernel` with zeros (HWIO or [in, out]).
+
+    For looking at a trained model or handing it to code that knows nothing of blocks; a convolution's kernel comes
+    flattened, [kernel_height * kernel_width * channels, out].
+    """
+
+    def convert(tree: Any, path: Path) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        converted = {name: convert(value, (*path, name)) for name, value in tree.items()}
+        if "blocks" in converted:
+            converted["kernel"] = unpack(converted.pop("blocks"), found[path]).T
+        return converted
+
+    found = layouts(state.topology)
+    return convert(state.params, ())
+
+
+def count_nonzero_storage(state: TrainState) -> dict[Path, tuple[int, int]]:
+    """Measured from the arrays: path of each sparse layer -> (distinct active positions, positions of the matrix)."""
+    counts = {}
+    for path, layout in layouts(state.topology).items():
+        rows = layout.out_idx[block_group(layout)]
+        flat = rows[:, :, None] * layout.shape[1] + layout.in_idx[:, None, :]
+        real = jnp.broadcast_to(real_rows(layout), flat.shape)
+        counts[path] = (int(jnp.unique(flat[real]).size), layout.shape[0] * layout.shape[1])
+    return counts
