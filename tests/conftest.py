@@ -1,0 +1,26 @@
+"""What the tests share: strict settings, a quick hypothesis profile, layouts with given blocks in each group."""
+
+import jax
+import numpy as np
+from hypothesis import settings
+
+from dsb_jax.layout import BlockLayout, validate
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+settings.register_profile("quick", deadline=None, max_examples=20)
+settings.load_profile("quick")
+
+
+def make_layout(
+    seed: int, shape: tuple[int, int], block_shape: tuple[int, int], counts: tuple[int, ...]
+) -> BlockLayout:
+    """A layout of random rows and columns whose group g holds `counts[g]` blocks."""
+    rng = np.random.default_rng(seed)
+    (out, in_), (rows, cols) = shape, block_shape
+    out_idx = np.append(rng.permutation(out), np.arange(out, len(counts) * rows)).reshape(len(counts), rows)
+    in_idx = np.concatenate([rng.permutation(in_)[: n * cols].reshape(n, cols) for n in counts])
+    start = np.append(0, np.cumsum(counts))
+    arrays = (jax.numpy.asarray(array, jax.numpy.int32) for array in (out_idx, in_idx, start))
+    layout = BlockLayout(*arrays, shape, block_shape)
+    validate(layout)
+    return layout
