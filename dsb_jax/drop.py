@@ -19,13 +19,19 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 # Above the image of every float, NaN too, which is 0x7FC00000.
 _EXCLUDED = 0x7FFFFFFF
 
 
-def select_smallest(values: Float[Array, "*dims"], k: Int[Array, ""] | int, *, where: Bool[Array, "*dims"]) -> Array:
+def select_smallest(
+    values: Float[Array | np.ndarray, "*dims"],
+    k: Int[Array, ""] | int,
+    *,
+    where: Bool[Array | np.ndarray, "..."] | bool,
+) -> Bool[Array, "*dims"]:
     """Marks the k smallest values among `where`; ties go to the smaller flat index.
 
     Args:
@@ -37,7 +43,7 @@ def select_smallest(values: Float[Array, "*dims"], k: Int[Array, ""] | int, *, w
       bool, the shape of `values`, with exactly `clip(k, 0, where.sum())` True.
     """
     where = jnp.broadcast_to(where, values.shape)
-    bits = jnp.where(where, _ordered_bits(values.astype(jnp.float32)), _EXCLUDED)
+    bits = jnp.where(where, _ordered_bits(jnp.asarray(values, jnp.float32)), _EXCLUDED)
     k = jnp.asarray(k, jnp.int32)
     threshold = _bisect(lambda candidate: jnp.sum(bits < candidate, dtype=jnp.int32), k)
     below = bits < threshold
@@ -47,7 +53,12 @@ def select_smallest(values: Float[Array, "*dims"], k: Int[Array, ""] | int, *, w
     return below | (ties & (rank <= missing))
 
 
-def select_largest(values: Float[Array, "*dims"], k: Int[Array, ""] | int, *, where: Bool[Array, "*dims"]) -> Array:
+def select_largest(
+    values: Float[Array | np.ndarray, "*dims"],
+    k: Int[Array, ""] | int,
+    *,
+    where: Bool[Array | np.ndarray, "..."] | bool,
+) -> Bool[Array, "*dims"]:
     """Marks the k largest values among `where`; ties go to the smaller flat index. As `select_smallest`, but NaN
     ranks below minus infinity: a broken value is never chosen before a sound one, in either direction.
     """
@@ -55,7 +66,7 @@ def select_largest(values: Float[Array, "*dims"], k: Int[Array, ""] | int, *, wh
 
 
 def take_largest(
-    values: Float[Array, "*dims"], k: Int[Array, ""] | int, *, weights: Int[Array, "*dims"]
+    values: Float[Array | np.ndarray, "*dims"], k: Int[Array, ""] | int, *, weights: Int[Array | np.ndarray, "*dims"]
 ) -> Int[Array, "*dims"]:
     """Takes k units from bins in order of decreasing value: whole bins, then a part of the last one.
 
@@ -69,7 +80,7 @@ def take_largest(
     Returns:
       The units taken from each bin, `clip(k, 0, weights.sum())` together.
     """
-    bits = _ordered_bits(-values.astype(jnp.float32))
+    bits = _ordered_bits(-jnp.asarray(values, jnp.float32))
     k = jnp.asarray(k, jnp.int32)
 
     def units_below(bound: Int[Array, ""]) -> Int[Array, ""]:
@@ -106,7 +117,10 @@ def _ordered_bits(values: Float[Array, "*dims"]) -> Int[Array, "*dims"]:
 
 
 def magnitude_drop(
-    blocks: Float[Array, "num_blocks R C"], k: Int[Array, ""] | int, *, real: Bool[Array, "..."] | None = None
+    blocks: Float[Array | np.ndarray, "num_blocks R C"],
+    k: Int[Array, ""] | int,
+    *,
+    real: Bool[Array | np.ndarray, "..."] | None = None,
 ) -> Bool[Array, "num_blocks R C"]:
     """Marks exactly the k active weights of smallest magnitude, ties by flat index.
 
@@ -116,15 +130,16 @@ def magnitude_drop(
       real: broadcastable to `blocks`, False at the weights of phantom rows (`layout.real_rows`), which exist only
         in storage and are never marked. None if R divides `out`.
     """
-    return select_smallest(jnp.abs(blocks), k, where=jnp.ones((), jnp.bool_) if real is None else real)
+    return select_smallest(jnp.abs(blocks), k, where=True if real is None else real)
 
 
-def block_aware_drop(marked: Bool[Array, "num_blocks R C"]) -> Bool[Array, "num_blocks R C"]:
+def block_aware_drop(marked: Bool[Array | np.ndarray, "num_blocks R C"]) -> Bool[Array, "num_blocks R C"]:
     """Keeps a mark only where dropping can free structure (paper, section "block-aware drop").
 
     A mark survives if its row of the block holds at least C/2 marks, or its column of the block at least R/2.
     Odd sizes are exact: of C = 5 it takes 3, since 2 * 3 >= 5.
     """
+    marked = jnp.asarray(marked)
     _, rows, cols = marked.shape
     in_row = jnp.sum(marked, axis=2, keepdims=True, dtype=jnp.int32)
     in_column = jnp.sum(marked, axis=1, keepdims=True, dtype=jnp.int32)

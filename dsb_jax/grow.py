@@ -34,11 +34,11 @@ from dsb_jax.drop import select_largest, take_largest
 
 
 def grow_norm(
-    dy_norm: Float[Array, "out"],
-    x_norm: Float[Array, "in"],
+    dy_norm: Float[Array | np.ndarray, "out"],
+    x_norm: Float[Array | np.ndarray, "in"],
     k: Int[Array, ""] | int,
     *,
-    candidate: Bool[Array, "out in"],
+    candidate: Bool[Array | np.ndarray, "out in"],
     block_shape: tuple[int, int],
 ) -> Bool[Array, "out in"]:
     """Grows k positions in whole blocks where large output gradients meet large inputs.
@@ -53,6 +53,7 @@ def grow_norm(
       candidate: True where a position may be grown.
       block_shape: `(R, C)`; the last block of a side that it does not divide is smaller.
     """
+    candidate = jnp.asarray(candidate)
     (out, in_), (rows, cols) = candidate.shape, block_shape
     row_joins, col_joins = _join_order((out, in_), block_shape)
     row_order, col_order = jnp.argsort(-dy_norm), jnp.argsort(-x_norm)
@@ -118,11 +119,11 @@ def _cut(counts: Int[Array, "n"], k: Int[Array, ""]) -> tuple[Int[Array, ""], In
 
 
 def grow_block_gradient(
-    panel_norm: Float[Array, "num_groups in"],
+    panel_norm: Float[Array | np.ndarray, "num_groups in"],
     k: Int[Array, ""] | int,
     *,
-    candidate: Bool[Array, "out in"],
-    out_idx: Int[Array, "num_groups R"],
+    candidate: Bool[Array | np.ndarray, "out in"],
+    out_idx: Int[Array | np.ndarray, "num_groups R"],
 ) -> Bool[Array, "out in"]:
     """Grows whole columns of panels, (row group, column) pairs, in order of decreasing norm.
 
@@ -136,7 +137,7 @@ def grow_block_gradient(
       out_idx: the row groups; phantom rows, `>= out`, grow nothing.
     """
     out, in_ = candidate.shape
-    panels = candidate.at[out_idx].get(mode="fill", fill_value=False)  # [num_groups, R, in]
+    panels = jnp.asarray(candidate).at[out_idx].get(mode="fill", fill_value=False)  # [num_groups, R, in]
     taken = take_largest(panel_norm, k, weights=panels.sum(axis=1, dtype=jnp.int32))
     rank = jnp.cumsum(panels, axis=1, dtype=jnp.int32)
     grown = (panels & (rank <= taken[:, None])).reshape(-1, in_)
@@ -145,7 +146,10 @@ def grow_block_gradient(
 
 
 def grow_gradient(
-    dense_gradient: Float[Array, "out in"], k: Int[Array, ""] | int, *, candidate: Bool[Array, "out in"]
+    dense_gradient: Float[Array | np.ndarray, "out in"],
+    k: Int[Array, ""] | int,
+    *,
+    candidate: Bool[Array | np.ndarray, "out in"],
 ) -> Bool[Array, "out in"]:
     """Grows the k candidates of largest |gradient|, ties by flat index, as RigL does."""
     return select_largest(jnp.abs(dense_gradient), k, where=candidate)
@@ -155,8 +159,8 @@ def grow_random(
     key: jax.Array,
     k: Int[Array, ""] | int,
     *,
-    candidate: Bool[Array, "out in"],
-    out_idx: Int[Array, "num_groups R"] | None = None,
+    candidate: Bool[Array | np.ndarray, "out in"],
+    out_idx: Int[Array | np.ndarray, "num_groups R"] | None = None,
     granularity: str = "column",
 ) -> Bool[Array, "out in"]:
     """Grows k candidates at random.

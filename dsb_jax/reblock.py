@@ -26,6 +26,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsb_jax.drop import select_largest
@@ -41,7 +42,7 @@ _ROUNDING = 1e-6
 
 
 def reblock(
-    score: Float[Array, "out in"],
+    score: Float[Array | np.ndarray, "out in"],
     *,
     block_shape: tuple[int, int],
     num_blocks: int,
@@ -73,7 +74,7 @@ def reblock(
             f"{block_shape} blocks; pass the layout of this layer, or None."
         )
     previous_out_idx = None if previous is None else previous.out_idx
-    return _reblock(score, previous_out_idx, block_shape, num_blocks, min_group_blocks)
+    return _reblock(jnp.asarray(score), previous_out_idx, block_shape, num_blocks, min_group_blocks)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -220,8 +221,8 @@ def _swap_rows(
 
 
 def cut_columns(
-    column_score: Float[Array, "num_groups in"],
-    out_idx: Int[Array, "num_groups R"],
+    column_score: Float[Array | np.ndarray, "num_groups in"],
+    out_idx: Int[Array | np.ndarray, "num_groups R"],
     *,
     shape: tuple[int, int],
     block_shape: tuple[int, int],
@@ -255,7 +256,9 @@ def cut_columns(
             f"matrix of {block_shape[0]}x{block_shape[1]} blocks needs {[groups, shape[1]]} and "
             f"{[groups, block_shape[0]]}."
         )
-    return _cut_columns(column_score, out_idx, shape, block_shape, num_blocks, min_group_blocks)
+    return _cut_columns(
+        jnp.asarray(column_score), jnp.asarray(out_idx), shape, block_shape, num_blocks, min_group_blocks
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
@@ -287,9 +290,9 @@ def _cut_columns(
 
 
 @jax.jit
-def retained_score(score: Float[Array, "out in"], layout: BlockLayout) -> Float[Array, ""]:
+def retained_score(score: Float[Array | np.ndarray, "out in"], layout: BlockLayout) -> Float[Array, ""]:
     """The share of a nonnegative score that lies on the layout, 0 to 1; 1 if there is no score at all."""
-    score = score.astype(jnp.float32)
+    score = jnp.asarray(score, jnp.float32)
     total = score.sum()
     return jnp.where(total > 0, pack(score, layout).sum() / jnp.where(total > 0, total, 1), 1.0)
 
