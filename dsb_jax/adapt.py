@@ -61,7 +61,8 @@ def update_layers(
     statistics: Mapping[Path, Any],
 ) -> tuple[dict[Path, BlockLayout], Report]:
     """New layouts and report of every layer. Layers of one signature share one compiled loop."""
-    assert method.update is not None
+    method_update = method.update
+    assert method_update is not None
     same: dict[tuple[Any, ...], list[Path]] = {}
     for path in old:
         same.setdefault(_signature(blocks[path], old[path]), []).append(path)
@@ -77,7 +78,7 @@ def update_layers(
 
         def update(arg: Any) -> tuple[BlockLayout, LayerReport]:
             layer_key, layer_blocks, layout, statistic = arg
-            return method.update(layer_key, step, layer_blocks, layout, statistic)
+            return method_update(layer_key, step, layer_blocks, layout, statistic)
 
         results = lax.map(update, stacked)
         done = results

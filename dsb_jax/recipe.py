@@ -91,7 +91,8 @@ class Recipe:
         if set(values) != names:
             odd = sorted(set(values) ^ names)
             raise ValueError(f"the recipe has unknown or missing fields {odd}; it was made by another version.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
 
 class Assembly(NamedTuple):
@@ -188,7 +189,7 @@ def assemble(recipe: Recipe) -> Assembly:
             keep_dense=recipe.keep_dense,
             min_blocks=recipe.min_blocks,
         )
-        sparse = {"plan": plan, "implementation": recipe.implementation, "init_layout": method.init}
+        sparse: dict[str, Any] = {"plan": plan, "implementation": recipe.implementation, "init_layout": method.init}
         model = create(conv=functools.partial(SparseConv, **sparse), dense=functools.partial(SparseDense, **sparse))
     optimizer, schedule = make_optimizer(recipe)
     return Assembly(model, plan, method, optimizer, smoothed_cross_entropy(recipe.label_smoothing), schedule)

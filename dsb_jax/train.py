@@ -100,7 +100,7 @@ def eval_step(
     state: TrainState, images: jax.Array, labels: jax.Array, weight: jax.Array, *, model: nn.Module
 ) -> dict[str, jax.Array]:
     """Sums over one batch, each example counted `weight` (0 for padding): `correct`, `loss`, `count`."""
-    logits = model.apply(state.variables, images, train=False)
+    logits: Any = model.apply(state.variables, images, train=False)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = jnp.argmax(logits, -1) == labels
     return {"correct": (correct * weight).sum(), "loss": (losses * weight).sum(), "count": weight.sum()}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from dsb_jax.layout import BlockLayout, block_group, real_rows, unpack
+from dsb_jax.layout import BlockLayout, unpack
 
 Path = tuple[str, ...]
 
@@ -97,14 +97,3 @@ def dense_params(state: TrainState) -> Any:
 
     found = layouts(state.topology)
     return convert(state.params, ())
-
-
-def count_nonzero_storage(state: TrainState) -> dict[Path, tuple[int, int]]:
-    """Measured from the arrays: path of each sparse layer -> (distinct active positions, positions of the matrix)."""
-    counts = {}
-    for path, layout in layouts(state.topology).items():
-        rows = layout.out_idx[block_group(layout)]
-        flat = rows[:, :, None] * layout.shape[1] + layout.in_idx[:, None, :]
-        real = jnp.broadcast_to(real_rows(layout), flat.shape)
-        counts[path] = (int(jnp.unique(flat[real]).size), layout.shape[0] * layout.shape[1])
-    return counts

@@ -3,6 +3,7 @@
 from dsb_jax.methods.base import LayerReport as LayerReport
 from dsb_jax.methods.base import Method as Method
 from dsb_jax.methods.dense import dense as dense
+from dsb_jax.methods.dsb import GRANULARITIES as GRANULARITIES
 from dsb_jax.methods.dsb import GROW as GROW
 from dsb_jax.methods.dsb import dsb as dsb
 from dsb_jax.methods.ssb import ssb as ssb

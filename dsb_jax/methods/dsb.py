@@ -168,7 +168,7 @@ def _panel_scores(grow: str, key: jax.Array, statistic: Probe, layout: BlockLayo
         return jnp.sqrt(jnp.square(rows).sum(axis=1))
 
     if grow == "norm":
-        return per_group(statistic["dy_norm"])[:, None] * statistic["x_norm"]
+        return per_group(statistic["dy_norm"])[:, None] * statistic["x_norm"][None]
     if grow == "block_gradient":
         return statistic["panel_norm"]
     if grow == "gradient":

@@ -124,7 +124,7 @@ class SparseDense(nn.Dense):
             y = flat_y if self.feature_major else flat_y.T.reshape(y.shape)
         if bias is None:
             return y
-        return y + (bias[:, None] if self.feature_major else bias)
+        return y + jnp.expand_dims(bias, 1 if self.feature_major else range(y.ndim - 1))
 
 
 class SparseConv(nn.Conv):
@@ -172,10 +172,10 @@ class SparseConv(nn.Conv):
             feature_major=self.feature_major, precision=self.precision,
         )  # fmt: skip
         if self.has_variable("probes", "statistic"):
-            statistic = self.get_variable("probes", "statistic")
+            statistic: Any = self.get_variable("probes", "statistic")
             y = observe(y, x, statistic, layout, geometry=geometry, feature_major=self.feature_major)
         if bias is not None:
-            y = y + (bias[:, None, None, None] if self.feature_major else bias)
+            y = y + jnp.expand_dims(bias, (1, 2, 3) if self.feature_major else (0, 1, 2))
         return y if self.feature_major else y.reshape(*lead, *y.shape[1:])
 
     def _refuse_what_is_not_served(self, kernel_size: tuple[int, ...]) -> None:
@@ -201,7 +201,7 @@ class SparseConv(nn.Conv):
     def _geometry(self, x: jax.Array, kernel_size: tuple[int, ...], channels: int) -> tuple[ConvGeometry, jax.Array]:
         """Explicit strides and padding; circular and reflecting padding are applied to x here."""
         strides = self.strides if self.strides is not None else 1
-        strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
+        stride_h, stride_w = (strides, strides) if isinstance(strides, int) else strides
         first = 1 if self.feature_major else x.ndim - 3
         height, width = x.shape[first], x.shape[first + 1]
         padding: Any = self.padding
@@ -212,9 +212,9 @@ class SparseConv(nn.Conv):
             x = jnp.pad(x, around, mode="wrap" if padding == "CIRCULAR" else "reflect")
             padding = "VALID"
         if isinstance(padding, str):
-            padding = jax.lax.padtype_to_pads((height, width), kernel_size, strides, padding)
+            padding = jax.lax.padtype_to_pads((height, width), kernel_size, (stride_h, stride_w), padding)
         elif isinstance(padding, int):
             padding = [(padding, padding)] * 2
         pairs = tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
-        geometry = ConvGeometry(channels, (kernel_size[0], kernel_size[1]), strides, (pairs[0], pairs[1]))
+        geometry = ConvGeometry(channels, (kernel_size[0], kernel_size[1]), (stride_h, stride_w), (pairs[0], pairs[1]))
         return geometry, x

@@ -34,7 +34,7 @@ class _Pieces(NamedTuple):
     group: jax.Array
     blocks: jax.Array
     valid: jax.Array
-    count: jax.Array  # pieces in use; the rest of the arrays is padding
+    used: jax.Array  # number of pieces; the rest of the arrays is padding
 
 
 class _Tiling(NamedTuple):
@@ -79,7 +79,7 @@ def _pieces(index: Index, columns: int) -> _Pieces:
     group = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
     group = jnp.minimum(group, num_groups - 1)
     first_piece = (ends - (-(-counts // piece)))[group]
-    block = (group_start[group] + (ids - first_piece) * piece)[:, None] + jnp.arange(piece, dtype=jnp.int32)
+    block = (group_start[group] + (ids - first_piece) * piece)[:, None] + jnp.arange(piece, dtype=jnp.int32)[None]
     valid = (block < group_start[group + 1][:, None]) & (ids < ends[-1])[:, None]
     return _Pieces(group, jnp.where(valid, block, 0), valid, ends[-1])
 
@@ -188,7 +188,7 @@ def forward(x: jax.Array, blocks: jax.Array, index: Index, *, out: int, geometry
 
     y = jnp.zeros((tiling.num_tiles, num_groups, rows, tiling.run), jnp.float32)
     buffer = jnp.zeros((starts.shape[1], *_window(tiling)[3:]), x.dtype)
-    y, _ = _each_turn(tiling, pieces.count, turn, (y, buffer))
+    y, _ = _each_turn(tiling, pieces.used, turn, (y, buffer))
     return _rows_from_tiles(y.astype(x.dtype), out_idx, out, tiling)
 
 
@@ -225,7 +225,7 @@ def input_gradient(
         return lax.fori_loop(0, counts[i], add, dx)
 
     shape = (tiling.num_tiles, geometry.in_channels, math.prod(tiling.phases), tiling.rows, tiling.cols * tiling.tile)
-    dx = _each_turn(tiling, pieces.count, turn, jnp.zeros(shape, jnp.float32))
+    dx = _each_turn(tiling, pieces.used, turn, jnp.zeros(shape, jnp.float32))
     return _from_tiles(dx.astype(dy.dtype), geometry, tiling, input_size)
 
 
@@ -261,7 +261,7 @@ def weight_gradient(
 
     d_pieces = jnp.zeros((pieces.group.shape[0], rows, starts.shape[1]), jnp.float32)
     buffer = jnp.zeros((starts.shape[1], *_window(tiling)[3:]), x.dtype)
-    d_pieces, _ = _each_turn(tiling, pieces.count, turn, (d_pieces, buffer))
+    d_pieces, _ = _each_turn(tiling, pieces.used, turn, (d_pieces, buffer))
     d_pieces = d_pieces.reshape(-1, rows, pieces.blocks.shape[1], columns).transpose(0, 2, 1, 3)
     target = jnp.where(pieces.valid, pieces.blocks, num_blocks).reshape(-1)  # masked entries are dropped
     d_blocks = jnp.zeros((num_blocks, rows, columns), jnp.float32)

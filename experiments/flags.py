@@ -1,0 +1,81 @@
+"""Flags that make a recipe, shared by the programs that train."""
+
+import dataclasses
+import re
+from typing import Any
+
+from absl import flags
+
+from dsb_jax.methods import GRANULARITIES, GROW, METHODS
+from dsb_jax.ops import IMPLEMENTATIONS
+from dsb_jax.plan import DISTRIBUTIONS, KEEP_DENSE
+from dsb_jax.recipe import DTYPES, OPTIMIZERS, SCHEDULES, Recipe
+
+FLAGS = flags.FLAGS
+
+# What differs from the recipe's defaults for photographs: the paper's CIFAR protocol (dsb_jax/recipe.py).
+PHOTOGRAPHS: dict[str, Any] = {
+    "model": "wrn-22-2",
+    "epochs": 160,
+    "batch_size": 128,
+    "learning_rate": 0.1,
+    "learning_rate_schedule": "step",
+    "update_interval": 100,
+    "update_end_fraction": 0.5,
+}
+
+
+def parse_block_shape(text: str) -> tuple[int, int]:
+    """'32x8' -> (32, 8).
+
+    Raises:
+      ValueError: if the text is no such thing.
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
+    if not match:
+        raise ValueError(f"block_shape={text!r} is not rows x columns; give sizes such as 16x16, 32x8 or 64x4.")
+    return int(match[1]), int(match[2])
+
+
+def define() -> None:
+    """Defines one flag for each field of the recipe that a user sets. Unset flags take the data set's default."""
+    flags.DEFINE_string("dataset", "digits", "digits (bundled), or any tfds image classification set: cifar10, ...")
+    flags.DEFINE_string("data_dir", None, "Where tfds finds or prepares data sets.")
+    flags.DEFINE_string("model", None, "convnet, resnet18, vgg16, or wrn-DEPTH-WIDTH such as wrn-22-2.")
+    flags.DEFINE_enum("method", "dsb", METHODS, "How the topology is trained.")
+    flags.DEFINE_float("sparsity", 0.9, "Fraction of zeros over the sparse layers, in [0, 1).")
+    flags.DEFINE_enum("distribution", "uniform", sorted(DISTRIBUTIONS), "Densities over the layers.")
+    flags.DEFINE_string("block_shape", "16x16", "Rows x columns of a block: 16x16, 32x8, 64x4, ...")
+    flags.DEFINE_list("keep_dense", list(KEEP_DENSE), "Patterns of layer paths that stay dense.")
+    flags.DEFINE_enum("grow", None, GROW, "Growth criterion of dsb.")
+    flags.DEFINE_enum("granularity", None, GRANULARITIES, "What dsb drops and grows.")
+    flags.DEFINE_bool("block_aware_drop", True, "Drop only weights whose loss can free structure.")
+    flags.DEFINE_integer("min_group_blocks", 0, "Blocks that every row group keeps when re-blocking.")
+    flags.DEFINE_float("drop_fraction", 0.3, "Share of the weights dropped at the first adaptation, in [0, 1].")
+    flags.DEFINE_integer("update_interval", None, "Steps between adaptations.")
+    flags.DEFINE_float("update_end_fraction", None, "Adaptations end after this fraction of all steps.")
+    flags.DEFINE_integer("epochs", None, "Passes over the training images.")
+    flags.DEFINE_integer("batch_size", None, "Images in a step.")
+    flags.DEFINE_float("learning_rate", None, "Base learning rate.")
+    flags.DEFINE_enum("learning_rate_schedule", None, SCHEDULES, "How the learning rate falls.")
+    flags.DEFINE_float("momentum", 0.9, "Of SGD.")
+    flags.DEFINE_float("weight_decay", 1e-4, "L2 for SGD, decoupled for AdamW.")
+    flags.DEFINE_enum("optimizer", "sgd", OPTIMIZERS, "Optimizer.")
+    flags.DEFINE_float("label_smoothing", 0.0, "In [0, 1).")
+    flags.DEFINE_float("dropout_rate", 0.0, "Inside the blocks of wrn models; the paper uses 0.3.")
+    flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the computation; parameters are float32.")
+    flags.DEFINE_integer("seed", 0, "Of everything random.")
+    flags.DEFINE_enum("implementation", "auto", IMPLEMENTATIONS, "Of the sparse products.")
+
+
+def recipe_from_flags() -> Recipe:
+    """The recipe of the parsed flags; sizes that depend on the data set are filled in by `experiments.run`."""
+    values = dataclasses.asdict(Recipe())
+    if FLAGS.dataset != "digits":
+        values |= PHOTOGRAPHS
+    for name in values:
+        if name in FLAGS and FLAGS[name].value is not None:
+            values[name] = FLAGS[name].value
+    values["block_shape"] = parse_block_shape(FLAGS.block_shape)
+    values["keep_dense"] = tuple(FLAGS.keep_dense)
+    return Recipe(**values)

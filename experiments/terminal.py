@@ -1,0 +1,129 @@
+"""What a run shows in the terminal: the table of layers, a progress bar, the outcome."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dsb_jax.ops import record_choices
+from dsb_jax.recipe import Assembly, Recipe
+from dsb_jax.train_state import TrainState, layouts, leaf_at
+
+
+def format_bytes(count: int) -> str:
+    """1536 -> '1.5 KiB'."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def layer_table(recipe: Recipe, assembly: Assembly, state: TrainState) -> Table:
+    """One row for each linear layer and convolution: shape, density, blocks, implementation, bytes."""
+    images = jax.ShapeDtypeStruct((recipe.batch_size, *recipe.image_shape), jnp.float32)
+    with record_choices() as choices:
+        jax.eval_shape(lambda state, x: assembly.model.apply(state.variables, x, train=False), state, images)
+    found = layouts(state.topology)
+    table = Table(title=f"{recipe.model}, {recipe.method}, block shape {'x'.join(map(str, recipe.block_shape))}")
+    for name in ("layer", "out x in", "density", "blocks", "implementation", "bytes"):
+        table.add_column(name, justify="left" if name in ("layer", "implementation") else "right")
+    paths = [layer.path for layer in assembly.plan.layers] if assembly.plan else list(_kernels(state.params))
+    reasons = {layer.path: layer.reason for layer in assembly.plan.layers} if assembly.plan else {}
+    for path in paths:
+        params = leaf_at(state.params, path)
+        layout = found.get(path)
+        weights = params["kernel" if layout is None else "blocks"]
+        nbytes = weights.nbytes + (0 if layout is None else sum(a.nbytes for a in jax.tree.leaves(layout)))
+        if layout is None:
+            out = weights.shape[-1]
+            row = (f"{out} x {weights.size // out}", "1", "-", f"dense ({reasons.get(path, 'dense model')})")
+        else:
+            choice = choices[path]
+            row = (
+                f"{layout.shape[0]} x {layout.shape[1]}",
+                f"{layout.density:.4f}",
+                str(layout.num_blocks),
+                f"{choice.implementation} ({choice.reason})",
+            )
+        table.add_row("/".join(path), *row, format_bytes(nbytes))
+    return table
+
+
+def _kernels(params: Any) -> list[tuple[str, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [tuple(key.key for key in path[:-1]) for path, _ in leaves if path[-1].key == "kernel"]
+
+
+class TerminalProgress:
+    """A bar with loss, accuracy, sparsity and turnover; on a terminal that is none, one line an epoch."""
+
+    def __init__(self, console: Console, sparsity: float) -> None:
+        self.console = console
+        self.sparsity = sparsity
+        self.bar = Progress(
+            TextColumn("[bold]{task.fields[epoch]}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  acc {task.fields[accuracy]:.1%}  test {task.fields[test]}  "
+                       "sparsity {task.fields[sparsity]:.1%}  turnover {task.fields[turnover]:.1%}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )  # fmt: skip
+        self.last: dict[str, float] = {}
+
+    def begin(self, recipe: Recipe, state: TrainState, done: int) -> None:
+        del state
+        self.epochs = recipe.epochs
+        epoch = done * recipe.epochs // recipe.total_steps
+        self.task = self.bar.add_task(
+            "train", total=recipe.total_steps, completed=done, epoch=f"epoch {epoch + 1}/{self.epochs}", test="-",
+            loss=float("nan"), accuracy=0.0, sparsity=self.sparsity, turnover=0.0,
+        )  # fmt: skip
+        self.bar.start()
+
+    def advance(self, step: int, values: dict[str, float]) -> None:
+        self.last = values
+        self.bar.update(self.task, completed=step, **values)  # type: ignore[arg-type]
+
+    def epoch(self, epoch: int, values: dict[str, float]) -> None:
+        accuracy = f"{values['test_accuracy']:.2%}"
+        self.bar.update(self.task, epoch=f"epoch {min(epoch + 1, self.epochs)}/{self.epochs}", test=accuracy)
+        if not self.console.is_terminal:
+            self.console.print(
+                f"epoch {epoch}/{self.epochs}  loss {self.last['loss']:.3f}  test accuracy {accuracy}  "
+                f"sparsity {self.sparsity:.1%}  turnover {self.last['turnover']:.1%}"
+            )
+
+    def stop(self) -> None:
+        self.bar.stop()
+
+
+def outcome_table(summary: dict[str, Any]) -> Table:
+    """The numbers of a summary that one looks at first."""
+    table = Table(title="outcome", show_header=False)
+    nbytes = summary["bytes"]
+    rows = [
+        ("test accuracy", f"{summary['test_accuracy']:.2%}"),
+        ("sparsity", f"{summary['sparsity']:.2%} over the sparse layers, {summary['sparsity_all']:.2%} over all"),
+        ("active weights", f"{summary['num_active']:,} in the sparse layers"),
+        ("bytes", ", ".join(f"{name} {format_bytes(count)}" for name, count in nbytes.items())),
+    ]
+    if summary.get("step_time_s"):
+        rows.append(("time", f"{summary['step_time_s'] * 1e3:.1f} ms a step, {summary['train_time_s']:.1f} s in all"))
+    if summary.get("adaptations"):
+        took = f", {summary['adapt_time_s'] * 1e3:.0f} ms each" if summary.get("adapt_time_s") else ""
+        rows += [
+            ("adaptations", f"{summary['adaptations']}{took}"),
+            ("growth accepted", f"{summary['accepted_growth']:.1%}"),
+            ("turnover, collateral", f"{summary['turnover']:.1%}, {summary['collateral']:.1%} an adaptation"),
+            ("exploration", f"{summary['exploration']:.1%} of all positions were active at some time"),
+        ]
+    for row in rows:
+        table.add_row(*row)
+    return table

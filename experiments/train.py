@@ -1,0 +1,68 @@
+"""Trains a sparse network.
+
+python -m experiments.train                                   digits, DSB, 90 % sparse: about a minute on a CPU
+python -m experiments.train --dataset=cifar10 --data_dir=DIR --model=wrn-22-2 --distribution=erk
+"""
+
+import itertools
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+
+from dsb_jax import checkpoint, data
+from dsb_jax.recipe import Recipe, check_recipe
+from experiments import curves, program, terminal
+from experiments import flags as recipe_flags
+from experiments import run as runs
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """The recipe's flags and where the run lives."""
+    recipe_flags.define()
+    flags.DEFINE_string("workdir", None, "Where the run is written; by default a new folder in runs/.")
+    flags.DEFINE_bool("resume", False, "Continue the run in workdir from its latest checkpoint.")
+    flags.DEFINE_integer("keep_last", 2, "Checkpoints to keep, beside the best.")
+
+
+def default_workdir(recipe: Recipe, resume: bool) -> Path:
+    """runs/DATASET-MODEL-METHOD-SPARSITY-seedN, with -2, -3, ... if taken; the latest of these to resume."""
+    name = f"{recipe.dataset}-{recipe.model}-{recipe.method}-{recipe.sparsity:g}-seed{recipe.seed}"
+    candidates = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
+    taken = list(itertools.takewhile(Path.exists, candidates))
+    if resume and taken:
+        return taken[-1]
+    return Path("runs") / (name if not taken else f"{name}-{len(taken) + 1}")
+
+
+def main() -> None:
+    """Flags -> library calls."""
+    console = Console()
+    recipe = recipe_flags.recipe_from_flags()
+    workdir = Path(FLAGS.workdir) if FLAGS.workdir else default_workdir(recipe, FLAGS.resume)
+    check_recipe(recipe)
+    dataset = data.load(recipe.dataset, data_dir=FLAGS.data_dir)
+    recipe = runs.for_dataset(recipe, dataset)
+    checkpoint.check_workdir(workdir, recipe, resume=FLAGS.resume)
+    assembly, state = runs.create(recipe)
+    console.print(terminal.layer_table(recipe, assembly, state))
+    sparsity = runs.measure_sparsity(assembly, state)["sparsity"]
+    progress = terminal.TerminalProgress(console, sparsity)
+    try:
+        summary = runs.run(recipe, dataset, workdir, resume=FLAGS.resume, progress=progress, keep_last=FLAGS.keep_last)
+    except KeyboardInterrupt:
+        progress.stop()
+        console.print(f"\ninterrupted; continue with --resume --workdir={workdir}")
+        raise SystemExit(130) from None
+    finally:
+        progress.stop()
+    curves.draw(workdir, f"{recipe.dataset}, {recipe.model}, {recipe.method}, sparsity {sparsity:.1%}")
+    console.print(terminal.outcome_table(summary))
+    console.print(f"written: {workdir}/summary.json, metrics.jsonl, curves.png, checkpoints/")
+
+
+if __name__ == "__main__":
+    define_flags()
+    program.start(main)
