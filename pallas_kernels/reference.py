@@ -14,7 +14,7 @@ def patches(x: jax.Array, geometry: ConvGeometry) -> jax.Array:
     (top, bottom), (left, right) = geometry.padding
     out_h, out_w = geometry.output_size(x.shape[1], x.shape[2])
     stride_h, stride_w = geometry.strides
-    padded = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    padded = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (top, bottom, 0), (left, right, 0), (0, 0, 0)))
     taps = [
         padded[:, kh : kh + (out_h - 1) * stride_h + 1 : stride_h, kw : kw + (out_w - 1) * stride_w + 1 : stride_w]
         for kh in range(geometry.kernel_size[0])
@@ -30,6 +30,11 @@ def rows_of_blocks(index: Index) -> jax.Array:
     return out_idx[group]
 
 
+def _einsum(spec: str, a: jax.Array, b: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
+    """In float32: a CPU has no batched product of bfloat16 that accumulates in float32."""
+    return jnp.einsum(spec, a.astype(jnp.float32), b.astype(jnp.float32), precision=precision)
+
+
 def forward(
     x: jax.Array,
     blocks: jax.Array,
@@ -41,7 +46,7 @@ def forward(
 ) -> jax.Array:
     """Y[rows(b)] += blocks[b] @ X[in_idx[b]] for every block b (SpMM)."""
     panels = patches(x, geometry)[index[1]]
-    partial = jnp.einsum("brc,bchwn->brhwn", blocks, panels, precision=precision, preferred_element_type=jnp.float32)
+    partial = _einsum("brc,bchwn->brhwn", blocks, panels, precision)
     y = jnp.zeros((out, *partial.shape[2:]), jnp.float32).at[rows_of_blocks(index)].add(partial, mode="drop")
     return y.astype(x.dtype)
 
@@ -57,7 +62,7 @@ def input_gradient(
 ) -> jax.Array:
     """dX[in_idx[b]] += blocks[b]^T @ dY[rows(b)] (transposed SpMM), then the taps are summed back."""
     rows = dy.at[rows_of_blocks(index)].get(mode="fill", fill_value=0)
-    partial = jnp.einsum("brc,brhwn->bchwn", blocks, rows, precision=precision, preferred_element_type=jnp.float32)
+    partial = _einsum("brc,brhwn->bchwn", blocks, rows, precision)
     d_patches = jnp.zeros((geometry.in_features, *dy.shape[1:]), jnp.float32).at[index[1]].add(partial)
     x_spec = jax.ShapeDtypeStruct((geometry.in_channels, *input_size, dy.shape[-1]), jnp.float32)
     (dx,) = jax.linear_transpose(lambda x: patches(x, geometry), x_spec)(d_patches)
@@ -76,9 +81,7 @@ def weight_gradient(
     """dblocks[b] = dY[rows(b)] @ X[in_idx[b]]^T (SDDMM sampled at the stored blocks)."""
     rows = dy.at[rows_of_blocks(index)].get(mode="fill", fill_value=0)
     panels = patches(x, geometry)[index[1]]
-    return jnp.einsum("brhwn,bchwn->brc", rows, panels, precision=precision, preferred_element_type=jnp.float32).astype(
-        dtype
-    )
+    return _einsum("brhwn,bchwn->brc", rows, panels, precision).astype(dtype)
 
 
 REFERENCE = Kernels(forward, input_gradient, weight_gradient)
