@@ -73,7 +73,8 @@ def observe(
 def _input_norms(x: jax.Array, geometry: ConvGeometry, output_size: tuple[int, int]) -> jax.Array:
     """|X_j| of every column j = (kh, kw, c): the norm over the batch of what that tap reads of channel c."""
     energy = jnp.square(x.astype(jnp.float32)).sum(axis=0)  # [H, W, C]
-    energy = jnp.pad(energy, (*geometry.padding, (0, 0)))
+    (top, bottom), (left, right) = geometry.padding
+    energy = lax.pad(energy, jnp.float32(0), ((top, bottom, 0), (left, right, 0), (0, 0, 0)))
     (stride_h, stride_w), (out_h, out_w) = geometry.strides, output_size
     taps = [
         energy[kh : kh + out_h * stride_h : stride_h, kw : kw + out_w * stride_w : stride_w][:out_h, :out_w].sum((0, 1))
