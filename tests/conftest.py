@@ -1,5 +1,10 @@
 """What the tests share: strict settings, a quick hypothesis profile, layouts with given blocks in each group."""
 
+import os
+
+# Tests compile much and compute little: unoptimized machine code halves their time.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+
 import jax
 import numpy as np
 from hypothesis import settings
