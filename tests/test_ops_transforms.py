@@ -1,0 +1,170 @@
+"""The sparse product under jax's transformations, over several devices, and what it never holds: a dense weight."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsb_jax.layout import random_layout
+from dsb_jax.ops import sparse_conv, sparse_matmul
+from pallas_kernels import ConvGeometry
+from tests.conftest import make_layout
+
+IMPLEMENTATIONS = ("xla", "dense", "reference")
+GEOMETRY = ConvGeometry(4, (3, 3), (2, 1), ((1, 1), (0, 1)))
+
+
+@pytest.fixture(scope="module")
+def case():
+    layout = make_layout(0, (12, 36), (4, 4), (3, 0, 5))
+    keys = jax.random.split(jax.random.key(0), 2)
+    return jax.random.normal(keys[0], (6, 5, 5, 4)), jax.random.normal(keys[1], (8, 4, 4)), layout
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def loss(request, case):
+    """(x, blocks) -> scalar, not symmetric in anything."""
+    layout = case[2]
+
+    def loss(x, blocks):
+        y = sparse_conv(x, blocks, layout, geometry=GEOMETRY, implementation=request.param)
+        return (jnp.tanh(y) * jnp.arange(y.size).reshape(y.shape)).sum()
+
+    return loss
+
+
+def assert_trees_close(result, wanted):
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_jit_and_remat_change_nothing(loss, case):
+    x, blocks, _ = case
+    wanted = jax.value_and_grad(loss, (0, 1))(x, blocks)
+    assert_trees_close(jax.jit(jax.value_and_grad(loss, (0, 1)))(x, blocks), wanted)
+    assert_trees_close(jax.jit(jax.value_and_grad(jax.checkpoint(loss), (0, 1)))(x, blocks), wanted)
+
+
+def test_vmap_over_examples_and_over_models(loss, case):
+    x, blocks, _ = case
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    by_example = jax.jit(jax.vmap(jax.grad(loss, (0, 1)), (0, None)))(x[:, None], blocks)
+    by_model = jax.jit(jax.vmap(jax.grad(loss, (0, 1)), (None, 0)))(x[:1], jnp.stack([blocks, -2 * blocks]))
+    for i in (0, 5):
+        assert_trees_close(jax.tree.map(lambda leaf, i=i: leaf[i], by_example), gradient(x[i : i + 1], blocks))
+    for i, factor in enumerate((1, -2)):
+        assert_trees_close(jax.tree.map(lambda leaf, i=i: leaf[i], by_model), gradient(x[:1], factor * blocks))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_scan_over_layers(implementation):
+    """Equal layers, each with a layout of its own, stacked and scanned: as in a loop, values and gradients."""
+    layouts = [make_layout(i, (8, 8), (4, 2), counts) for i, counts in enumerate([(2, 2), (0, 4), (3, 1)])]
+    blocks = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
+    x = jax.random.normal(jax.random.key(1), (5, 8))
+
+    def layer(x, blocks, layout):
+        return jnp.tanh(sparse_matmul(x, blocks, layout, implementation=implementation))
+
+    def scanned(blocks):
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layouts)
+        y, _ = jax.lax.scan(lambda x, args: (layer(x, *args), None), x, (blocks, stacked))
+        return (y * jnp.arange(8.0)[None]).sum()
+
+    def looped(blocks):
+        y = x
+        for one, layout in zip(blocks, layouts, strict=True):
+            y = layer(y, one, layout)
+        return (y * jnp.arange(8.0)[None]).sum()
+
+    assert_trees_close(jax.jit(jax.value_and_grad(scanned))(blocks), jax.jit(jax.value_and_grad(looped))(blocks))
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from dsb_jax.layout import random_layout
+from dsb_jax.ops import sparse_conv
+from pallas_kernels import ConvGeometry
+
+assert jax.device_count() == 8
+geometry = ConvGeometry(4, (3, 3), (1, 1), ((1, 1), (1, 1)))
+layout = random_layout(jax.random.key(0), (8, 36), block_shape=(4, 4), num_blocks=6)
+blocks = jax.random.normal(jax.random.key(1), (6, 4, 4))
+x = jax.random.normal(jax.random.key(2), (16, 4, 4, 4))
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+shard = NamedSharding(mesh, P("data"))
+for implementation in ("xla", "dense"):
+    def loss(x, blocks):
+        y = sparse_conv(x, blocks, layout, geometry=geometry, implementation=implementation)
+        return jnp.sin(y).sum(), y
+    run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    wanted = run(x, blocks)
+    result = run(jax.device_put(x, shard), jax.device_put(blocks, NamedSharding(mesh, P())))
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+    print(implementation, result[1][0].sharding)
+print("equal")
+"""
+
+
+def test_batch_sharded_over_eight_devices():
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    run = subprocess.run(
+        [sys.executable, "-c", SHARDED], env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.stdout.endswith("equal\n"), run.stderr
+
+
+def inner_jaxprs(value):
+    if isinstance(value, jax.extend.core.ClosedJaxpr):
+        return [value.jaxpr]
+    if isinstance(value, jax.extend.core.Jaxpr):
+        return [value]
+    return [jaxpr for item in value for jaxpr in inner_jaxprs(item)] if isinstance(value, tuple | list) else []
+
+
+def largest_array(jaxpr):
+    """The most elements that any array of a jaxpr has, those of nested ones included."""
+    sizes = [math.prod(v.aval.shape) for v in (*jaxpr.invars, *jaxpr.constvars)]
+    for eqn in jaxpr.eqns:
+        sizes += [math.prod(v.aval.shape) for v in eqn.outvars]
+        sizes += [largest_array(inner) for value in eqn.params.values() for inner in inner_jaxprs(value)]
+    return max(sizes)
+
+
+def training_gradient(implementation, out):
+    """The jitted gradient of two sparse layers, and its arguments; activations are tiny beside the weights."""
+    conv = random_layout(jax.random.key(0), (64, 288), block_shape=(16, 8), num_blocks=14)
+    linear = random_layout(jax.random.key(1), (out, 256), block_shape=(16, 8), num_blocks=14)
+    geometry = ConvGeometry(32, (3, 3), (1, 1), ((1, 1), (1, 1)))
+
+    def loss(params, x, layouts):
+        y = sparse_conv(x, params[0], layouts[0], geometry=geometry, implementation=implementation)
+        y = sparse_matmul(jnp.tanh(y).reshape(1, -1), params[1], layouts[1], implementation=implementation)
+        return jnp.square(y).sum()
+
+    blocks = jnp.ones((14, 16, 8))
+    return jax.jit(jax.grad(loss, (0, 1))), ((blocks, blocks), jnp.ones((1, 2, 2, 32)), (conv, linear))
+
+
+@pytest.mark.parametrize("out", [80, 72])  # 72 is ragged
+def test_no_array_as_large_as_a_dense_weight(out):
+    gradient, args = training_gradient("xla", out)
+    dense = min(64 * 288, out * 256)
+    assert largest_array(jax.make_jaxpr(gradient)(*args).jaxpr) < dense
+    compiled = gradient.lower(*args).compile().as_text()
+    shapes = re.findall(r"\b(?:f|bf|s|u|pred)\d*\[([\d,]*)\]", compiled)
+    assert len(shapes) > 100
+    assert max(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes) < dense
+    # The same look at the dense fallback does find its weights.
+    gradient, args = training_gradient("dense", out)
+    assert largest_array(jax.make_jaxpr(gradient)(*args).jaxpr) >= dense
