@@ -15,6 +15,7 @@ from flax import linen as nn
 from dsb_jax import methods, models
 from dsb_jax.methods import Method
 from dsb_jax.nn import SparseConv, SparseDense
+from dsb_jax.ops.dense import conv_general_dilated
 from dsb_jax.ops.dispatch import check_implementation
 from dsb_jax.plan import KEEP_DENSE, MIN_BLOCKS, SparsityPlan, find_layers, make_plan
 from dsb_jax.train import Loss, smoothed_cross_entropy
@@ -172,12 +173,13 @@ def assemble(recipe: Recipe) -> Assembly:
     """
     check_recipe(recipe)
     method = make_method(recipe)
+    conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
     create = functools.partial(
         models.create, recipe.model, num_classes=recipe.num_classes, dtype=jnp.dtype(recipe.dtype),
         dropout_rate=recipe.dropout_rate,
     )  # fmt: skip
     plan = None
-    model = create()
+    model = create(conv=conv)
     if method.sparse:
         images = jax.ShapeDtypeStruct((1, *recipe.image_shape), jnp.float32)
         params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]

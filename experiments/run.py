@@ -144,8 +144,8 @@ def run(
         restored = checkpoint.restore(workdir)
         state, step, explored = restored.state, restored.step, Explored(restored.extra)
     explored.update(state)
-    metrics = _Metrics(workdir / "metrics.jsonl", step)
     saver = checkpoint.Checkpoints(workdir, recipe, keep_last=keep_last)
+    metrics = _Metrics(workdir / "metrics.jsonl", step)
     num_train = len(dataset.train_labels)
     steps_per_epoch = num_train // recipe.batch_size
     images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)

@@ -32,7 +32,8 @@ def layer_table(recipe: Recipe, assembly: Assembly, state: TrainState) -> Table:
     table = Table(title=f"{recipe.model}, {recipe.method}, block shape {'x'.join(map(str, recipe.block_shape))}")
     for name in ("layer", "out x in", "density", "blocks", "implementation", "bytes"):
         table.add_column(name, justify="left" if name in ("layer", "implementation") else "right")
-    paths = [layer.path for layer in assembly.plan.layers] if assembly.plan else list(_kernels(state.params))
+    # With a plan every layer records what it chose, in the order of the forward pass.
+    paths = list(choices) if assembly.plan else _kernels(state.params)
     reasons = {layer.path: layer.reason for layer in assembly.plan.layers} if assembly.plan else {}
     for path in paths:
         params = leaf_at(state.params, path)
