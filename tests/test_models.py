@@ -1,0 +1,146 @@
+"""Models by name: sizes known from the literature, names refused, a sparse twin for every plan. Shapes only."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from dsb_jax.models import create
+from dsb_jax.nn import SparseConv, SparseDense
+from dsb_jax.plan import find_layers, make_plan
+
+# name: image, all parameters (batch norm included) for 10 classes, convolutions and linear layers
+SIZES = {
+    "convnet": ((8, 8, 1), 241_898, 5),  # 9 * (32 + 32 * 64 + 64 * 128 + 128 * 128) + 2 * 352 + 1290
+    "resnet18": ((32, 32, 3), 11_173_962, 21),  # as in the usual PyTorch model for CIFAR
+    "vgg16": ((32, 32, 3), 14_724_042, 14),  # 14,728,266 less the biases of the convolutions
+    "wrn-22-2": ((32, 32, 3), 1_079_642, 23),
+    "wrn-28-10": ((32, 32, 3), 36_479_194, 29),  # 36.5M in the paper
+}
+
+
+@functools.cache
+def shapes_of(name, **options):
+    model, image = create(name, num_classes=10, **options), SIZES[name][0]
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, *image)))
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_known_sizes(name):
+    variables = shapes_of(name)
+    _, parameters, layers = SIZES[name]
+    assert count(variables["params"]) == parameters
+    found = find_layers(variables["params"])
+    assert len(found) == layers
+    assert {("stem",), ("head",)} < set(found)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "vgg16", "wrn-16-1"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_logits_are_float32_of_the_right_shape(name, dtype):
+    model = create(name, num_classes=7, dtype=dtype, width_multiplier=0.5)
+    images = jax.ShapeDtypeStruct((3, 32, 32, 3), dtype)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    logits = jax.eval_shape(model.apply, variables, images)
+    assert (logits.shape, logits.dtype) == ((3, 7), jnp.float32)
+    train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    logits, updates = jax.eval_shape(train, variables, images)
+    assert logits.shape == (3, 7)
+    assert jax.tree.structure(updates["batch_stats"]) == jax.tree.structure(variables["batch_stats"])
+
+
+def test_a_smaller_dense_model_is_narrower_everywhere_inside():
+    full, half = (find_layers(shapes_of("convnet", width_multiplier=w)["params"]) for w in (1.0, 0.5))
+    assert [layer.out for layer in full.values()] == [64, 128, 128, 10, 32]
+    assert [layer.out for layer in half.values()] == [32, 64, 64, 10, 16]
+
+
+@pytest.mark.parametrize("depth", [10, 16, 22])
+def test_depth_counts_the_layers_of_a_wide_residual_network(depth):
+    model = create(f"wrn-{depth}-2", num_classes=10)
+    layers = find_layers(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"])
+    # depth = 6n + 4: 6n convolutions in the blocks; beside them the stem, the classifier and three projections.
+    assert len(layers) == depth + 1
+    assert sum(layer.kernel_size == (1, 1) for layer in layers.values()) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet", r"model='resnet' is unknown; choose one of convnet, resnet18, vgg16, wrn-DEPTH-WIDTH"),
+        ("WRN-22-2", r"model='WRN-22-2' is unknown"),
+        ("wrn-22", r"model='wrn-22' is unknown"),
+        ("", r"model='' is unknown"),
+        ("wrn-23-2", r"model='wrn-23-2' does not exist: depth is 6n \+ 4 \(10, 16, 22, ...\), width >= 1"),
+        ("wrn-4-2", r"model='wrn-4-2' does not exist"),
+        ("wrn-22-0", r"model='wrn-22-0' does not exist"),
+    ],
+)
+def test_names_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        create(name, num_classes=10)
+
+
+def test_dropout_is_for_wide_residual_networks():
+    for name in ("convnet", "resnet18", "vgg16"):
+        with pytest.raises(ValueError, match=rf"dropout_rate=0.3 is for wrn models only; {name} has no dropout"):
+            create(name, num_classes=10, dropout_rate=0.3)
+    model = create("wrn-10-1", num_classes=10, dropout_rate=0.5)
+    images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+
+    @jax.jit
+    def logits(key):
+        return model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})[0]
+
+    one, same, other = (logits(jax.random.key(seed)) for seed in (0, 0, 1))
+    assert (one == same).all()
+    assert (one != other).any()
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "vgg16", "wrn-22-2"])
+@pytest.mark.parametrize("distribution", ["uniform", "erk"])
+def test_a_plan_over_each_model_makes_its_sparse_twin(name, distribution):
+    dense = shapes_of(name)["params"]
+    plan = make_plan(find_layers(dense), sparsity=0.9, distribution=distribution, block_shape=(32, 8))
+    sparse = {"plan": plan, "implementation": "xla"}
+    variables = shapes_of(
+        name, conv=functools.partial(SparseConv, **sparse), dense=functools.partial(SparseDense, **sparse)
+    )
+    eligible = sum(layer.shape.size for layer in plan.layers if layer.eligible)
+    assert plan.sparsity() == pytest.approx(0.9, abs=256 / eligible)
+    for layer in plan.layers:
+        params = functools.reduce(lambda tree, part: tree[part], layer.path, variables["params"])
+        if layer.num_blocks is None:
+            assert params["kernel"].size == layer.shape.size
+        else:
+            assert params["blocks"].shape == (layer.num_blocks, 32, 8)
+    assert plan["stem",].num_blocks is plan["head",].num_blocks is None
+    assert len(jax.tree.leaves(variables["topology"])) == 3 * len(plan.sparse_layers)
+    # Nothing but the sparse kernels has changed its size.
+    removed = sum(layer.shape.size - plan.num_active(layer) for layer in plan.sparse_layers)
+    assert count(variables["params"]) == count(dense) - removed
+
+
+def test_layer_classes_are_arguments():
+    """Any class with the signatures of nn.Conv and nn.Dense will do."""
+    built = []
+
+    def conv(*args, **kwargs):
+        built.append(kwargs["name"])
+        return nn.Conv(*args, **kwargs)
+
+    def dense(*args, **kwargs):
+        built.append(kwargs["name"])
+        return nn.Dense(*args, **kwargs)
+
+    model = create("convnet", num_classes=10, conv=conv, dense=dense)
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    assert built == ["stem", "conv_1", "conv_2", "conv_3", "head"]
