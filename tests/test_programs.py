@@ -1,0 +1,86 @@
+"""The programs as a user runs them: mistakes end in one or two lines with the value and the cure, exit code not 0."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{program}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method=rigl2"], ["rigl2", "dsb"]),
+        (["--model=resnet99"], ["resnet99", "resnet18"]),
+        (["--sparsity=1.0"], ["sparsity=1.0"]),
+        (["--sparsity=0.9999"], ["0.9999"]),
+        (["--block_shape=16"], ["'16'", "16x16"]),
+        (["--block_shape=256x16"], ["256x16", "block"]),
+        (["--dataset=no_such_set", "--model=convnet"], ["no_such_set"]),
+        (["--drop_fraction=1.5"], ["drop_fraction=1.5"]),
+        (["--batch_size=5000"], ["batch_size=5000"]),
+    ],
+    ids=lambda value: value[0] if value[0].startswith("--") else "",
+)
+def test_a_mistake_ends_in_a_short_message(arguments, words, tmp_path):
+    workdir = tmp_path / "run"
+    result = call("train", f"--workdir={workdir}", *arguments)
+    assert result.returncode != 0
+    message = [line for line in result.stderr.splitlines() if line.strip()]
+    assert "Traceback" not in result.stderr, result.stderr
+    assert len(message) <= 4, result.stderr  # absl adds a hint of two lines to its own
+    for word in words:
+        assert word in result.stderr
+    assert not workdir.exists()
+
+
+def test_train_evaluate_and_resume(tmp_path):
+    workdir = tmp_path / "run"
+    flags = (f"--workdir={workdir}", "--epochs=1", "--update_interval=5", "--batch_size=128", "--grow=norm")
+    trained = call("train", *flags)
+    assert trained.returncode == 0, trained.stderr
+    assert "conv_1" in trained.stdout
+    assert (workdir / "curves.png").exists()
+    again = call("train", *flags)
+    assert again.returncode != 0
+    assert "--resume" in again.stderr
+    report = tmp_path / "report.json"
+    evaluated = call("evaluate", f"--checkpoint={workdir}", f"--json={report}")
+    assert evaluated.returncode == 0, evaluated.stderr
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert json.loads(report.read_text())["test_accuracy"] == summary["test_accuracy"]
+    missing = call("evaluate", f"--checkpoint={tmp_path / 'nothing'}")
+    assert missing.returncode != 0
+    assert "nothing" in missing.stderr
+
+
+def test_benchmarks_write_what_is_promised(tmp_path):
+    file = tmp_path / "training.json"
+    result = call(
+        "benchmark_training", "--model=convnet", "--sparsities=0.9", "--block_shape=8x8", "--batch_size=4",
+        "--image_size=8", "--rounds=1", "--distributions=uniform", f"--json={file}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (entry,) = json.loads(file.read_text())["results"]
+    assert {"model", "sparsity", "block_shape", "dense_step_s", "sparse_step_s", "speedup"} <= set(entry)
+    assert len(entry["layers"]) == 3
+    file = tmp_path / "adaptation.json"
+    result = call(
+        "benchmark_adaptation", "--models=", "--layer=64x16x3x3", "--batch_size=2", "--rounds=1", f"--json={file}"
+    )
+    assert result.returncode == 0, result.stderr
+    for entry in json.loads(file.read_text())["results"]:
+        assert {"layer", "adapt_s", "amortized_share"} <= set(entry)
