@@ -1,0 +1,127 @@
+"""Sparse layers inside models that are not ours: auto-named layers and a plan, nn.scan, nn.remat, nn.vmap."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from dsb_jax.layout import unpack, validate
+from dsb_jax.nn import SparseConv, SparseDense
+from dsb_jax.plan import SparsityPlan, find_layers, make_plan
+from dsb_jax.train_state import layouts
+
+KEY = jax.random.key(0)
+
+
+class Block(nn.Module):
+    plan: SparsityPlan | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(x + SparseConv(16, (3, 3), plan=self.plan)(x))
+
+
+class UserModel(nn.Module):
+    """Written as one writes Flax: no names, a loop, a submodule, a layer made in setup by hand."""
+
+    plan: SparsityPlan | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(16, (3, 3))(x)
+        for _ in range(2):
+            x = Block(self.plan)(x)
+        x = x.mean(axis=(1, 2))
+        x = nn.relu(SparseDense(32, plan=self.plan)(x))
+        return SparseDense(4, plan=self.plan, name="head")(x)
+
+
+def test_a_plan_made_from_the_same_model_without_one():
+    x = jax.random.normal(KEY, (2, 4, 4, 3))
+    params = jax.eval_shape(UserModel().init, KEY, x)["params"]
+    plan = make_plan(find_layers(params), sparsity=0.5, block_shape=(8, 4), keep_dense=("Conv_0", "head"))
+    assert {"/".join(layer.path) for layer in plan.sparse_layers} == {
+        "Block_0/SparseConv_0", "Block_1/SparseConv_0", "SparseDense_0",
+    }  # fmt: skip
+    model = UserModel(plan)
+    logits, variables = jax.jit(model.init_with_output)(KEY, x)
+    for layer in plan.sparse_layers:
+        assert layouts(variables["topology"])[layer.path].num_blocks == layer.num_blocks
+
+    # The dense model with the unpacked kernels says the same.
+    def unpacked(params, topology):
+        if "blocks" in params:
+            weight = unpack(params["blocks"], topology["layout"])
+            kernel = weight.T if weight.shape[0] == 32 else weight.T.reshape(3, 3, 16, 16)
+            return {"kernel": kernel, "bias": params["bias"]}
+        return {k: unpacked(v, topology.get(k, {})) if isinstance(v, dict) else v for k, v in params.items()}
+
+    dense = jax.jit(UserModel().apply)({"params": unpacked(variables["params"], variables["topology"])}, x)
+    np.testing.assert_allclose(logits, dense, rtol=1e-5, atol=1e-5)
+
+
+class Layer(nn.Module):
+    """A layer for nn.scan: (carry, _) -> (carry, None)."""
+
+    density: float | None = 0.5
+
+    @nn.compact
+    def __call__(self, x, _):
+        dense = SparseDense(16, density=self.density, block_shape=(4, 4), implementation="xla", name="dense")
+        return nn.tanh(dense(x)), None
+
+
+def test_scan_stacks_blocks_and_layouts():
+    x = jax.random.normal(KEY, (5, 16))
+    scanned = nn.scan(Layer, variable_axes={"params": 0, "topology": 0}, split_rngs={"params": True}, length=3)()
+    variables = jax.jit(scanned.init)(KEY, x, None)
+    stacked = variables["topology"]["dense"]["layout"]
+    assert variables["params"]["dense"]["blocks"].shape == (3, 8, 4, 4)
+    assert stacked.in_idx.shape == (3, 8, 4)
+
+    def loss(params):
+        return jnp.square(scanned.apply({**variables, "params": params}, x, None)[0]).sum()
+
+    def looped(params):
+        y = x
+        for i in range(3):
+            at = {"params": params, "topology": variables["topology"]}
+            y, _ = Layer().apply(jax.tree.map(lambda leaf, i=i: leaf[i], at), y, None)
+        return jnp.square(y).sum()
+
+    for i in range(3):
+        validate(jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+    assert (stacked.in_idx[0] != stacked.in_idx[1]).any()  # every layer has drawn its own
+    result, wanted = (jax.jit(jax.value_and_grad(f))(variables["params"]) for f in (loss, looped))
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_remat_changes_nothing():
+    x = jax.random.normal(KEY, (5, 16))
+    plain, remat = Layer(name="layer"), nn.remat(Layer)(name="layer")
+    variables, same = (jax.jit(model.init)(KEY, x, None) for model in (plain, remat))
+    for a, b in zip(jax.tree.leaves(variables), jax.tree.leaves(same), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    def gradient(model):
+        return jax.jit(jax.grad(lambda params: model.apply({**variables, "params": params}, x, None)[0].sum()))
+
+    for a, b in zip(*(jax.tree.leaves(gradient(m)(variables["params"])) for m in (plain, remat)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_vmap_makes_an_ensemble(split):
+    x = jax.random.normal(KEY, (5, 16))
+    axis = 0 if split else None
+    ensemble = nn.vmap(
+        Layer, variable_axes={"params": axis, "topology": axis}, split_rngs={"params": split}, in_axes=(None, None),
+        axis_size=2,
+    )()  # fmt: skip
+    (y, _), variables = jax.jit(ensemble.init_with_output)(KEY, x, None)
+    assert y.shape == (2, 5, 16)
+    for i in range(2):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], variables) if split else variables
+        np.testing.assert_allclose(y[i], Layer().apply(one, x, None)[0], rtol=1e-5, atol=1e-6)
