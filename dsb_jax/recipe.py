@@ -56,11 +56,11 @@ class Recipe:
     block_aware_drop: bool = True
     min_group_blocks: int = 0
     drop_fraction: float = 0.3
-    update_interval: int = 20
+    update_interval: int = 40
     update_end_fraction: float = 0.75
-    epochs: int = 30
-    total_steps: int = 660
-    batch_size: int = 64
+    epochs: int = 24
+    total_steps: int = 1056
+    batch_size: int = 32
     learning_rate: float = 0.05
     learning_rate_schedule: str = "cosine"
     momentum: float = 0.9

@@ -63,7 +63,7 @@ def layer_calls(grow: str) -> dict[str, Any]:
     blocks = jax.random.normal(key, (count, *block_shape))
     method = methods.dsb(update_end_step=10_000, grow=grow, granularity=FLAGS.granularity)
     assert method.update is not None
-    zeros = make_probe(grow, layout) if method.statistic else {}
+    zeros = make_probe(method.statistic, layout) if method.statistic else {}
     statistic = jax.tree.map(lambda z: jax.random.uniform(key, z.shape), zeros)
     update = method.update
 

@@ -7,6 +7,7 @@ backward of one layer at the input it meets in the model, dense (XLA's convoluti
 """
 
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -23,7 +24,7 @@ from rich.table import Table
 
 from dsb_jax.nn import SparseConv, SparseDense
 from dsb_jax.ops import IMPLEMENTATIONS, record_choices
-from dsb_jax.plan import DISTRIBUTIONS, LayerPlan
+from dsb_jax.plan import DISTRIBUTIONS
 from dsb_jax.recipe import Assembly, Recipe, assemble
 from dsb_jax.train import train_step
 from experiments import program, timing
@@ -44,7 +45,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("rounds", 7, "Turns; each times every rival once.")
     flags.DEFINE_enum("implementation", "auto", IMPLEMENTATIONS, "Of the sparse products.")
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the computation.")
-    flags.DEFINE_bool("layers", True, "Time each layer, too.")
+    flags.DEFINE_bool("layers", True, "Time each layer, too (of the first distribution).")
     flags.DEFINE_string("json", None, "Write the results to this file.")
 
 
@@ -82,49 +83,57 @@ def find_inputs(recipe: Recipe, assembly: Assembly) -> dict[tuple[str, ...], tup
     return seen
 
 
-def layer_rivals(module: nn.Module, shape: tuple[int, ...], layer: LayerPlan, recipe: Recipe) -> tuple[Any, str]:
-    """Forward and backward of one layer, dense and sparse, and the implementation chosen for the sparse one."""
+def layer_rivals(module: nn.Module, shape: tuple[int, ...], counts: dict[str, int | None], recipe: Recipe) -> Any:
+    """Forward and backward of one layer for each number of blocks (None: dense), and what "auto" chose for it."""
     key = jax.random.key(0)
     x = jax.random.normal(key, shape, jnp.dtype(recipe.dtype))
-    alone: Any = {"parent": None, "name": None, "plan": None, "block_shape": recipe.block_shape}
-    calls = {}
-    with record_choices() as choices:
-        for name, count in (("dense", None), ("sparse", layer.num_blocks)):
-            clone: Any = module.clone(num_blocks=count, **alone)
+    calls, chosen = {}, {}
+    for name, count in counts.items():
+        clone: Any = module.clone(parent=None, name=None, plan=None, block_shape=recipe.block_shape, num_blocks=count)
+        with record_choices() as choices:
             variables = clone.init(key, x)
-            rest = {k: v for k, v in variables.items() if k != "params"}
+        chosen[name] = choices[()].implementation
+        rest = {k: v for k, v in variables.items() if k != "params"}
 
-            def both(params: Any, x: jax.Array, clone: Any = clone, rest: Any = rest) -> Any:
-                y, backward = jax.vjp(lambda params, x: clone.apply({"params": params, **rest}, x), params, x)
-                return y, backward(y)
+        def both(params: Any, x: jax.Array, clone: Any = clone, rest: Any = rest) -> Any:
+            y, backward = jax.vjp(lambda params, x: clone.apply({"params": params, **rest}, x), params, x)
+            return y, backward(y)
 
-            calls[name] = (lambda f, params: lambda: f(params, x))(jax.jit(both), variables["params"])
-    return calls, choices[()].implementation
+        calls[name] = functools.partial(jax.jit(both), variables["params"], x)
+    return calls, chosen
 
 
-def time_layers(recipe: Recipe, rounds: int) -> list[dict[str, Any]]:
-    """Times of every sparse layer; layers of equal sizes are measured once."""
-    assembly = assemble(recipe)
-    assert assembly.plan is not None
-    inputs = find_inputs(recipe, assembly)
-    measured: dict[Any, dict[str, Any]] = {}
-    rows = []
-    for layer in assembly.plan.sparse_layers:
-        module, shape = inputs[layer.path]
-        same = (shape, layer.shape, layer.num_blocks, getattr(module, "strides", None))
+def time_layers(recipes: dict[str, Recipe], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Times of every sparse layer for every recipe; the recipes differ in sparsity alone.
+
+    Dense and all sparsities of a layer take turns; layers of equal sizes are measured once.
+    """
+    assemblies = {name: assemble(recipe) for name, recipe in recipes.items()}
+    plans = {name: a.plan for name, a in assemblies.items() if a.plan is not None}
+    first = next(iter(recipes))
+    inputs = find_inputs(recipes[first], assemblies[first])
+    measured: dict[Any, Any] = {}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in recipes}
+    for path, (module, shape) in inputs.items():
+        layers = {name: plan[path] for name, plan in plans.items()}
+        counts = {name: layer.num_blocks for name, layer in layers.items()}
+        sizes = layers[first].shape
+        same = (shape, sizes, tuple(counts.values()), getattr(module, "strides", None))
         if same not in measured:
-            calls, implementation = layer_rivals(module, shape, layer, recipe)
-            times = timing.in_turns(calls, rounds)
-            measured[same] = {
-                "dense_s": statistics.median(times["dense"]),
-                "sparse_s": statistics.median(times["sparse"]),
-                "speedup": timing.median_ratio(times["dense"], times["sparse"]),
-                "implementation": implementation,
-            }
-        rows.append(
-            {"layer": "/".join(layer.path), "out": layer.shape.out, "in": layer.shape.in_, "input": list(shape),
-             "num_blocks": layer.num_blocks, **measured[same]}
-        )  # fmt: skip
+            calls, chosen = layer_rivals(module, shape, {"dense": None, **counts}, recipes[first])
+            measured[same] = timing.in_turns(calls, rounds), chosen
+        times, chosen = measured[same]
+        for name, count in counts.items():
+            rows[name].append(
+                {
+                    "layer": "/".join(path), "out": sizes.out, "in": sizes.in_, "input": list(shape),
+                    "num_blocks": count,
+                    "dense_s": statistics.median(times["dense"]),
+                    "sparse_s": statistics.median(times[name]),
+                    "speedup": timing.median_ratio(times["dense"], times[name]),
+                    "implementation": chosen[name],
+                }
+            )  # fmt: skip
     return rows
 
 
@@ -150,6 +159,8 @@ def main() -> None:
         }
         console.print(f"{FLAGS.model}, {distribution}: compiling {len(recipes) + 1} training steps ...")
         times = timing.in_turns({"dense": stepper(dense)} | {n: stepper(r) for n, r in recipes.items()}, FLAGS.rounds)
+        timed_layers = FLAGS.layers and distribution == FLAGS.distributions[0]
+        layers = time_layers(recipes, FLAGS.rounds) if timed_layers else {}
         for name, recipe in recipes.items():
             results.append(
                 {
@@ -160,7 +171,7 @@ def main() -> None:
                     "dense_step_s": statistics.median(times["dense"]),
                     "sparse_step_s": statistics.median(times[name]),
                     "speedup": timing.median_ratio(times["dense"], times[name]),
-                    "layers": time_layers(recipe, FLAGS.rounds) if FLAGS.layers else [],
+                    "layers": layers.get(name, []),
                 }
             )
         console.print(step_table([r for r in results if r["distribution"] == distribution]))

@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,6 +105,8 @@ class _Metrics:
     def __init__(self, path: Path, resumed_at: int) -> None:
         self.path = path
         self.lines: list[dict[str, Any]] = []
+        self.started = False  # whether this process has trained a step
+        self.turnover = 0.0  # of the latest adaptation
         if resumed_at and path.exists():
             for line in path.read_text().splitlines():
                 try:
@@ -118,6 +121,86 @@ class _Metrics:
         self.lines.append({"kind": kind, "step": step, **values})
         with self.path.open("a") as file:
             file.write(json.dumps(self.lines[-1]) + "\n")
+
+
+class _Batches:
+    """The training images on the device, and the batch of any step: a function of the seed and the step alone."""
+
+    def __init__(self, recipe: Recipe, dataset: data.Dataset) -> None:
+        self.size = recipe.batch_size
+        self.num_train = len(dataset.train_labels)
+        self.steps_per_epoch = self.num_train // recipe.batch_size
+        self.images, self.labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
+        self.order_key, self.augment_key = jax.random.split(jax.random.key(recipe.seed + 1))
+        self._take = jax.jit(
+            functools.partial(data.take_batch, augmentation=dataset.augmentation, mean=dataset.mean, std=dataset.std)
+        )
+
+    def epoch(self, epoch: int, first_step: int) -> Iterator[tuple[int, tuple[jax.Array, jax.Array]]]:
+        """(step, (images, labels)) from `first_step` to the end of the epoch."""
+        order = data.epoch_order(self.order_key, epoch, self.num_train)
+        for step in range(first_step, (epoch + 1) * self.steps_per_epoch):
+            start = (step - epoch * self.steps_per_epoch) * self.size
+            idx = jax.lax.dynamic_slice_in_dim(order, start, self.size)
+            yield step, self._take(self.images, self.labels, idx, key=jax.random.fold_in(self.augment_key, step))
+
+
+def _adapt(
+    assembly: Assembly, state: TrainState, batch: Any, step: int, explored: Explored, metrics: _Metrics
+) -> TrainState:
+    """One adaptation, noted in the metrics."""
+    jax.block_until_ready(state)
+    begin = time.perf_counter()
+    state, report = adapt_step(
+        state, *batch, model=assembly.model, method=assembly.method, optimizer=assembly.optimizer, loss=assembly.loss
+    )
+    report = jax.device_get(jax.block_until_ready((state, report))[1])
+    seconds = time.perf_counter() - begin
+    explored.update(state)
+    totals = report_totals(report)
+    by_layer = {name: {k: float(v) for k, v in r._asdict().items()} for name, r in report.items()}
+    metrics.write("adapt", step, **totals, exploration=explored.share(), seconds=seconds, layers=by_layer)
+    metrics.turnover = totals["turnover"]
+    return state
+
+
+def _epoch(
+    recipe: Recipe,
+    assembly: Assembly,
+    state: TrainState,
+    epoch: int,
+    batches: _Batches,
+    explored: Explored,
+    metrics: _Metrics,
+    progress: Progress,
+) -> TrainState:
+    """The rest of one epoch, from the state's step on."""
+    pending: list[dict[str, jax.Array]] = []
+    begin = time.perf_counter()
+    for step, batch in batches.epoch(epoch, int(state.step)):
+        if assembly.method.update is not None and update_due(
+            step, update_interval=recipe.update_interval, update_end_step=recipe.update_end_step
+        ):
+            before = time.perf_counter()
+            state = _adapt(assembly, state, batch, step, explored, metrics)
+            begin += time.perf_counter() - before
+        state, measured = train_step(
+            state, *batch, model=assembly.model, optimizer=assembly.optimizer, loss=assembly.loss
+        )
+        pending.append(measured)
+        done = step + 1
+        compiled = not metrics.started  # the first step of a process holds the compilation
+        if compiled or len(pending) >= LOG_EVERY or done == (epoch + 1) * batches.steps_per_epoch:
+            values = jax.device_get(pending)
+            timed = {} if compiled else {"seconds": (time.perf_counter() - begin) / len(pending)}
+            means = {k: float(np.mean([v[k] for v in values])) for k in ("loss", "accuracy")}
+            if not np.isfinite(means["loss"]):
+                raise ValueError(f"the loss is {means['loss']} at step {done}; try a lower --learning_rate.")
+            metrics.write("train", done, **means, learning_rate=float(assembly.learning_rate(step)), **timed)
+            metrics.started = True
+            progress.advance(done, {**means, "turnover": metrics.turnover})
+            pending, begin = [], time.perf_counter()
+    return state
 
 
 def run(
@@ -141,67 +224,20 @@ def run(
     explored = Explored()
     step = 0
     if resumed is not None:
-        restored = checkpoint.restore(workdir)
+        restored = checkpoint.restore(workdir, implementation=recipe.implementation)
         state, step, explored = restored.state, restored.step, Explored(restored.extra)
     explored.update(state)
-    saver = checkpoint.Checkpoints(workdir, recipe, keep_last=keep_last)
-    metrics = _Metrics(workdir / "metrics.jsonl", step)
-    num_train = len(dataset.train_labels)
-    steps_per_epoch = num_train // recipe.batch_size
-    images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-    take = jax.jit(
-        functools.partial(data.take_batch, augmentation=dataset.augmentation, mean=dataset.mean, std=dataset.std)
-    )
-    order_key, augment_key = jax.random.split(jax.random.key(recipe.seed + 1))
-    progress.begin(recipe, state, step)
-    pending: list[tuple[int, dict[str, jax.Array]]] = []
-    turnover = 0.0
-    clock, since, first, started = time.perf_counter(), 0, True, time.perf_counter()
-
-    for epoch in range(step // steps_per_epoch, recipe.epochs):
-        order = data.epoch_order(order_key, epoch, num_train)
-        for i in range(step % steps_per_epoch, steps_per_epoch):
-            idx = jax.lax.dynamic_slice_in_dim(order, i * recipe.batch_size, recipe.batch_size)
-            batch = take(images, labels, idx, key=jax.random.fold_in(augment_key, step))
-            if assembly.method.update is not None and update_due(
-                step, update_interval=recipe.update_interval, update_end_step=recipe.update_end_step
-            ):
-                jax.block_until_ready(state)
-                begin = time.perf_counter()
-                state, report = adapt_step(
-                    state, *batch, model=assembly.model, method=assembly.method, optimizer=assembly.optimizer,
-                    loss=assembly.loss,
-                )  # fmt: skip
-                report = jax.device_get(jax.block_until_ready((state, report))[1])
-                seconds = time.perf_counter() - begin
-                explored.update(state)
-                totals = report_totals(report)
-                turnover = totals["turnover"]
-                by_layer = {name: {k: float(v) for k, v in r._asdict().items()} for name, r in report.items()}
-                metrics.write("adapt", step, **totals, exploration=explored.share(), seconds=seconds, layers=by_layer)
-                clock += time.perf_counter() - begin
-            state, measured = train_step(
-                state, *batch, model=assembly.model, optimizer=assembly.optimizer, loss=assembly.loss
-            )
-            step, since = step + 1, since + 1
-            pending.append((step, measured))
-            if first or since >= LOG_EVERY or i == steps_per_epoch - 1:
-                values = jax.device_get(pending)
-                seconds = (time.perf_counter() - clock) / since
-                means = {k: float(np.mean([v[k] for _, v in values])) for k in ("loss", "accuracy")}
-                if not np.isfinite(means["loss"]):
-                    raise ValueError(f"the loss is {means['loss']} at step {step}; try a lower --learning_rate.")
-                rate = float(assembly.learning_rate(step - 1))
-                # Seconds of one step; those of the first hold the compilation.
-                metrics.write("train", step, **means, learning_rate=rate, **({} if first else {"seconds": seconds}))
-                progress.advance(step, {**means, "turnover": turnover})
-                clock, since, first, pending = time.perf_counter(), 0, False, []
-        test = evaluate(assembly, state, dataset, max(recipe.batch_size, 256))
-        metrics.write("eval", step, epoch=epoch + 1, **test)
-        saver.save(state, test_accuracy=test["test_accuracy"], extra=explored.bits)
-        progress.epoch(epoch + 1, test)
-        clock = time.perf_counter()
-    saver.close()
+    with checkpoint.Checkpoints(workdir, recipe, keep_last=keep_last) as saver:  # also after Ctrl-C: saves are finished
+        metrics = _Metrics(workdir / "metrics.jsonl", step)
+        progress.begin(recipe, state, step)
+        started = time.perf_counter()
+        batches = _Batches(recipe, dataset)
+        for epoch in range(step // batches.steps_per_epoch, recipe.epochs):
+            state = _epoch(recipe, assembly, state, epoch, batches, explored, metrics, progress)
+            test = evaluate(assembly, state, dataset, max(recipe.batch_size, 256))
+            metrics.write("eval", int(state.step), epoch=epoch + 1, **test)
+            saver.save(state, test_accuracy=test["test_accuracy"], extra=explored.bits)
+            progress.epoch(epoch + 1, test)
     summary = summarize(recipe, assembly, state, metrics.lines, explored)
     summary |= {
         "step_time_s": _median_seconds(metrics.lines, "train"),
