@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 from dsb_jax import methods
@@ -110,7 +109,7 @@ def model_calls(name: str, grow: str) -> dict[str, Any]:
 
 def main() -> None:
     """Flags -> library calls."""
-    console = Console()
+    console = program.console()
     results: list[dict[str, Any]] = []
     for grow in FLAGS.grow:
         if grow not in methods.GROW:

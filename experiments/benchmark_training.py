@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from flax import linen as nn
-from rich.console import Console
 from rich.table import Table
 
 from dsb_jax.nn import SparseConv, SparseDense
@@ -118,7 +117,8 @@ def time_layers(recipes: dict[str, Recipe], rounds: int) -> dict[str, list[dict[
         layers = {name: plan[path] for name, plan in plans.items()}
         counts = {name: layer.num_blocks for name, layer in layers.items()}
         sizes = layers[first].shape
-        same = (shape, sizes, tuple(counts.values()), getattr(module, "strides", None))
+        strides = getattr(module, "strides", None) or (1, 1)
+        same = (shape, sizes, tuple(counts.values()), strides)
         if same not in measured:
             calls, chosen = layer_rivals(module, shape, {"dense": None, **counts}, recipes[first])
             measured[same] = timing.in_turns(calls, rounds), chosen
@@ -139,7 +139,7 @@ def time_layers(recipes: dict[str, Recipe], rounds: int) -> dict[str, list[dict[
 
 def main() -> None:
     """Flags -> library calls."""
-    console = Console()
+    console = program.console()
     try:
         sparsities = [float(text) for text in FLAGS.sparsities]
     except ValueError:

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
 
 from dsb_jax import checkpoint, data
 from dsb_jax.telemetry import Explored, count_bytes
@@ -28,7 +27,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """Flags -> library calls."""
-    console = Console()
+    console = program.console()
     restored = checkpoint.restore(FLAGS.checkpoint, step=FLAGS.step, best=FLAGS.best)
     recipe, assembly, state = restored.recipe, restored.assembly, restored.state
     dataset = data.load(recipe.dataset, data_dir=FLAGS.data_dir)

@@ -5,6 +5,13 @@ import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
+from rich.console import Console
+
+
+def console() -> Console:
+    """The terminal; wide enough for the tables where the output goes to a file."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=130)
 
 
 def start(main: Callable[[], None]) -> None:

@@ -8,7 +8,6 @@ import itertools
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
 
 from dsb_jax import checkpoint, data
 from dsb_jax.recipe import Recipe, check_recipe
@@ -39,7 +38,7 @@ def default_workdir(recipe: Recipe, resume: bool) -> Path:
 
 def main() -> None:
     """Flags -> library calls."""
-    console = Console()
+    console = program.console()
     recipe = recipe_flags.recipe_from_flags()
     workdir = Path(FLAGS.workdir) if FLAGS.workdir else default_workdir(recipe, FLAGS.resume)
     check_recipe(recipe)
