@@ -2,12 +2,13 @@
 
 It maps (train state, batch) to (train state, report) outside of the gradient path: the batch is used to measure,
 never to update. Weights that stay active keep their values and moments bit by bit, wherever their block goes; newly
-active positions start with weight 0 and moments 0. Layers of equal sizes run through one compiled loop, others in a
-chain, so that at any time one layer at the most exists in dense form.
+active positions start with weight 0 and moments 0. Layers of equal sizes share one compiled loop and loops follow
+each other, so that one layer at a time is scored in dense form. Repacking needs no dense form at all.
 """
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax import lax
+from jaxtyping import Array, Int
 
-from dsb_jax.layout import BlockLayout, pack, unpack
+from dsb_jax.layout import BlockLayout, block_group, block_rows, real_rows
 from dsb_jax.methods.base import LayerReport, Method
 from dsb_jax.ops.probes import make_probe
 from dsb_jax.train import Loss, cross_entropy, forward, step_key
@@ -25,9 +27,31 @@ from dsb_jax.train_state import Path, TrainState, layouts, leaf_at, with_layouts
 Report = dict[str, LayerReport]
 
 
+def origins(old: BlockLayout, new: BlockLayout) -> Int[Array, "num_blocks R C"]:
+    """Where each weight of `new` is stored in `old`: a flat index into its blocks, past their end if nowhere.
+
+    Nothing of size `out * in` is made. Row i is found by its place among the rows in the order of the groups, column j
+    by its place in the panel of that row's group: `[num_groups, in]` integers.
+    """
+    rows, cols = old.block_shape
+    size, num_columns = old.out_idx.size, old.in_idx.size
+    place = jnp.zeros(size, jnp.int32).at[old.out_idx.reshape(-1)].set(jnp.arange(size, dtype=jnp.int32))
+    column = jnp.full((old.num_groups, old.shape[1]), -1, jnp.int32)
+    numbers = jnp.arange(num_columns, dtype=jnp.int32).reshape(old.in_idx.shape)
+    column = column.at[block_group(old)[:, None], old.in_idx].set(numbers)
+    row = place[block_rows(new)][:, :, None]
+    column = column[row // rows, new.in_idx[:, None, :]]
+    index = (column // cols * rows + row % rows) * cols + column % cols
+    return jnp.where((column >= 0) & real_rows(new), index, num_columns * rows)
+
+
 def repack(blocks: jax.Array, old: BlockLayout, new: BlockLayout) -> jax.Array:
     """Moves values to where their positions went: bit-identical if active in both layouts, 0 if newly active."""
-    return pack(unpack(blocks, old), new)
+    return _take(blocks, origins(old, new))
+
+
+def _take(blocks: jax.Array, origin: jax.Array) -> jax.Array:
+    return blocks.reshape(-1).at[origin].get(mode="fill", fill_value=0)
 
 
 def measure(
@@ -52,6 +76,28 @@ def _signature(blocks: jax.Array, layout: BlockLayout) -> tuple[Any, ...]:
     return layout.shape, layout.block_shape, blocks.shape, str(blocks.dtype)
 
 
+def _one_by_one(update: Callable[..., Any], args: list[Any], zero: jax.Array) -> Any:
+    """Stacked results of `update(*arg)`, computed so that no two of them hold their dense scratch at the same time.
+
+    XLA assigns memory by data dependencies, when optimization barriers are gone already. So two numbers here are 0 and
+    XLA does not know: `zero`, which comes out of the loop before, keeps this loop from being unrolled or starting
+    early; `min(i, 0)`, added to the layout, keeps the update of a single layer from being moved out of the loop.
+    """
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *args)
+
+    def update_one(i: jax.Array) -> Any:
+        key, blocks, layout, statistic = jax.tree.map(lambda leaf: leaf[i], stacked)
+        layout = dataclasses.replace(layout, group_start=layout.group_start + jnp.minimum(i, 0))
+        return update(key, blocks, layout, statistic)
+
+    def turn(i: jax.Array, results: Any) -> Any:
+        return jax.tree.map(lambda every, one: every.at[i].set(one), results, update_one(i))
+
+    shapes = jax.eval_shape(update_one, jnp.int32(0))
+    empty = jax.tree.map(lambda leaf: jnp.zeros((len(args), *leaf.shape), leaf.dtype), shapes)
+    return lax.fori_loop(0, len(args) + zero, turn, empty)
+
+
 def update_layers(
     method: Method,
     key: jax.Array,
@@ -69,19 +115,11 @@ def update_layers(
     new: dict[Path, BlockLayout] = {}
     report: Report = {}
     keys = dict(zip(old, jax.random.split(key, max(len(old), 1)), strict=False))
-    done: Any = step
+    zero = jnp.minimum(step, 0)
     for paths in same.values():
         args = [(keys[p], blocks[p], old[p], statistics.get(p)) for p in paths]
-        # Tied to the layers before, so that their dense scratch can be reused.
-        args, _ = lax.optimization_barrier((args, done))
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *args)
-
-        def update(arg: Any) -> tuple[BlockLayout, LayerReport]:
-            layer_key, layer_blocks, layout, statistic = arg
-            return method_update(layer_key, step, layer_blocks, layout, statistic)
-
-        results = lax.map(update, stacked)
-        done = results
+        results = _one_by_one(lambda k, b, layout, statistic: method_update(k, step, b, layout, statistic), args, zero)
+        zero = jnp.minimum(results[0].in_idx[0, 0, 0], 0)
         for i, path in enumerate(paths):
             new[path], report["/".join(path)] = jax.tree.map(lambda leaf, i=i: leaf[i], results)
     return new, report
@@ -96,13 +134,13 @@ def repack_state(
       NotImplementedError: if the optimizer keeps a state for blocks that has another shape than they have.
     """
     old = layouts(state.topology)
-    last: list[Any] = [state.step]
+    origin = {path: origins(old[path], new[path]) for path in new}
 
     def move(leaf: Any, name: str) -> Any:
         path = tuple(name.split("/"))
         if path[-1] != "blocks" or path[:-1] not in new or not hasattr(leaf, "shape"):
             return leaf
-        before, after = old[path[:-1]], new[path[:-1]]
+        before = old[path[:-1]]
         if leaf.shape != (before.num_blocks, *before.block_shape):
             if leaf.size <= 1:  # a placeholder, such as Adafactor's unused factors
                 return leaf
@@ -110,15 +148,15 @@ def repack_state(
                 f"the optimizer keeps a state of shape {leaf.shape} for {name}, which cannot follow its "
                 "blocks; use one whose moments have the shape of the weights (SGD, Adam, Lion, ...)."
             )
-        leaf, _ = lax.optimization_barrier((leaf, last[0]))
-        last[0] = repack(leaf, before, after)
-        return last[0]
+        return _take(leaf, origin[path[:-1]])
 
     names = jax.tree_util.tree_map_with_path(lambda path, _: "/".join(key.key for key in path), state.params)
     return TrainState(
         params=jax.tree.map(move, state.params, names),
         batch_stats=state.batch_stats,
-        opt_state=optax.tree_utils.tree_map_params(optimizer, move, state.opt_state, names),
+        opt_state=optax.tree_utils.tree_map_params(
+            optimizer, move, state.opt_state, names, is_leaf=lambda node: isinstance(node, optax.MaskedNode)
+        ),
         topology=with_layouts(state.topology, new),
         step=state.step,
         key=state.key,
