@@ -4,7 +4,7 @@
 the wanted statistic of the layer, computed from its input x and its output gradient dY:
 
     norm            (|dY_i|[out], |X_j|[in])   since |dW[i, j]| <= |dY_i| * |X_j|; nothing of size out * in exists
-    block_gradient  [num_groups, in]           |dW| summed in square over the R rows of a group, group by group
+    block_gradient  [num_groups, in]           |dW| summed in square over the R rows of a group, a few groups at a time
     gradient        [out, in]                  the dense weight gradient, as RigL uses it
 
 (Jiang et al. 2022, section 4, for `norm`; Evci et al. 2020 for `gradient`.) Differentiating with respect to the
@@ -21,6 +21,8 @@ from dsb_jax.layout import BlockLayout
 from pallas_kernels.interface import ConvGeometry
 
 Probe = dict[str, jax.Array]
+
+PANEL_ROWS = 128  # output rows in one product: fewer waste a CPU's or GPU's matrix units, more hold more scratch
 
 
 def make_probe(kind: str, layout: BlockLayout) -> Probe:
@@ -85,24 +87,37 @@ def _input_norms(x: jax.Array, geometry: ConvGeometry, output_size: tuple[int, i
 
 
 def _weight_gradient(x: jax.Array, dy: jax.Array, geometry: ConvGeometry) -> jax.Array:
-    """The dense gradient [out of dy, in] of the flattened kernel."""
-    out = dy.shape[-1]
+    """The dense gradient [out of dy, in] of the flattened kernel: one product for each tap.
 
-    def conv(kernel: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(
-            x, kernel, geometry.strides, geometry.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    (XLA's own gradient of a convolution is many times slower on a CPU inside a loop.)
+    """
+    (stride_h, stride_w), (out_h, out_w) = geometry.strides, dy.shape[1:3]
+    # In float32, since not every backend multiplies bfloat16 into float32. lax.pad takes negative padding, too.
+    x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+    x = lax.pad(x, jnp.float32(0), ((0, 0, 0), *((low, high, 0) for low, high in geometry.padding), (0, 0, 0)))
+    numbers = (((0, 1, 2), (0, 1, 2)), ((), ()))
+    taps = [
+        lax.dot_general(
+            x[:, kh : kh + (out_h - 1) * stride_h + 1 : stride_h, kw : kw + (out_w - 1) * stride_w + 1 : stride_w],
+            dy, numbers,
         )
-
-    kernel = jax.ShapeDtypeStruct((*geometry.kernel_size, geometry.in_channels, out), x.dtype)
-    (gradient,) = jax.linear_transpose(conv, kernel)(dy)
-    return gradient.reshape(-1, out).T.astype(jnp.float32)
+        for kh in range(geometry.kernel_size[0])
+        for kw in range(geometry.kernel_size[1])
+    ]  # fmt: skip
+    return jnp.concatenate(taps).T
 
 
 def _panel_norms(x: jax.Array, dy: jax.Array, out_idx: jax.Array, geometry: ConvGeometry) -> jax.Array:
-    """[num_groups, in]: one group of R rows at a time, so that the dense gradient never exists."""
+    """[num_groups, in]: a few groups at a time, so that the dense gradient of a large layer never exists."""
+    num_groups, rows = out_idx.shape
+    together = min(num_groups, max(1, PANEL_ROWS // rows))
+    turns = -(-num_groups // together)
+    spare = jnp.full((turns * together - num_groups, rows), dy.shape[-1], out_idx.dtype)  # reads zeros
+    index = jnp.concatenate([out_idx, spare]).reshape(turns, together * rows)
 
-    def group(rows: jax.Array) -> jax.Array:
-        d_rows = dy.at[..., rows].get(mode="fill", fill_value=0)
-        return jnp.sqrt(jnp.square(_weight_gradient(x, d_rows, geometry)).sum(axis=0))
+    def some(rows_of_groups: jax.Array) -> jax.Array:
+        d_rows = dy.at[..., rows_of_groups].get(mode="fill", fill_value=0)
+        gradient = _weight_gradient(x, d_rows, geometry).reshape(together, rows, -1)
+        return jnp.sqrt(jnp.square(gradient).sum(axis=1))
 
-    return lax.map(group, out_idx)
+    return lax.map(some, index).reshape(turns * together, -1)[:num_groups]
