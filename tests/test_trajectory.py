@@ -1,0 +1,122 @@
+"""A packed layer and a dense layer with the same mask train alike, step by step, across an adaptation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from dsb_jax.adapt import adapt_step
+from dsb_jax.layout import to_mask, unpack
+from dsb_jax.methods import dsb
+from dsb_jax.nn import SparseConv, SparseDense
+from dsb_jax.train import cross_entropy, forward, train_step
+from dsb_jax.train_state import create_train_state, layouts
+
+
+class Net(nn.Module):
+    """Sparse layers in `blocks` of the given shape, or the same layers dense."""
+
+    sparse: bool
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        def options(num_blocks):
+            return {"num_blocks": num_blocks, "block_shape": (8, 2), "implementation": "xla"} if self.sparse else {}
+
+        x = SparseConv(16, (3, 3), strides=2, use_bias=False, name="conv", **options(14))(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)).mean(axis=(1, 2))
+        x = nn.tanh(SparseDense(21, name="linear", **options(9))(x))  # ragged
+        return nn.Dense(4, name="head")(x)
+
+
+PACKED, DENSE = Net(True), Net(False)
+KERNELS = {"conv": (3, 3, 3, 16), "linear": (16, 21)}
+STEPS, ADAPT_AT = 10, 5
+CASES = {
+    "sgd, block": (
+        optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.2, momentum=0.9)),
+        dsb(update_end_step=20, alpha=0.5, grow="block_gradient", block_aware_drop=False),
+    ),
+    "adamw, panel_column": (
+        optax.adamw(3e-3, eps=1e-4, weight_decay=0.1),
+        dsb(update_end_step=20, alpha=0.5, grow="norm", granularity="panel_column"),
+    ),
+}
+
+
+def masks_of(state):
+    """layer -> mask in the form of the dense kernel."""
+    return {path[0]: to_mask(layout).T.reshape(KERNELS[path[0]]) for path, layout in layouts(state.topology).items()}
+
+
+def unpacked(tree, state):
+    """A tree shaped as the params of the packed model, as one shaped as those of the dense model."""
+    found = {path[0]: layout for path, layout in layouts(state.topology).items()}
+    tree = {name: dict(leaves) for name, leaves in tree.items()}
+    for name, layout in found.items():
+        tree[name]["kernel"] = unpack(tree[name].pop("blocks"), layout).T.reshape(KERNELS[name])
+    return tree
+
+
+def masked(tree, masks):
+    return {n: {k: v * masks[n] if k == "kernel" and n in masks else v for k, v in leaves.items()}
+            for n, leaves in tree.items()}  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames="optimizer")
+def masked_step(params, batch_stats, opt_state, masks, images, labels, *, optimizer):
+    """Dense weights times a mask, masked gradients; everything of the size of the dense model."""
+
+    def objective(params):
+        variables = {"params": masked(params, masks), "batch_stats": batch_stats}
+        logits, stats = forward(DENSE, variables, images, dropout_key=jax.random.key(0))
+        return cross_entropy(logits, labels), stats
+
+    (loss, batch_stats), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+    updates, opt_state = optimizer.update(masked(gradients, masks), opt_state, params)
+    return optax.apply_updates(params, updates), batch_stats, opt_state, loss
+
+
+def map_moments(function, opt_state):
+    """Applies a function of params to every part of the optimizer state that is shaped like them."""
+
+    def is_params(node):
+        return isinstance(node, dict) and "head" in node
+
+    return jax.tree.map(lambda node: function(node) if is_params(node) else node, opt_state, is_leaf=is_params)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_and_masked_training_are_the_same(name):
+    optimizer, method = CASES[name]
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.standard_normal((STEPS, 16, 7, 7, 3)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 4, (STEPS, 16)), jnp.int32)
+    packed = jax.jit(lambda key: create_train_state(PACKED, optimizer, key, images[0]))(jax.random.key(1))
+    params, batch_stats = jax.tree.map(jnp.array, (unpacked(packed.params, packed), packed.batch_stats))
+    opt_state, masks = optimizer.init(params), masks_of(packed)
+    for step in range(STEPS):
+        if step == ADAPT_AT:
+            packed, report = adapt_step(
+                packed, images[step], labels[step], model=PACKED, method=method, optimizer=optimizer
+            )
+            assert all(layer.accepted > 0 for layer in report.values())
+            # The masked model forgets weights and moments that have left.
+            masks = jax.tree.map(jnp.logical_and, masks, masks_of(packed))
+            params = masked(params, masks)
+            opt_state = map_moments(functools.partial(masked, masks=masks), opt_state)
+            masks = masks_of(packed)
+        packed, metrics = train_step(packed, images[step], labels[step], model=PACKED, optimizer=optimizer)
+        params, batch_stats, opt_state, loss = masked_step(
+            params, batch_stats, opt_state, masks, images[step], labels[step], optimizer=optimizer
+        )
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-5)
+        moments = map_moments(functools.partial(unpacked, state=packed), packed.opt_state)
+        ours = (unpacked(packed.params, packed), packed.batch_stats, moments)
+        assert jax.tree.structure(ours) == jax.tree.structure((params, batch_stats, opt_state))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves((params, batch_stats, opt_state)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()))
