@@ -36,6 +36,7 @@ class Recipe:
     Attributes:
       image_shape, num_classes: of the data; filled in from the data set.
       update_end_fraction: T_end as a fraction of all training steps.
+      adapt_batch_size: images of the batch that an adaptation measures its statistics on, at most.
       keep_dense: patterns of paths that stay dense, see `dsb_jax.plan`.
       learning_rate_schedule: "cosine" to zero, "step" (times 0.1 at 50 % and 75 %), or "constant".
       total_steps: training steps of the whole run.
@@ -58,6 +59,7 @@ class Recipe:
     drop_fraction: float = 0.3
     update_interval: int = 40
     update_end_fraction: float = 0.75
+    adapt_batch_size: int = 32
     epochs: int = 24
     total_steps: int = 1056
     batch_size: int = 32
@@ -118,6 +120,10 @@ def check_recipe(recipe: Recipe) -> None:
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
     check_implementation(recipe.implementation)
+    if min(recipe.block_shape) < 1:
+        raise ValueError(f"block_shape={recipe.block_shape} has a side below 1; give positive sizes such as 16x16.")
+    if not 0 <= recipe.seed < 2**32:
+        raise ValueError(f"seed={recipe.seed} is not in [0, 2**32).")
     for name, low, high in (
         ("sparsity", 0.0, 1.0),
         ("drop_fraction", 0.0, 1.0),
@@ -131,7 +137,7 @@ def check_recipe(recipe: Recipe) -> None:
         open_end = name not in ("drop_fraction", "update_end_fraction")
         if not (low <= value < high or (value == high and not open_end)):
             raise ValueError(f"{name}={value} is not in [{low:g}, {high:g}{')' if open_end else ']'}.")
-    for name in ("update_interval", "epochs", "total_steps", "batch_size", "learning_rate"):
+    for name in ("update_interval", "epochs", "total_steps", "batch_size", "adapt_batch_size", "learning_rate"):
         if not getattr(recipe, name) > 0:
             raise ValueError(f"{name}={getattr(recipe, name)} is not positive.")
 

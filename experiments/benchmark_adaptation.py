@@ -44,6 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("granularity", "block", methods.GRANULARITIES, "What is dropped and grown.")
     flags.DEFINE_integer("update_interval", 100, "Training steps between adaptations.")
     flags.DEFINE_integer("batch_size", 128, "Images in a step.")
+    flags.DEFINE_integer("adapt_batch_size", 32, "Images that an adaptation measures on, as in a run.")
     flags.DEFINE_integer("rounds", 5, "Turns; each times every rival once.")
     flags.DEFINE_string("json", None, "Write the results to this file.")
 
@@ -96,8 +97,10 @@ def model_calls(name: str, grow: str) -> dict[str, Any]:
     held = [state]
     common: Any = {"model": assembly.model, "optimizer": assembly.optimizer, "loss": assembly.loss}
 
+    few = FLAGS.adapt_batch_size
+
     def adapt() -> Any:
-        held[0], report = adapt_step(held[0], images, labels, method=assembly.method, **common)
+        held[0], report = adapt_step(held[0], images[:few], labels[:few], method=assembly.method, **common)
         return held[0].step, report
 
     def train() -> Any:
@@ -153,6 +156,7 @@ def main() -> None:
             "command": "python -m experiments.benchmark_adaptation " + " ".join(sys.argv[1:]),
             "environment": timing.environment(),
             "batch_size": FLAGS.batch_size,
+            "adapt_batch_size": FLAGS.adapt_batch_size,
             "results": results,
         }
         runs.write_atomically(Path(FLAGS.json), json.dumps(body, indent=1) + "\n")

@@ -146,13 +146,26 @@ class _Batches:
 
 
 def _adapt(
-    assembly: Assembly, state: TrainState, batch: Any, step: int, explored: Explored, metrics: _Metrics
+    assembly: Assembly,
+    state: TrainState,
+    batch: tuple[jax.Array, jax.Array],
+    adapt_batch_size: int,
+    step: int,
+    explored: Explored,
+    metrics: _Metrics,
 ) -> TrainState:
     """One adaptation, noted in the metrics."""
     jax.block_until_ready(state)
     begin = time.perf_counter()
+    images, labels = (array[:adapt_batch_size] for array in batch)
     state, report = adapt_step(
-        state, *batch, model=assembly.model, method=assembly.method, optimizer=assembly.optimizer, loss=assembly.loss
+        state,
+        images,
+        labels,
+        model=assembly.model,
+        method=assembly.method,
+        optimizer=assembly.optimizer,
+        loss=assembly.loss,
     )
     report = jax.device_get(jax.block_until_ready((state, report))[1])
     seconds = time.perf_counter() - begin
@@ -182,7 +195,7 @@ def _epoch(
             step, update_interval=recipe.update_interval, update_end_step=recipe.update_end_step
         ):
             before = time.perf_counter()
-            state = _adapt(assembly, state, batch, step, explored, metrics)
+            state = _adapt(assembly, state, batch, recipe.adapt_batch_size, step, explored, metrics)
             begin += time.perf_counter() - before
         state, measured = train_step(
             state, *batch, model=assembly.model, optimizer=assembly.optimizer, loss=assembly.loss
