@@ -7,10 +7,7 @@ forward and backward passes at `--batch_size`, at 4x4 positions as in ResNet-18)
 for the re-blocking of the same layer on a CPU.
 """
 
-import json
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -113,6 +110,7 @@ def model_calls(name: str, grow: str) -> dict[str, Any]:
 def main() -> None:
     """Flags -> library calls."""
     console = program.console()
+    path = timing.results_path(FLAGS.json)
     results: list[dict[str, Any]] = []
     for grow in FLAGS.grow:
         if grow not in methods.GROW:
@@ -151,15 +149,9 @@ def main() -> None:
             f"{r['train_step_s'] * 1e3:.0f} ms", f"{r['amortized_share']:.2%}",
         )  # fmt: skip
     console.print(table)
-    if FLAGS.json:
-        body = {
-            "command": "python -m experiments.benchmark_adaptation " + " ".join(sys.argv[1:]),
-            "environment": timing.environment(),
-            "batch_size": FLAGS.batch_size,
-            "adapt_batch_size": FLAGS.adapt_batch_size,
-            "results": results,
-        }
-        runs.write_atomically(Path(FLAGS.json), json.dumps(body, indent=1) + "\n")
+    if path is not None:
+        settings = {name: FLAGS[name].value for name in ("batch_size", "adapt_batch_size", "rounds")}
+        timing.write_results(path, settings, results)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,8 @@ backward of one layer at the input it meets in the model, dense (XLA's convoluti
 
 import dataclasses
 import functools
-import json
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -140,6 +137,7 @@ def time_layers(recipes: dict[str, Recipe], rounds: int) -> dict[str, list[dict[
 def main() -> None:
     """Flags -> library calls."""
     console = program.console()
+    path = timing.results_path(FLAGS.json)
     try:
         sparsities = [float(text) for text in FLAGS.sparsities]
     except ValueError:
@@ -178,16 +176,9 @@ def main() -> None:
     for result in results:
         if result["layers"]:
             console.print(layer_table(result))
-    if FLAGS.json:
-        body = {
-            "command": "python -m experiments.benchmark_training " + " ".join(sys.argv[1:]),
-            "environment": timing.environment(),
-            "batch_size": FLAGS.batch_size,
-            "dtype": FLAGS.dtype,
-            "rounds": FLAGS.rounds,
-            "results": results,
-        }
-        runs.write_atomically(Path(FLAGS.json), json.dumps(body, indent=1) + "\n")
+    if path is not None:
+        settings = {name: FLAGS[name].value for name in ("batch_size", "dtype", "rounds")}
+        timing.write_results(path, settings, results)
 
 
 def step_table(results: list[dict[str, Any]]) -> Table:

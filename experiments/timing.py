@@ -1,11 +1,14 @@
 """Timing on noisy machines: rivals take turns within one run, ratios are medians over the turns."""
 
+import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,3 +41,25 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
     }
+
+
+def results_path(json_flag: str | None) -> Path | None:
+    """Where the results go; refused before anything is measured if it cannot be.
+
+    Raises:
+      ValueError: if the folder does not exist.
+    """
+    if json_flag is None:
+        return None
+    path = Path(json_flag)
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"json={json_flag}: there is no folder {path.parent}; make it first.")
+    return path
+
+
+def write_results(path: Path, settings: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Writes the results with what is needed to repeat them: command, settings, environment."""
+    program = Path(sys.argv[0]).stem
+    command = f"python -m experiments.{program} " + " ".join(sys.argv[1:])
+    body = {"command": command, "environment": environment(), **settings, "results": results}
+    path.write_text(json.dumps(body, indent=1) + "\n")

@@ -21,6 +21,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """The recipe's flags and where the run lives."""
     recipe_flags.define()
+    flags.adopt_module_key_flags(recipe_flags)  # so that --help shows them
     flags.DEFINE_string("workdir", None, "Where the run is written; by default a new folder in runs/.")
     flags.DEFINE_bool("resume", False, "Continue the run in workdir from its latest checkpoint.")
     flags.DEFINE_integer("keep_last", 2, "Checkpoints to keep, beside the best.")
