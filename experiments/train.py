@@ -1,6 +1,6 @@
 """Trains a sparse network.
 
-python -m experiments.train                                   digits, DSB, 90 % sparse: about a minute on a CPU
+python -m experiments.train                                   digits, DSB, sparsity 0.9: a minute on a CPU
 python -m experiments.train --dataset=cifar10 --data_dir=DIR --model=wrn-22-2 --distribution=erk
 """
 
