@@ -44,7 +44,7 @@ def main() -> None:
     workdir = Path(FLAGS.workdir) if FLAGS.workdir else default_workdir(recipe, FLAGS.resume)
     check_recipe(recipe)
     dataset = data.load(recipe.dataset, data_dir=FLAGS.data_dir)
-    recipe = runs.for_dataset(recipe, dataset)
+    recipe = recipe_flags.with_default_interval(runs.for_dataset(recipe, dataset))
     checkpoint.check_workdir(workdir, recipe, resume=FLAGS.resume)
     assembly, state = runs.create(recipe)
     console.print(terminal.layer_table(recipe, assembly, state))
