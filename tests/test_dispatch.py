@@ -35,10 +35,10 @@ def test_auto_follows_the_predicted_break_even():
     ratios = [predicted_time_ratio(layout_of(d), *SIZES.values()) for d in (0.05, 0.1, 0.3, 0.6, 0.95)]
     assert ratios == sorted(ratios)
     assert choose("auto", layout_of(0.05), backend="cpu", **SIZES) == Choice(
-        "xla", f"predicted {ratios[0]:.2f}x the dense time"
+        "xla", f"predicted {ratios[0]:.2f} of the dense time"
     )
     assert choose("auto", layout_of(0.95), backend="cpu", **SIZES) == Choice(
-        "dense", f"predicted {ratios[-1]:.2f}x the dense time"
+        "dense", f"predicted {ratios[-1]:.2f} of the dense time"
     )
     # Arithmetic intensity depends on R alone: taller blocks are faster at equal density.
     assert predicted_time_ratio(layout_of(0.1, block_shape=(64, 4)), *SIZES.values()) < ratios[1]

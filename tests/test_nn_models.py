@@ -19,7 +19,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.relu(x + SparseConv(16, (3, 3), plan=self.plan)(x))
+        return nn.relu(x + SparseConv(16, (3, 3), plan=self.plan, implementation="dense")(x))
 
 
 class UserModel(nn.Module):
@@ -68,7 +68,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, _):
-        dense = SparseDense(16, density=self.density, block_shape=(4, 4), implementation="xla", name="dense")
+        dense = SparseDense(16, density=self.density, block_shape=(4, 4), implementation="dense", name="dense")
         return nn.tanh(dense(x)), None
 
 
