@@ -71,7 +71,8 @@ class Kernels(NamedTuple):
       input_gradient: `(dy[out, OH, OW, N], blocks, index, *, geometry, input_size=(H, W)) -> dx[C, H, W, N]`.
       weight_gradient: `(x, dy, index, *, geometry, dtype) -> dblocks[num_blocks, R, C']`.
 
-    All three take `precision=` as `jax.lax.dot` does. An implementation that cannot serve a shape, dtype or device raises NotImplementedError with the reason.
+    All three take `precision=` as `jax.lax.dot` does. An implementation that cannot serve a shape, dtype or device
+    raises NotImplementedError with the reason.
     """
 
     forward: Callable[..., jax.Array]
