@@ -193,6 +193,12 @@ def adapt_step(
     if method.update is None:
         raise ValueError(f"method {method.name!r} never adapts; call adapt_step for methods with an update only.")
     old = layouts(state.topology)
+    for path, layout in old.items():
+        if layout.out_idx.ndim != 2:
+            raise NotImplementedError(
+                f"{'/'.join(path)} holds a stack of layouts (nn.scan or nn.vmap), which cannot be adapted yet; write "
+                "the layers out, or train them with method ssb."
+            )
     statistics: dict[Path, Any] = {}
     if method.statistic is not None:
         statistics = measure(state, images, labels, model=model, kind=method.statistic, loss=loss)

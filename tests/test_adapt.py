@@ -247,3 +247,22 @@ def test_methods_that_never_adapt_are_refused(method):
     state = initial("lion")
     with pytest.raises(ValueError, match=f"method '{method.name}' never adapts; call adapt_step for methods with an"):
         adapt_step(copy(state), IMAGES, LABELS, model=MODEL, method=method, optimizer=OPTIMIZERS["lion"])
+
+
+def test_a_stack_of_layouts_is_refused():
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            layer = nn.scan(
+                lambda layer, carry, _: (layer(carry), None),
+                variable_axes={"params": 0, "topology": 0},
+                split_rngs={"params": True},
+                length=2,
+            )
+            return layer(SparseDense(16, density=0.5, block_shape=(4, 4), name="dense"), x, None)[0]
+
+    model, optimizer = Stack(), optax.sgd(0.1)
+    images, labels = jnp.ones((4, 16)), jnp.zeros(4, jnp.int32)
+    state = create_train_state(model, optimizer, jax.random.key(0), images)
+    with pytest.raises(NotImplementedError, match="stack of layouts"):
+        adapt_step(state, images, labels, model=model, method=dsb(update_end_step=10), optimizer=optimizer)

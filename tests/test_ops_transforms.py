@@ -168,3 +168,9 @@ def test_no_array_as_large_as_a_dense_weight(out):
     # The same look at the dense fallback does find its weights.
     gradient, args = training_gradient("dense", out)
     assert largest_array(jax.make_jaxpr(gradient)(*args).jaxpr) >= dense
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    layout = random_layout(jax.random.key(0), (16, 8), block_shape=(4, 4), num_blocks=3)
+    y = sparse_matmul(jnp.zeros((0, 8)), jnp.ones((3, 4, 4)), layout, implementation="xla")
+    assert y.shape == (0, 16)

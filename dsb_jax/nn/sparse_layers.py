@@ -36,6 +36,8 @@ def _num_blocks(layer: "SparseDense | SparseConv", shape: LayerShape) -> tuple[i
     given = [name for name in ("density", "num_blocks", "plan") if getattr(layer, name) is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} are both given for {'/'.join(layer.path)}; give one of them.")
+    if layer.plan is not None and len(shape.kernel_size) not in (0, 2):
+        return None, layer.block_shape  # plans know linear layers and 2-D convolutions
     if layer.plan is not None:
         planned = layer.plan[layer.path]
         if planned.shape != shape:

@@ -87,7 +87,7 @@ def sparse_conv(
     height, width = x.shape[1:3]
     batch = x.shape[3 if feature_major else 0]
     choice = choose(implementation, layout, geometry=geometry, input_size=(height, width), batch=batch)
-    if choice.implementation == "dense":
+    if choice.implementation == "dense" or batch == 0:  # nothing to tile
         return dense_conv(x, blocks, layout, geometry=geometry, feature_major=feature_major, precision=precision)
     index = (layout.out_idx, layout.in_idx, layout.group_start)
     kernels = _KERNELS[choice.implementation]
@@ -127,4 +127,4 @@ def sparse_matmul(
         flat[:, None, None, :], blocks, layout, geometry=geometry, implementation=choice.implementation,
         precision=precision,
     )  # fmt: skip
-    return y.reshape(*lead, -1)
+    return y.reshape(*lead, layout.shape[0])
