@@ -16,7 +16,7 @@ from dsb_jax import methods, models
 from dsb_jax.methods import Method
 from dsb_jax.nn import SparseConv, SparseDense
 from dsb_jax.ops.dense import conv_general_dilated
-from dsb_jax.ops.dispatch import check_implementation
+from dsb_jax.ops.dispatch import A_DENSE_LAYER, check_implementation, record_choices
 from dsb_jax.plan import KEEP_DENSE, MIN_BLOCKS, SparsityPlan, find_layers, make_plan
 from dsb_jax.train import Loss, smoothed_cross_entropy
 
@@ -170,6 +170,15 @@ def make_optimizer(recipe: Recipe) -> tuple[optax.GradientTransformation, optax.
     return optax.chain(optax.add_decayed_weights(recipe.weight_decay), sgd), schedule
 
 
+def reads_feature_major(model: nn.Module, recipe: Recipe) -> bool:
+    """Whether most sparse layers are computed by a shuffled-block product, which takes activations feature-major."""
+    images = jax.ShapeDtypeStruct((recipe.batch_size, *recipe.image_shape), jnp.float32)
+    with record_choices() as choices:
+        jax.eval_shape(model.init, jax.random.key(0), images)
+    sparse = [choice.implementation != "dense" for choice in choices.values() if choice.reason != A_DENSE_LAYER]
+    return 2 * sum(sparse) > len(sparse)
+
+
 @functools.lru_cache(maxsize=32)
 def assemble(recipe: Recipe) -> Assembly:
     """Builds model, plan, method, optimizer and loss. Equal recipes give the same objects, so nothing recompiles.
@@ -198,6 +207,9 @@ def assemble(recipe: Recipe) -> Assembly:
             min_blocks=recipe.min_blocks,
         )
         sparse: dict[str, Any] = {"plan": plan, "implementation": recipe.implementation, "init_layout": method.init}
-        model = create(conv=functools.partial(SparseConv, **sparse), dense=functools.partial(SparseDense, **sparse))
+        create = functools.partial(
+            create, conv=functools.partial(SparseConv, **sparse), dense=functools.partial(SparseDense, **sparse)
+        )
+        model = create(feature_major=reads_feature_major(create(), recipe))
     optimizer, schedule = make_optimizer(recipe)
     return Assembly(model, plan, method, optimizer, smoothed_cross_entropy(recipe.label_smoothing), schedule)

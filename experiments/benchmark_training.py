@@ -63,14 +63,17 @@ def stepper(recipe: Recipe) -> Callable[[], Any]:
 
 
 def find_inputs(recipe: Recipe, assembly: Assembly) -> dict[tuple[str, ...], tuple[nn.Module, tuple[int, ...]]]:
-    """Path of each sparse layer -> (module, shape of its input), seen while the model is traced."""
+    """Path of each sparse layer -> (module, its input as [N, H, W, C] or [N, C]), seen while the model is traced."""
     seen: dict[tuple[str, ...], tuple[nn.Module, tuple[int, ...]]] = {}
     sparse = {layer.path for layer in assembly.plan.sparse_layers} if assembly.plan else set()
 
     def watch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer = context.method_name == "__call__" and isinstance(context.module, SparseConv | SparseDense)
         if layer and context.module.path in sparse:
-            seen.setdefault(context.module.path, (context.module, args[0].shape))
+            shape = args[0].shape
+            if context.module.feature_major:
+                shape = (shape[-1], *shape[1:-1], shape[0])
+            seen.setdefault(context.module.path, (context.module, shape))
         return call(*args, **kwargs)
 
     images = jax.ShapeDtypeStruct((recipe.batch_size, *recipe.image_shape), jnp.float32)
@@ -79,15 +82,21 @@ def find_inputs(recipe: Recipe, assembly: Assembly) -> dict[tuple[str, ...], tup
     return seen
 
 
-def layer_rivals(module: nn.Module, shape: tuple[int, ...], counts: dict[str, int | None], recipe: Recipe) -> Any:
-    """Forward and backward of one layer for each number of blocks (None: dense), and what "auto" chose for it."""
+def layer_rivals(modules: dict[str, Any], shape: tuple[int, ...], counts: dict[str, int | None], recipe: Recipe) -> Any:
+    """Forward and backward of one layer for each number of blocks (None: dense), and what "auto" chose for it.
+
+    Each takes its input in the order of activations that its model has: feature-major or not.
+    """
     key = jax.random.key(0)
     x = jax.random.normal(key, shape, jnp.dtype(recipe.dtype))
     calls, chosen = {}, {}
     for name, count in counts.items():
-        clone: Any = module.clone(parent=None, name=None, plan=None, block_shape=recipe.block_shape, num_blocks=count)
+        clone = modules[name].clone(
+            parent=None, name=None, plan=None, block_shape=recipe.block_shape, num_blocks=count
+        )  # fmt: skip
+        given = jnp.moveaxis(x, (0, -1), (-1, 0)) if clone.feature_major else x
         with record_choices() as choices:
-            variables = clone.init(key, x)
+            variables = clone.init(key, given)
         chosen[name] = choices[()].implementation
         rest = {k: v for k, v in variables.items() if k != "params"}
 
@@ -95,7 +104,7 @@ def layer_rivals(module: nn.Module, shape: tuple[int, ...], counts: dict[str, in
             y, backward = jax.vjp(lambda params, x: clone.apply({"params": params, **rest}, x), params, x)
             return y, backward(y)
 
-        calls[name] = functools.partial(jax.jit(both), variables["params"], x)
+        calls[name] = functools.partial(jax.jit(both), variables["params"], given)
     return calls, chosen
 
 
@@ -107,17 +116,18 @@ def time_layers(recipes: dict[str, Recipe], rounds: int) -> dict[str, list[dict[
     assemblies = {name: assemble(recipe) for name, recipe in recipes.items()}
     plans = {name: a.plan for name, a in assemblies.items() if a.plan is not None}
     first = next(iter(recipes))
-    inputs = find_inputs(recipes[first], assemblies[first])
+    inputs = {name: find_inputs(recipe, assemblies[name]) for name, recipe in recipes.items()}
     measured: dict[Any, Any] = {}
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in recipes}
-    for path, (module, shape) in inputs.items():
+    for path, (module, shape) in inputs[first].items():
         layers = {name: plan[path] for name, plan in plans.items()}
         counts = {name: layer.num_blocks for name, layer in layers.items()}
         sizes = layers[first].shape
         strides = getattr(module, "strides", None) or (1, 1)
         same = (shape, sizes, tuple(counts.values()), strides)
         if same not in measured:
-            calls, chosen = layer_rivals(module, shape, {"dense": None, **counts}, recipes[first])
+            modules = {"dense": module.clone(feature_major=False)} | {n: inputs[n][path][0] for n in recipes}
+            calls, chosen = layer_rivals(modules, shape, {"dense": None, **counts}, recipes[first])
             measured[same] = timing.in_turns(calls, rounds), chosen
         times, chosen = measured[same]
         for name, count in counts.items():

@@ -4,10 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 
 from dsb_jax.models import create
+from dsb_jax.models.layers import max_pool
 from dsb_jax.nn import SparseConv, SparseDense
 from dsb_jax.plan import find_layers, make_plan
 
@@ -144,3 +146,34 @@ def test_layer_classes_are_arguments():
     model = create("convnet", num_classes=10, conv=conv, dense=dense)
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     assert built == ["stem", "conv_1", "conv_2", "conv_3", "head"]
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "vgg16", "wrn-10-1"])
+def test_feature_major_models_compute_the_same(name):
+    images = jax.random.normal(jax.random.key(0), (3, 32, 32, 3))
+    models_ = [
+        create(name, num_classes=4, conv=SparseConv, width_multiplier=1 / 8, feature_major=feature_major)
+        for feature_major in (False, True)
+    ]
+    variables = models_[0].init(jax.random.key(1), images)
+    assert jax.tree.map(jnp.shape, models_[1].init(jax.random.key(1), images)) == jax.tree.map(jnp.shape, variables)
+
+    def loss(params, model):
+        logits, _ = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+        return jnp.sum(jnp.sin(logits)), logits
+
+    (plain, wanted), (turned, got) = (jax.grad(loss, has_aux=True)(variables["params"], model) for model in models_)
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
+    for a, b in zip(jax.tree.leaves(turned), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2 * float(jnp.abs(b).max()) + 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (2, 5, 3, 3)])
+def test_max_pool_is_that_of_flax(shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    results = []
+    for pool in (max_pool, lambda x: nn.max_pool(x, (2, 2), strides=(2, 2))):
+        y, backward = jax.vjp(pool, x)
+        results.append((y, *backward(jnp.cos(y))))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-6)

@@ -168,9 +168,10 @@ def test_matmul_equals_the_dense_one(name, implementation):
         assert_all_close((y.T, dx.T, d_blocks), wanted, 1e-5)
 
 
-def test_batches_of_more_than_one_tile(monkeypatch):
-    """The batch is cut into tiles of TILE_BYTES; 11 examples into tiles of 4 leave a ragged one."""
-    monkeypatch.setattr("dsb_jax.ops.xla.TILE_BYTES", 1)
+@pytest.mark.parametrize("run", [32, 8 * 11 * 2, 8 * 11 * 5, 1])
+def test_more_than_one_tile(monkeypatch, run):
+    """Positions are cut into tiles of RUN: 11 examples of 8 columns into batch tiles (ragged) and tiles of rows."""
+    monkeypatch.setattr("dsb_jax.ops.xla.RUN", run)
     layout, geometry = make_layout(0, (8, 27), (4, 3), (5, 2)), ConvGeometry(3, (3, 3))
     keys = jax.random.split(jax.random.key(0), 3)
     x, dy = jax.random.normal(keys[0], (11, 10, 10, 3)), jax.random.normal(keys[1], (11, 8, 8, 8))

@@ -1,5 +1,6 @@
 """Models by name: `convnet`, `resnet18`, `vgg16`, and `wrn-DEPTH-WIDTH` such as `wrn-22-2`."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsb_jax.models.convnet import ConvNet
+from dsb_jax.models.layers import Layers
 from dsb_jax.models.resnet import ResNet18
 from dsb_jax.models.vgg import VGG16
 from dsb_jax.models.wide_resnet import WideResNet
@@ -24,6 +26,7 @@ def create(
     dtype: Any = jnp.float32,
     dropout_rate: float = 0.0,
     width_multiplier: float = 1.0,
+    feature_major: bool = False,
 ) -> nn.Module:
     """Builds a model; `__call__(x[N, H, W, C], train: bool) -> logits[N, num_classes]`.
 
@@ -34,20 +37,23 @@ def create(
       dtype: of the computation; parameters stay float32.
       dropout_rate: inside the residual blocks of a wide residual network; no other model has dropout.
       width_multiplier: scales every hidden width, as for a smaller dense model.
+      feature_major: hidden activations are [C, H, W, N], without transposes between sparse layers; `conv` must take the
+        argument `feature_major`, as `SparseConv` does.
 
     Raises:
       ValueError: if the name is unknown, the depth impossible, or dropout asked of a model without it.
     """
-    sizes: dict[str, Any] = {"num_classes": num_classes, "conv": conv, "dense": dense, "dtype": dtype}
-    sizes["width_multiplier"] = width_multiplier
+    if feature_major:
+        conv = functools.partial(conv, feature_major=True)
+    layers = Layers(conv, dense, dtype, width_multiplier, feature_major)
     if match := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
         depth, width = int(match[1]), int(match[2])
         if depth < 10 or (depth - 4) % 6 or width < 1:
             raise ValueError(f"model={name!r} does not exist: depth is 6n + 4 (10, 16, 22, ...), width >= 1.")
-        return WideResNet(depth=depth, width=width, dropout_rate=dropout_rate, **sizes)
+        return WideResNet(num_classes, depth=depth, width=width, dropout_rate=dropout_rate, layers=layers)
     classes = {"convnet": ConvNet, "resnet18": ResNet18, "vgg16": VGG16}
     if name not in classes:
         raise ValueError(f"model={name!r} is unknown; choose one of {', '.join(MODELS)}.")
     if dropout_rate:
         raise ValueError(f"dropout_rate={dropout_rate} is for wrn models only; {name} has no dropout.")
-    return classes[name](**sizes)
+    return classes[name](num_classes, layers)

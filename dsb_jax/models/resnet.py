@@ -3,13 +3,10 @@
 He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
+
+from dsb_jax.models.layers import Layers
 
 
 class BasicBlock(nn.Module):
@@ -17,20 +14,18 @@ class BasicBlock(nn.Module):
 
     features: int
     stride: int
-    conv: Callable[..., nn.Module]
-    dtype: Any
+    layers: Layers
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = functools.partial(self.conv, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal())
-        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
-        strides, padding = (self.stride, self.stride), ((1, 1), (1, 1))
-        y = conv(self.features, (3, 3), strides=strides, padding=padding, name="conv_0")(x)
-        y = nn.relu(norm(name="norm_0")(y))
-        y = conv(self.features, (3, 3), padding=padding, name="conv_1")(y)
-        y = norm(name="norm_1")(y)
+        layers = self.layers
+        y = layers.convolution(self.features, stride=self.stride, name="conv_0")(x)
+        y = nn.relu(layers.norm("norm_0", train=train)(y))
+        y = layers.convolution(self.features, name="conv_1")(y)
+        y = layers.norm("norm_1", train=train)(y)
         if x.shape != y.shape:
-            x = norm(name="norm_skip")(conv(self.features, (1, 1), strides=strides, name="conv_skip")(x))
+            x = layers.convolution(self.features, 1, stride=self.stride, name="conv_skip")(x)
+            x = layers.norm("norm_skip", train=train)(x)
         return nn.relu(x + y)
 
 
@@ -38,21 +33,16 @@ class ResNet18(nn.Module):
     """Stages of 64, 128, 256, 512 channels at full, half, quarter and eighth resolution."""
 
     num_classes: int
-    conv: Callable[..., nn.Module] = nn.Conv
-    dense: Callable[..., nn.Module] = nn.Dense
-    dtype: Any = jnp.float32
-    width_multiplier: float = 1.0
+    layers: Layers = Layers()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        widths = [round(width * self.width_multiplier) for width in (64, 128, 256, 512)]
-        x = self.conv(
-            widths[0], (3, 3), padding=((1, 1), (1, 1)), use_bias=False, dtype=self.dtype,
-            kernel_init=nn.initializers.he_normal(), name="stem",
-        )(x)  # fmt: skip
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name="norm_stem")(x))
+        layers = self.layers
+        widths = [layers.width(width) for width in (64, 128, 256, 512)]
+        x = layers.convolution(widths[0], name="stem")(layers.enter(x))
+        x = nn.relu(layers.norm("norm_stem", train=train)(x))
         for stage, width in enumerate(widths):
             for block in range(2):
                 stride = 2 if stage > 0 and block == 0 else 1
-                x = BasicBlock(width, stride, self.conv, self.dtype, name=f"block_{stage}_{block}")(x, train)
-        return self.dense(self.num_classes, dtype=self.dtype, name="head")(x.mean(axis=(1, 2))).astype(jnp.float32)
+                x = BasicBlock(width, stride, layers, name=f"block_{stage}_{block}")(x, train)
+        return layers.classify(x, self.num_classes)

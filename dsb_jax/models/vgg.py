@@ -4,12 +4,10 @@ Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image 
 configuration D; the three linear layers give way to one, as usual for 32x32 images.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
+
+from dsb_jax.models.layers import Layers, max_pool
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -18,22 +16,17 @@ class VGG16(nn.Module):
     """Five stages of 3x3 convolutions, each followed by a 2x2 max pooling."""
 
     num_classes: int
-    conv: Callable[..., nn.Module] = nn.Conv
-    dense: Callable[..., nn.Module] = nn.Dense
-    dtype: Any = jnp.float32
-    width_multiplier: float = 1.0
+    layers: Layers = Layers()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        layers = self.layers
+        x = layers.enter(x)
         for i, widths in enumerate(STAGES):
             for j, width in enumerate(widths):
                 name = "stem" if i == j == 0 else f"conv_{i}_{j}"
-                features = round(width * self.width_multiplier)
-                x = self.conv(
-                    features, (3, 3), padding=((1, 1), (1, 1)), use_bias=False, dtype=self.dtype,
-                    kernel_init=nn.initializers.he_normal(), name=name,
-                )(x)  # fmt: skip
-                norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name=f"norm_{i}_{j}")
-                x = nn.relu(norm(x))
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        return self.dense(self.num_classes, dtype=self.dtype, name="head")(x.mean(axis=(1, 2))).astype(jnp.float32)
+                x = layers.convolution(layers.width(width), name=name)(x)
+                x = layers.norm(f"norm_{i}_{j}", train=train)(x)
+                # Pooling commutes with relu, which then has a quarter of the work.
+                x = nn.relu(max_pool(x) if j + 1 == len(widths) else x)
+        return layers.classify(x, self.num_classes)

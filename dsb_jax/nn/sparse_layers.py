@@ -24,7 +24,8 @@ from jaxtyping import Array, Float
 from dsb_jax.distributions import LayerShape, to_blocks
 from dsb_jax.layout import BlockLayout, block_group, pack, random_layout, real_rows
 from dsb_jax.ops import choose, sparse_conv, sparse_matmul
-from dsb_jax.ops.dispatch import Choice, check_implementation, record
+from dsb_jax.ops.dense import conv_general_dilated, convolve
+from dsb_jax.ops.dispatch import A_DENSE_LAYER, Choice, check_implementation, record
 from dsb_jax.ops.probes import observe
 from dsb_jax.plan import SparsityPlan
 from pallas_kernels import ConvGeometry, matmul_geometry
@@ -97,7 +98,7 @@ class SparseDense(nn.Dense):
         shape = LayerShape(out=self.features, in_=in_features, kernel_size=())
         num_blocks, block_shape = _num_blocks(self, shape)
         if num_blocks is None:
-            record(self.path, Choice("dense", "a dense layer"))
+            record(self.path, Choice("dense", A_DENSE_LAYER))
             y = super().__call__(inputs.T if self.feature_major else inputs)
             return y.T if self.feature_major else y
         if self.dot_general is not None or self.dot_general_cls is not None:
@@ -142,10 +143,10 @@ class SparseConv(nn.Conv):
     implementation: str = "auto"
     feature_major: bool = False
     init_layout: Callable[..., BlockLayout] = random_layout
+    conv_general_dilated: Any = staticmethod(conv_general_dilated)  # of a layer that stays dense
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "*batch H W C"]) -> Float[Array, "*batch OH OW out"]:
-        to_channels_last, to_feature_major = (3, 1, 2, 0), (3, 1, 2, 0)
         kernel_size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
         channels = inputs.shape[0 if self.feature_major else -1]
         in_features = channels
@@ -154,10 +155,16 @@ class SparseConv(nn.Conv):
         shape = LayerShape(out=self.features, in_=in_features // self.feature_group_count, kernel_size=kernel_size)
         num_blocks, block_shape = _num_blocks(self, shape)
         if num_blocks is None:
-            record(self.path, Choice("dense", "a dense layer"))
-            x = inputs.transpose(to_channels_last) if self.feature_major else inputs
-            y = super().__call__(x)
-            return y.transpose(to_feature_major) if self.feature_major else y
+            record(self.path, Choice("dense", A_DENSE_LAYER))
+            if not self.feature_major:
+                return super().__call__(inputs)
+            self._refuse_what_is_not_served(kernel_size)
+            geometry, x = self._geometry(inputs, kernel_size, channels)
+            kernel = self.param("kernel", self.kernel_init, (*kernel_size, channels, self.features), self.param_dtype)
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+            x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+            y = convolve(x, kernel, geometry=geometry, feature_major=True, precision=self.precision)
+            return y if bias is None else y + bias[:, None, None, None]
         self._refuse_what_is_not_served(kernel_size)
         geometry, x = self._geometry(inputs, kernel_size, channels)
         blocks, layout = _blocks_and_layout(self, shape, num_blocks, block_shape, channels)
@@ -192,7 +199,10 @@ class SparseConv(nn.Conv):
             ("input_dilation", ones(self.input_dilation)),
             ("feature_group_count", self.feature_group_count == 1),
             ("mask", self.mask is None),
-            ("conv_general_dilated", self.conv_general_dilated is None and self.conv_general_dilated_cls is None),
+            (
+                "conv_general_dilated",
+                self.conv_general_dilated in (None, conv_general_dilated) and self.conv_general_dilated_cls is None,
+            ),
         ):
             if not fine:
                 raise NotImplementedError(

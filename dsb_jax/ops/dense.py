@@ -16,6 +16,8 @@ from dsb_jax.layout import BlockLayout, block_group
 from pallas_kernels.interface import ConvGeometry
 from pallas_kernels.reference import patches
 
+FEW_FEATURES = 64  # kernel height * width * channels
+
 _NHWC = (("NHWC", "HWIO", "NHWC"), lax.conv_dimension_numbers((1,) * 4, (1,) * 4, ("NHWC", "HWIO", "NHWC")))
 
 
@@ -58,32 +60,52 @@ def _unpack_bwd(layout: BlockLayout, d_kernel: jax.Array) -> tuple[jax.Array, No
 unpack_transposed.defvjp(_unpack_fwd, _unpack_bwd)
 
 
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    geometry: ConvGeometry,
+    feature_major: bool,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """A dense convolution without the slow cases of XLA on CPUs: x is NHWC, or CHWN if `feature_major`; kernel HWIO.
+
+    There, the patches are gathered and multiplied instead
+      - where the image is smaller than the kernel (3x3 over 2x2, as in the last stage of VGG-16): XLA runs there
+        at some 2 % of its usual rate;
+      - where the input has few features and is feature-major (a stem): the convolution would transpose its output.
+    """
+    sizes = (*x.shape[1:3], *geometry.output_size(*x.shape[1:3]))
+    small = min(sizes) < max(geometry.kernel_size) or (feature_major and geometry.in_features <= FEW_FEATURES)
+    if small and jax.default_backend() == "cpu":
+        gathered = patches(x if feature_major else x.transpose(3, 1, 2, 0), geometry)
+        form = "jhwn,jo->ohwn" if feature_major else "jhwn,jo->nhwo"
+        return jnp.einsum(form, gathered, kernel.reshape(-1, kernel.shape[3]), precision=precision)
+    numbers = ("CHWN", "HWIO", "CHWN") if feature_major else ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel, geometry.strides, geometry.padding, dimension_numbers=numbers, precision=precision
+    )
+
+
 def conv_general_dilated(
     lhs: jax.Array, rhs: jax.Array, window_strides: Sequence[int], padding: Any, **options: Any
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` without its slow case on CPUs.
+    """`jax.lax.conv_general_dilated` by way of `convolve` where that serves.
 
-    Where the image is smaller than the kernel (3x3 over 2x2, as in the last stage of VGG-16), XLA's CPU convolution
-    runs at some 2 % of its usual rate; there, the patches are gathered and multiplied instead. Also fit for the
-    `conv_general_dilated` argument of `nn.Conv`, so that dense baselines gain by it as well.
+    Fit for the `conv_general_dilated` argument of `nn.Conv`, so that dense baselines gain by it as well.
     """
     plain = all(set(options.get(name) or (1,)) == {1} for name in ("lhs_dilation", "rhs_dilation"))
     plain &= options.get("feature_group_count", 1) == 1 and lhs.ndim == 4
     plain &= options.get("dimension_numbers") in _NHWC
-    if plain and jax.default_backend() == "cpu":
-        height, width = lhs.shape[1:3]
-        kernel_size = rhs.shape[0], rhs.shape[1]
-        if isinstance(padding, str):
-            padding = lax.padtype_to_pads((height, width), kernel_size, window_strides, padding)
-        (top, bottom), (left, right) = padding
-        stride_h, stride_w = window_strides
-        geometry = ConvGeometry(lhs.shape[3], kernel_size, (stride_h, stride_w), ((top, bottom), (left, right)))
-        out_h, out_w = geometry.output_size(height, width)
-        if min(height, width, out_h, out_w) < max(kernel_size):
-            gathered = patches(lhs.transpose(3, 1, 2, 0), geometry)
-            return jnp.einsum("jhwn,jo->nhwo", gathered, rhs.reshape(-1, rhs.shape[3]),
-                              precision=options.get("precision"))  # fmt: skip
-    return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+    if not plain:
+        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+    kernel_size = rhs.shape[0], rhs.shape[1]
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(lhs.shape[1:3], kernel_size, window_strides, padding)
+    (top, bottom), (left, right) = padding
+    stride_h, stride_w = window_strides
+    geometry = ConvGeometry(lhs.shape[3], kernel_size, (stride_h, stride_w), ((top, bottom), (left, right)))
+    return convolve(lhs, rhs, geometry=geometry, feature_major=False, precision=options.get("precision"))
 
 
 def dense_conv(
@@ -97,10 +119,7 @@ def dense_conv(
 ) -> jax.Array:
     """The product by unpacking: x is NHWC, or CHWN if `feature_major`; the result likewise."""
     kernel = unpack_transposed(blocks, layout).reshape(*geometry.kernel_size, geometry.in_channels, layout.shape[0])
-    numbers = ("CHWN", "HWIO", "CHWN") if feature_major else ("NHWC", "HWIO", "NHWC")
-    return conv_general_dilated(
-        x, kernel.astype(x.dtype), geometry.strides, geometry.padding, dimension_numbers=numbers, precision=precision
-    )
+    return convolve(x, kernel.astype(x.dtype), geometry=geometry, feature_major=feature_major, precision=precision)
 
 
 def dense_matmul(

@@ -1,17 +1,19 @@
 """The shuffled-block product in plain XLA, fast on a CPU: one small matrix product per piece of a panel.
 
-A panel (the R rows of a group and all its columns) is cut into *pieces* of at most `piece` blocks. Two nested
-loops run over batch tiles, small enough for the cache, and over pieces; each turn copies the columns that the
-piece reads into one contiguous buffer and multiplies. With 16x16 blocks and pieces of two blocks:
+Output positions are cut into *tiles*: a few whole image rows, of a part of the batch if that is large. A panel (the R
+rows of a group and all its columns) is cut into *pieces* of some blocks. Two nested loops run over tiles and over
+pieces; each turn copies the columns that the piece reads, which are contiguous runs of the feature-major input, into
+a buffer that stays in the cache, and multiplies. With 16x16 blocks and pieces of two blocks:
 
     group_start = [0, 3, 3, 5]     piece   group   blocks
                                      0       0      0 1
                                      1       0      2 .      (`.` is masked: its weights are zero)
                                      2       2      3 4      (group 1 is empty: its rows stay zero)
 
-Everything is sized by the number of blocks, never by `out * in`. Batched products over all groups, segment sums
-over blocks and gathers with features innermost were measured at 3 to 30 times slower; copying column by column
-with dynamic slices beats `lax.gather`, whose index arithmetic is done for every element.
+Output rows are put in the order of the groups, and back, one tile at a time, too: whatever is done to the whole array
+is a pass through memory, and those cost as much as the products. Everything is sized by the number of blocks, never by
+`out * in`. Batched products over all groups, segment sums over blocks and gathers with features innermost were
+measured at 3 to 30 times slower.
 """
 
 import math
@@ -24,8 +26,8 @@ from jax import lax
 from pallas_kernels.interface import ConvGeometry, Kernels
 from pallas_kernels.reference import Index
 
-TILE_BYTES = 2 * 2**20  # input tile of one turn of the batch loop; about the L2 cache of two cores
-PIECE_COLUMNS = 128  # columns of one product; fewer pay more for dispatch, more waste work on masked ones
+RUN = 4096  # output positions of one tile, at most: longer runs copy and multiply faster, but leave the cache
+PIECE_COLUMNS = 256  # columns of one product; fewer pay more for dispatch, more waste work on masked ones
 
 
 class _Pieces(NamedTuple):
@@ -38,11 +40,15 @@ class _Pieces(NamedTuple):
 
 
 class _Tiling(NamedTuple):
-    """Static sizes. The input is laid out as [tiles, C, phases, rows, cols * tile]: stride phases apart."""
+    """Static sizes. Output positions are cut into batch tiles and, within one, tiles of whole image rows.
 
-    tile: int
-    num_tiles: int
+    The input is laid out as [batch_tiles, C, phases, rows, cols * batch_tile]: stride phases apart, zero-padded.
+    """
+
     batch: int
+    batch_tile: int
+    batch_tiles: int
+    row_tile: int
     out_h: int
     out_w: int
     phases: tuple[int, int]
@@ -50,9 +56,16 @@ class _Tiling(NamedTuple):
     cols: int
 
     @property
-    def run(self) -> int:
-        """Length of one gathered row: all output positions of a tile."""
-        return self.out_h * self.out_w * self.tile
+    def run(self) -> tuple[int, int]:
+        """The positions of a tile: output rows, and what lies side by side in one."""
+        return self.row_tile, self.out_w * self.batch_tile
+
+
+class _At(NamedTuple):
+    """Where a tile begins: the number of the batch tile, and the first row of the output."""
+
+    batch: jax.Array
+    row: jax.Array
 
 
 def _tiling(geometry: ConvGeometry, height: int, width: int, batch: int) -> _Tiling:
@@ -60,11 +73,10 @@ def _tiling(geometry: ConvGeometry, height: int, width: int, batch: int) -> _Til
     (kernel_h, kernel_w), (stride_h, stride_w) = geometry.kernel_size, geometry.strides
     phases = min(kernel_h, stride_h), min(kernel_w, stride_w)
     rows, cols = out_h + (kernel_h - 1) // stride_h, out_w + (kernel_w - 1) // stride_w
-    per_example = 4 * geometry.in_channels * math.prod(phases) * rows * cols
-    most = min(batch, max(TILE_BYTES // per_example, -(-256 // (out_h * out_w)), 1))
-    num_tiles = -(-batch // most)
-    tile = -(-batch // num_tiles)
-    return _Tiling(tile, num_tiles, batch, out_h, out_w, phases, rows, cols)
+    batch_tiles = min(batch, -(-out_w * batch // RUN))
+    batch_tile = -(-batch // batch_tiles)
+    row_tile = max(t for t in range(1, out_h + 1) if out_h % t == 0 and (t == 1 or t * out_w * batch_tile <= RUN))
+    return _Tiling(batch, batch_tile, batch_tiles, row_tile, out_h, out_w, phases, rows, cols)
 
 
 def _pieces(index: Index, columns: int) -> _Pieces:
@@ -85,52 +97,60 @@ def _pieces(index: Index, columns: int) -> _Pieces:
 
 
 def _to_tiles(x: jax.Array, geometry: ConvGeometry, tiling: _Tiling) -> jax.Array:
-    """x[C, H, W, N] -> [tiles, C, phases, rows, cols * tile], zero-padded."""
+    """x[C, H, W, N] -> [batch_tiles, C, phases, rows, cols * batch_tile], zero-padded."""
     channels, height, width, batch = x.shape
     (top, _), (left, _) = geometry.padding
     stride_h, stride_w = geometry.strides
     grow_h = tiling.rows * stride_h - height - top
     grow_w = tiling.cols * stride_w - width - left
-    spare = tiling.tile * tiling.num_tiles - batch
+    spare = tiling.batch_tile * tiling.batch_tiles - batch
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (top, grow_h, 0), (left, grow_w, 0), (0, spare, 0)))
-    x = x.reshape(channels, tiling.rows, stride_h, tiling.cols, stride_w, tiling.num_tiles, tiling.tile)
+    x = x.reshape(channels, tiling.rows, stride_h, tiling.cols, stride_w, tiling.batch_tiles, tiling.batch_tile)
     x = x[:, :, : tiling.phases[0], :, : tiling.phases[1]].transpose(5, 0, 2, 4, 1, 3, 6)
-    return x.reshape(tiling.num_tiles, channels, math.prod(tiling.phases), tiling.rows, tiling.cols * tiling.tile)
+    return x.reshape(_tiles_shape(geometry, tiling))
+
+
+def _tiles_shape(geometry: ConvGeometry, tiling: _Tiling) -> tuple[int, ...]:
+    phases, cols = math.prod(tiling.phases), tiling.cols * tiling.batch_tile
+    return tiling.batch_tiles, geometry.in_channels, phases, tiling.rows, cols
 
 
 def _from_tiles(tiles: jax.Array, geometry: ConvGeometry, tiling: _Tiling, input_size: tuple[int, int]) -> jax.Array:
-    """The transpose of `_to_tiles`: [tiles, C, phases, rows, cols * tile] -> [C, H, W, N]."""
+    """The transpose of `_to_tiles`: [batch_tiles, C, phases, rows, cols * batch_tile] -> [C, H, W, N]."""
     channels = tiles.shape[1]
     (top, _), (left, _) = geometry.padding
     stride_h, stride_w = geometry.strides
-    x = tiles.reshape(tiling.num_tiles, channels, *tiling.phases, tiling.rows, tiling.cols, tiling.tile)
+    x = tiles.reshape(tiling.batch_tiles, channels, *tiling.phases, tiling.rows, tiling.cols, tiling.batch_tile)
     spare_phases = (0, 0), (0, 0), (0, stride_h - tiling.phases[0]), (0, stride_w - tiling.phases[1])
     x = jnp.pad(x, (*spare_phases, (0, 0), (0, 0), (0, 0))).transpose(1, 4, 2, 5, 3, 0, 6)
-    x = x.reshape(channels, tiling.rows * stride_h, tiling.cols * stride_w, tiling.num_tiles * tiling.tile)
+    x = x.reshape(channels, tiling.rows * stride_h, tiling.cols * stride_w, tiling.batch_tiles * tiling.batch_tile)
     crop_h = input_size[0] + top - tiling.rows * stride_h
     crop_w = input_size[1] + left - tiling.cols * stride_w
-    spare = tiling.batch - tiling.num_tiles * tiling.tile
+    spare = tiling.batch - tiling.batch_tiles * tiling.batch_tile
     return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (-top, crop_h, 0), (-left, crop_w, 0), (0, spare, 0)))
 
 
-def _rows_to_tiles(dy: jax.Array, out_idx: jax.Array, tiling: _Tiling) -> jax.Array:
-    """dy[out, OH, OW, N] -> [tiles, num_groups, R, run], rows in the order of the groups, phantom rows zero."""
-    spare = tiling.tile * tiling.num_tiles - tiling.batch
-    dy = jnp.pad(dy, ((0, out_idx.size - dy.shape[0]), (0, 0), (0, 0), (0, spare)))
-    dy = dy.reshape(*dy.shape[:3], tiling.num_tiles, tiling.tile).transpose(3, 0, 1, 2, 4)
-    # Permuting whole runs is a copy; fused into the transpose it would be a gather of single elements.
-    dy = lax.optimization_barrier(dy.reshape(tiling.num_tiles, -1, tiling.run))
-    dy = dy.at[:, out_idx.reshape(-1)].get(mode="promise_in_bounds")
-    return lax.optimization_barrier(dy.reshape(tiling.num_tiles, *out_idx.shape, tiling.run))
+def _output_to_tiles(dy: jax.Array, tiling: _Tiling) -> jax.Array:
+    """dy[out, OH, OW, N] -> [batch_tiles, out, OH, OW * batch_tile]."""
+    dy = jnp.pad(dy, ((0, 0), (0, 0), (0, 0), (0, tiling.batch_tile * tiling.batch_tiles - tiling.batch)))
+    dy = dy.reshape(*dy.shape[:3], tiling.batch_tiles, tiling.batch_tile).transpose(3, 0, 1, 2, 4)
+    return dy.reshape(tiling.batch_tiles, -1, tiling.out_h, tiling.out_w * tiling.batch_tile)
 
 
-def _rows_from_tiles(y: jax.Array, out_idx: jax.Array, out: int, tiling: _Tiling) -> jax.Array:
-    """The inverse of `_rows_to_tiles`: [tiles, num_groups, R, run] -> y[out, OH, OW, N]."""
-    place = jnp.zeros(out_idx.size, jnp.int32).at[out_idx.reshape(-1)].set(jnp.arange(out_idx.size, dtype=jnp.int32))
-    y = y.reshape(tiling.num_tiles, out_idx.size, tiling.run)
-    y = lax.optimization_barrier(y.at[:, place[:out]].get(mode="promise_in_bounds"))
-    y = y.reshape(tiling.num_tiles, out, tiling.out_h, tiling.out_w, tiling.tile).transpose(1, 2, 3, 0, 4)
-    return y.reshape(out, tiling.out_h, tiling.out_w, -1)[..., : tiling.batch]
+def _output_from_tiles(y: jax.Array, tiling: _Tiling) -> jax.Array:
+    """The inverse of `_output_to_tiles`."""
+    y = y.reshape(tiling.batch_tiles, -1, tiling.out_h, tiling.out_w, tiling.batch_tile).transpose(1, 2, 3, 0, 4)
+    return y.reshape(*y.shape[:3], -1)[..., : tiling.batch]
+
+
+def _output_rows(dy: jax.Array, at: _At, out_idx: jax.Array, tiling: _Tiling) -> jax.Array:
+    """The rows of one tile in the order of the groups: [num_groups, R, run]; phantom rows are zero."""
+    first = jnp.minimum(out_idx.reshape(-1, 1), dy.shape[1] - 1)
+    starts = jnp.concatenate([jnp.full_like(first, at.batch), first, jnp.full_like(first, at.row)], axis=1)
+    numbers = lax.GatherDimensionNumbers(offset_dims=(1, 2), collapsed_slice_dims=(0, 1), start_index_map=(0, 1, 2))
+    rows = lax.gather(dy, starts, numbers, (1, 1, *tiling.run), mode="promise_in_bounds")
+    rows = jnp.where((out_idx.reshape(-1, 1, 1) < dy.shape[1]), rows, 0) if out_idx.size > dy.shape[1] else rows
+    return lax.optimization_barrier(rows.reshape(*out_idx.shape, -1))
 
 
 def _column_starts(columns: jax.Array, geometry: ConvGeometry, tiling: _Tiling) -> jax.Array:
@@ -139,20 +159,16 @@ def _column_starts(columns: jax.Array, geometry: ConvGeometry, tiling: _Tiling) 
     kernel_h, kernel_w = tap // geometry.kernel_size[1], tap % geometry.kernel_size[1]
     (stride_h, stride_w), phase_w = geometry.strides, tiling.phases[1]
     phase = (kernel_h % stride_h) * phase_w + kernel_w % stride_w
-    return jnp.stack([channel, phase, kernel_h // stride_h, (kernel_w // stride_w) * tiling.tile], axis=-1)
+    return jnp.stack([channel, phase, kernel_h // stride_h, (kernel_w // stride_w) * tiling.batch_tile], axis=-1)
 
 
-def _window(tiling: _Tiling) -> tuple[int, ...]:
-    return (1, 1, 1, tiling.out_h, tiling.out_w * tiling.tile)
-
-
-def _copy_columns(buffer: jax.Array, x: jax.Array, tile: jax.Array, starts: jax.Array, count: jax.Array,
+def _copy_columns(buffer: jax.Array, x: jax.Array, at: _At, starts: jax.Array, count: jax.Array,
                   tiling: _Tiling) -> jax.Array:  # fmt: skip
-    """Copies the runs of `count` columns of one batch tile into `buffer[columns, out_h, out_w * tile]`."""
+    """Copies the runs of `count` columns of one tile into `buffer[columns, *run]`."""
 
     def copy(j: jax.Array, buffer: jax.Array) -> jax.Array:
-        start = (tile, starts[j, 0], starts[j, 1], starts[j, 2], starts[j, 3])
-        run = lax.dynamic_slice(x, start, _window(tiling), allow_negative_indices=False)
+        start = (at.batch, starts[j, 0], starts[j, 1], at.row + starts[j, 2], starts[j, 3])
+        run = lax.dynamic_slice(x, start, (1, 1, 1, *tiling.run), allow_negative_indices=False)
         return lax.dynamic_update_slice(buffer, run[0, 0], (j, 0, 0), allow_negative_indices=False)
 
     return lax.fori_loop(0, count, copy, buffer)
@@ -175,21 +191,30 @@ def forward(x: jax.Array, blocks: jax.Array, index: Index, *, out: int, geometry
     masked = jnp.where(pieces.valid[:, :, None, None], blocks[pieces.blocks], 0).astype(x.dtype)
     weights = masked.transpose(0, 2, 1, 3).reshape(masked.shape[0], rows, -1)
     tiles = _to_tiles(x, geometry, tiling)
+    place = jnp.zeros(out_idx.size, jnp.int32).at[out_idx.reshape(-1)].set(jnp.arange(out_idx.size, dtype=jnp.int32))
 
-    def turn(tile: jax.Array, i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def tile(at: _At, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         y, buffer = carry
-        # Columns left over from an earlier piece meet zero weights.
-        buffer = _copy_columns(buffer, tiles, tile, starts[i], counts[i], tiling)
-        panel = buffer.reshape(-1, tiling.run)
-        at = (tile, pieces.group[i], 0, 0)
-        add = jnp.dot(weights[i], panel, precision=precision, preferred_element_type=jnp.float32)
-        old = lax.dynamic_slice(y, at, (1, 1, rows, tiling.run), allow_negative_indices=False)
-        return lax.dynamic_update_slice(y, old + add[None, None], at, allow_negative_indices=False), buffer
 
-    y = jnp.zeros((tiling.num_tiles, num_groups, rows, tiling.run), jnp.float32)
-    buffer = jnp.zeros((starts.shape[1], *_window(tiling)[3:]), x.dtype)
-    y, _ = _each_turn(tiling, pieces.used, turn, (y, buffer))
-    return _rows_from_tiles(y.astype(x.dtype), out_idx, out, tiling)
+        def turn(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            grouped, buffer = carry
+            # Columns left over from an earlier piece meet zero weights.
+            buffer = _copy_columns(buffer, tiles, at, starts[i], counts[i], tiling)
+            panel = buffer.reshape(buffer.shape[0], -1)
+            add = jnp.dot(weights[i], panel, precision=precision, preferred_element_type=jnp.float32)
+            old = lax.dynamic_index_in_dim(grouped, pieces.group[i], keepdims=False, allow_negative_indices=False)
+            return lax.dynamic_update_index_in_dim(
+                grouped, old + add, pieces.group[i], 0, allow_negative_indices=False
+            ), buffer
+
+        grouped = jnp.zeros((num_groups, rows, math.prod(tiling.run)), jnp.float32)
+        grouped, buffer = lax.fori_loop(0, pieces.used, turn, (grouped, buffer))
+        new = grouped.reshape(out_idx.size, *tiling.run).at[place[:out]].get(mode="promise_in_bounds").astype(x.dtype)
+        return lax.dynamic_update_slice(y, new[None], (at.batch, 0, at.row, 0), allow_negative_indices=False), buffer
+
+    y = jnp.zeros((tiling.batch_tiles, out, tiling.out_h, tiling.run[1]), x.dtype)
+    y, _ = _each_tile(tiling, tile, (y, jnp.zeros((starts.shape[1], *tiling.run), x.dtype)))
+    return _output_from_tiles(y, tiling)
 
 
 def input_gradient(
@@ -207,25 +232,27 @@ def input_gradient(
     pieces, starts, counts = _piece_arrays(index, blocks.shape[2], geometry, tiling)
     masked = jnp.where(pieces.valid[:, :, None, None], blocks[pieces.blocks], 0).astype(dy.dtype)
     weights = masked.transpose(0, 1, 3, 2).reshape(masked.shape[0], -1, rows)
-    d_rows = _rows_to_tiles(dy, index[0], tiling)
+    tiles = _output_to_tiles(dy, tiling)
 
-    def turn(tile: jax.Array, i: jax.Array, dx: jax.Array) -> jax.Array:
-        panel = lax.dynamic_slice(
-            d_rows, (tile, pieces.group[i], 0, 0), (1, 1, rows, tiling.run), allow_negative_indices=False
-        )
-        partial = jnp.dot(weights[i], panel[0, 0], precision=precision, preferred_element_type=jnp.float32)
-        partial = partial.reshape(-1, *_window(tiling)[3:])
+    def tile(at: _At, dx: jax.Array) -> jax.Array:
+        d_rows = _output_rows(tiles, at, index[0], tiling)
 
-        def add(j: jax.Array, dx: jax.Array) -> jax.Array:
-            at = (tile, starts[i, j, 0], starts[i, j, 1], starts[i, j, 2], starts[i, j, 3])
-            old = lax.dynamic_slice(dx, at, _window(tiling), allow_negative_indices=False)
-            new = lax.dynamic_slice(partial, (j, 0, 0), (1, *partial.shape[1:]), allow_negative_indices=False)
-            return lax.dynamic_update_slice(dx, old + new[None, None], at, allow_negative_indices=False)
+        def turn(i: jax.Array, dx: jax.Array) -> jax.Array:
+            panel = lax.dynamic_index_in_dim(d_rows, pieces.group[i], keepdims=False, allow_negative_indices=False)
+            partial = jnp.dot(weights[i], panel, precision=precision, preferred_element_type=jnp.float32)
+            partial = partial.reshape(-1, *tiling.run)
 
-        return lax.fori_loop(0, counts[i], add, dx)
+            def add(j: jax.Array, dx: jax.Array) -> jax.Array:
+                start = (at.batch, starts[i, j, 0], starts[i, j, 1], at.row + starts[i, j, 2], starts[i, j, 3])
+                old = lax.dynamic_slice(dx, start, (1, 1, 1, *tiling.run), allow_negative_indices=False)
+                new = lax.dynamic_slice(partial, (j, 0, 0), (1, *tiling.run), allow_negative_indices=False)
+                return lax.dynamic_update_slice(dx, old + new[None, None], start, allow_negative_indices=False)
 
-    shape = (tiling.num_tiles, geometry.in_channels, math.prod(tiling.phases), tiling.rows, tiling.cols * tiling.tile)
-    dx = _each_turn(tiling, pieces.used, turn, jnp.zeros(shape, jnp.float32))
+            return lax.fori_loop(0, counts[i], add, dx)
+
+        return lax.fori_loop(0, pieces.used, turn, dx)
+
+    dx = _each_tile(tiling, tile, jnp.zeros(_tiles_shape(geometry, tiling), jnp.float32))
     return _from_tiles(dx.astype(dy.dtype), geometry, tiling, input_size)
 
 
@@ -244,35 +271,41 @@ def weight_gradient(
     rows = out_idx.shape[1]
     tiling = _tiling(geometry, x.shape[1], x.shape[2], x.shape[3])
     pieces, starts, counts = _piece_arrays(index, columns, geometry, tiling)
-    tiles, d_rows = _to_tiles(x, geometry, tiling), _rows_to_tiles(dy, out_idx, tiling)
+    tiles, d_tiles = _to_tiles(x, geometry, tiling), _output_to_tiles(dy, tiling)
 
-    def turn(tile: jax.Array, i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        d_pieces, buffer = carry
-        buffer = _copy_columns(buffer, tiles, tile, starts[i], counts[i], tiling)
-        panel = buffer.reshape(-1, tiling.run)
-        d_panel = lax.dynamic_slice(
-            d_rows, (tile, pieces.group[i], 0, 0), (1, 1, rows, tiling.run), allow_negative_indices=False
-        )[0, 0]
-        add = lax.dot_general(
-            d_panel, panel, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
-        old = lax.dynamic_slice(d_pieces, (i, 0, 0), (1, *d_pieces.shape[1:]), allow_negative_indices=False)
-        return lax.dynamic_update_slice(d_pieces, old + add[None], (i, 0, 0), allow_negative_indices=False), buffer
+    def tile(at: _At, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        d_rows = _output_rows(d_tiles, at, out_idx, tiling)
 
-    d_pieces = jnp.zeros((pieces.group.shape[0], rows, starts.shape[1]), jnp.float32)
-    buffer = jnp.zeros((starts.shape[1], *_window(tiling)[3:]), x.dtype)
-    d_pieces, _ = _each_turn(tiling, pieces.used, turn, (d_pieces, buffer))
-    d_pieces = d_pieces.reshape(-1, rows, pieces.blocks.shape[1], columns).transpose(0, 2, 1, 3)
+        def turn(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            d_pieces, buffer = carry
+            buffer = _copy_columns(buffer, tiles, at, starts[i], counts[i], tiling)
+            panel = buffer.reshape(buffer.shape[0], -1)
+            d_panel = lax.dynamic_index_in_dim(d_rows, pieces.group[i], keepdims=False, allow_negative_indices=False)
+            # The longer operand first: up to 1.8 times as fast as the other order.
+            add = lax.dot_general(
+                panel, d_panel, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+            )
+            old = lax.dynamic_index_in_dim(d_pieces, i, keepdims=False, allow_negative_indices=False)
+            return lax.dynamic_update_index_in_dim(d_pieces, old + add, i, 0, allow_negative_indices=False), buffer
+
+        return lax.fori_loop(0, pieces.used, turn, carry)
+
+    d_pieces = jnp.zeros((pieces.group.shape[0], starts.shape[1], rows), jnp.float32)
+    d_pieces, _ = _each_tile(tiling, tile, (d_pieces, jnp.zeros((starts.shape[1], *tiling.run), x.dtype)))
+    d_pieces = d_pieces.reshape(-1, pieces.blocks.shape[1], columns, rows).transpose(0, 1, 3, 2)
     target = jnp.where(pieces.valid, pieces.blocks, num_blocks).reshape(-1)  # masked entries are dropped
     d_blocks = jnp.zeros((num_blocks, rows, columns), jnp.float32)
     return d_blocks.at[target].set(d_pieces.reshape(-1, rows, columns), mode="drop").astype(dtype)
 
 
-def _each_turn(tiling: _Tiling, count: jax.Array, turn, carry):
-    """Runs `turn(tile, piece, carry)` for every batch tile and every piece."""
-    return lax.fori_loop(
-        0, tiling.num_tiles, lambda tile, c: lax.fori_loop(0, count, lambda i, c: turn(tile, i, c), c), carry
-    )
+def _each_tile(tiling: _Tiling, tile, carry):
+    """Runs `tile(at, carry)` for every tile."""
+    row_tiles = tiling.out_h // tiling.row_tile
+
+    def body(t: jax.Array, carry):
+        return tile(_At(t // row_tiles, t % row_tiles * tiling.row_tile), carry)
+
+    return lax.fori_loop(0, tiling.batch_tiles * row_tiles, body, carry)
 
 
 XLA = Kernels(forward, input_gradient, weight_gradient)
