@@ -1,0 +1,41 @@
+"""What the GPU kernels can serve, decided on the host from static sizes alone, before any kernel runs."""
+
+import math
+
+import jax.numpy as jnp
+
+from pallas_kernels.interface import ConvGeometry
+
+DTYPES = ("float32", "bfloat16", "float16")
+MOST_ROWS = 128
+MOST_ELEMENTS = 2**31 - 1  # offsets are int32
+
+
+def unservable(
+    dtype: str | jnp.dtype,
+    block_shape: tuple[int, int],
+    shape: tuple[int, int],
+    geometry: ConvGeometry,
+    input_size: tuple[int, int],
+    batch: int,
+) -> str | None:
+    """The reason why the GPU kernels cannot serve a layer, or None if they can.
+
+    Args:
+      dtype: of activations and blocks.
+      block_shape: (R, C).
+      shape: (out, in).
+      geometry: kernel size, strides, padding.
+      input_size: height and width of the input.
+      batch: N.
+    """
+    if jnp.dtype(dtype).name not in DTYPES:
+        return f"dtype {jnp.dtype(dtype).name}; the GPU kernels take {', '.join(DTYPES)}"
+    if block_shape[0] > MOST_ROWS:
+        return f"R={block_shape[0]} rows in a block; the GPU kernels take {MOST_ROWS} at the most"
+    positions = math.prod(geometry.output_size(*input_size))
+    padded = math.prod(size + sum(pad) for size, pad in zip(input_size, geometry.padding, strict=True))
+    largest = max(geometry.in_channels * padded, shape[0] * positions) * -(-batch // 8) * 8
+    if largest > MOST_ELEMENTS:
+        return f"an activation of {largest} elements; the GPU kernels address {MOST_ELEMENTS} at the most"
+    return None

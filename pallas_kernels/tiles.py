@@ -1,0 +1,42 @@
+"""Tile sizes of the GPU kernels: what a program computes at a time, and with how many threads.
+
+A program of the forward pass owns one row group and `positions` output positions, and walks over the group's panel
+`columns` at a time. With R = 32, columns = 32 and positions = 128, one step multiplies a 32x32 piece of the panel
+with 32x128 gathered inputs.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Tile sizes of one kernel; all but `num_stages` are powers of two.
+
+    Attributes:
+      positions: output positions (image column and example) of a program, at least 16.
+      columns: columns of a panel in one step, at least 16.
+      num_warps: of 32 threads each.
+      num_stages: depth of the software pipeline of loads.
+    """
+
+    positions: int = 128
+    columns: int = 32
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __post_init__(self) -> None:
+        for name, least in (("positions", 16), ("columns", 16), ("num_warps", 1)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                raise ValueError(f"{name}={value} is not a power of two of at least {least}.")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages={self.num_stages} is below 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelTiles:
+    """Tile sizes of the three kernels of a layer; hashable, a static argument."""
+
+    forward: Tiles = Tiles()
+    input_gradient: Tiles = Tiles()
+    weight_gradient: Tiles = Tiles(positions=64)
