@@ -22,13 +22,15 @@ IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 # Nanoseconds for forward and backward together, fitted by least squares of the logarithms to 98 times of 14 layers
 # (64 channels at 32x32 to a 512x512 linear layer, strides 1 and 2, batch 128, float32; densities 0.1, 0.2, 0.5; 16x16
-# and 32x8 blocks, feature-major). Good to some 30 %.
+# and 32x8 blocks, feature-major). Good to some 20 to 30 %, so that a small predicted gain is none.
 _DENSE_ACTIVATION = 8.1  # each element of the input and the output
 _DENSE_PRODUCT = 0.035  # each weight at each position
 _DENSE_WEIGHT = 9.1  # each weight of the unpacked kernel
 _SPARSE_ACTIVATION = 3.4  # each element of the input and the output
-_SPARSE_COPY = 1.34  # each column of a panel at each position: the gather
-_SPARSE_PRODUCT = 0.042  # each stored weight at each position
+_SPARSE_COPY = 1.3  # each column of a panel at each position: the gather
+_SPARSE_PRODUCT = 0.031  # each stored weight at each position
+_SPARSE_WEIGHT = 20.0  # each stored weight
+_CLEAR_WIN = 0.9
 
 A_DENSE_LAYER = "a dense layer"  # the reason of a layer that stores its whole kernel
 
@@ -78,6 +80,7 @@ def predicted_time_ratio(layout: BlockLayout, geometry: ConvGeometry, input_size
     activations = (geometry.in_channels * input_size[0] * input_size[1] + out * out_h * out_w) * batch
     columns = layout.num_blocks * cols
     sparse = _SPARSE_ACTIVATION * activations + columns * run * (_SPARSE_COPY + rows * _SPARSE_PRODUCT)
+    sparse += columns * rows * _SPARSE_WEIGHT
     dense = _DENSE_ACTIVATION * activations + out * in_ * (run * _DENSE_PRODUCT + _DENSE_WEIGHT)
     return sparse / dense
 
@@ -103,4 +106,4 @@ def choose(
     if backend != "cpu":
         return Choice("dense", f"no sparse kernel for {backend}")
     ratio = predicted_time_ratio(layout, geometry, input_size, batch)
-    return Choice("xla" if ratio < 1 else "dense", f"predicted {ratio:.2f} of the dense time")
+    return Choice("xla" if ratio < _CLEAR_WIN else "dense", f"predicted {ratio:.2f} of the dense time")

@@ -36,6 +36,7 @@ class _Pieces(NamedTuple):
     group: jax.Array
     blocks: jax.Array
     valid: jax.Array
+    place: jax.Array  # int32[num_blocks]: where each block is in `blocks`, flattened
     used: jax.Array  # number of pieces; the rest of the arrays is padding
 
 
@@ -93,7 +94,10 @@ def _pieces(index: Index, columns: int) -> _Pieces:
     first_piece = (ends - (-(-counts // piece)))[group]
     block = (group_start[group] + (ids - first_piece) * piece)[:, None] + jnp.arange(piece, dtype=jnp.int32)[None]
     valid = (block < group_start[group + 1][:, None]) & (ids < ends[-1])[:, None]
-    return _Pieces(group, jnp.where(valid, block, 0), valid, ends[-1])
+    ids = jnp.arange(num_blocks, dtype=jnp.int32)
+    of = jnp.searchsorted(group_start, ids, side="right", method="compare_all").astype(jnp.int32) - 1
+    place = (ends - (-(-counts // piece)))[of] * piece + ids - group_start[of]
+    return _Pieces(group, jnp.where(valid, block, 0), valid, place, ends[-1])
 
 
 def _to_tiles(x: jax.Array, geometry: ConvGeometry, tiling: _Tiling) -> jax.Array:
@@ -267,8 +271,7 @@ def weight_gradient(
 ) -> jax.Array:
     """See `pallas_kernels.interface.Kernels`."""
     out_idx, in_idx, _ = index
-    num_blocks, columns = in_idx.shape
-    rows = out_idx.shape[1]
+    columns, rows = in_idx.shape[1], out_idx.shape[1]
     tiling = _tiling(geometry, x.shape[1], x.shape[2], x.shape[3])
     pieces, starts, counts = _piece_arrays(index, columns, geometry, tiling)
     tiles, d_tiles = _to_tiles(x, geometry, tiling), _output_to_tiles(dy, tiling)
@@ -292,10 +295,9 @@ def weight_gradient(
 
     d_pieces = jnp.zeros((pieces.group.shape[0], starts.shape[1], rows), jnp.float32)
     d_pieces, _ = _each_tile(tiling, tile, (d_pieces, jnp.zeros((starts.shape[1], *tiling.run), x.dtype)))
-    d_pieces = d_pieces.reshape(-1, pieces.blocks.shape[1], columns, rows).transpose(0, 1, 3, 2)
-    target = jnp.where(pieces.valid, pieces.blocks, num_blocks).reshape(-1)  # masked entries are dropped
-    d_blocks = jnp.zeros((num_blocks, rows, columns), jnp.float32)
-    return d_blocks.at[target].set(d_pieces.reshape(-1, rows, columns), mode="drop").astype(dtype)
+    # A gather of whole blocks; the scatter that says the same is done weight by weight.
+    d_blocks = d_pieces.reshape(-1, columns, rows).at[pieces.place].get(mode="promise_in_bounds")
+    return d_blocks.transpose(0, 2, 1).astype(dtype)
 
 
 def _each_tile(tiling: _Tiling, tile, carry):
