@@ -1,0 +1,91 @@
+"""Pallas kernel: Y[rows of g] = panel of g @ gathered X, for every row group g (SpMM).
+
+One program owns one row group and a tile of positions of one output row, and walks over the panel:
+
+    for k in columns of the panel, `tiles.columns` at a time:
+        acc[R, positions] += entries[k, :]^T @ x[run of column in_idx[k], positions]
+
+All blocks of a group share its rows, so the loop does not care where a block ends and any C will do. Programs that run side
+by side own different groups of the same positions, so that a run gathered by one is in the L2 cache for the others.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.runs import Runs, power_of_two, quotient, remainder
+from pallas_kernels.tiles import Tiles
+
+
+def load_inputs(x_ref, in_idx_ref, k, end, row, positions, runs: Runs):
+    """The runs of panel columns `k` (those from `end` on are zero) at positions of output row `row`: [k, positions]."""
+    inside = k < end
+    column = plgpu.load(in_idx_ref.at[k], mask=inside, other=0)
+    source, down, shift = runs.decode(column)
+    height = row * runs.geometry.strides[0] + down
+    if any(runs.geometry.padding[0]):
+        inside &= (height >= 0) & (height < runs.height)
+    at = positions[None, :] + shift[:, None]
+    mask = inside[:, None] & (positions < runs.out_run)[None, :]
+    if not runs.split and any(runs.geometry.padding[1]):
+        mask &= (at >= 0) & (at < runs.length)
+    return plgpu.load(x_ref.at[runs.row(source, height)[:, None], at], mask=mask, other=0)
+
+
+def load_rows(ref, k, end, rows_per_group: int, padded_rows: int):
+    """Panel columns `k` of `entries`: [k, padded R]."""
+    r = lax.broadcasted_iota(jnp.int32, (1, padded_rows), 1)
+    mask = (k < end)[:, None] & (r < rows_per_group)
+    return plgpu.load(ref.at[k[:, None], r], mask=mask, other=0)
+
+
+def _kernel(start_ref, out_idx_ref, in_idx_ref, entries_ref, x_ref, *refs, runs, tiles, num_groups, rows, cols, out,
+            precision):  # fmt: skip
+    *bias_ref, y_ref = refs
+    padded_rows, per_row = max(16, power_of_two(rows)), pl.cdiv(runs.out_run, tiles.positions)
+    program = pl.program_id(0)
+    group, tile = remainder(program, num_groups), quotient(program, num_groups)
+    row, first = quotient(tile, per_row), remainder(tile, per_row) * tiles.positions
+    positions = first + jnp.arange(tiles.positions, dtype=jnp.int32)
+    begin, end = start_ref[group] * cols, start_ref[group + 1] * cols
+
+    def step(i, acc):
+        k = begin + i * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
+        inputs = load_inputs(x_ref, in_idx_ref, k, end, row, positions, runs)
+        weights = load_rows(entries_ref, k, end, rows, padded_rows)
+        return acc + jnp.dot(weights.T, inputs, precision=precision, preferred_element_type=jnp.float32)
+
+    acc = jnp.zeros((padded_rows, tiles.positions), jnp.float32)
+    acc = lax.fori_loop(0, quotient(end - begin + tiles.columns - 1, tiles.columns), step, acc)
+    r = jnp.arange(padded_rows, dtype=jnp.int32)
+    target = plgpu.load(out_idx_ref.at[group * rows + r], mask=r < rows, other=out)
+    if bias_ref:
+        acc += plgpu.load(bias_ref[0].at[target], mask=target < out, other=0).astype(jnp.float32)[:, None]
+    mask = (target < out)[:, None] & (positions < runs.out_run)[None, :]
+    where = y_ref.at[(target * runs.out_size[0] + row)[:, None], positions[None, :]]
+    plgpu.store(where, acc.astype(y_ref.dtype), mask=mask)
+
+
+def forward_kernel(
+    x_rows, entries, index, bias, *, runs: Runs, tiles: Tiles, cols: int, out: int, precision, interpret
+):
+    """x_rows[C * H * phases, length], entries[num_blocks * C, R], bias[out] or None -> y[out * OH, OW * N]."""
+    out_idx, in_idx, group_start = index
+    num_groups, rows = out_idx.shape
+    count = num_groups * runs.out_size[0] * pl.cdiv(runs.out_run, tiles.positions)
+    kernel = functools.partial(
+        _kernel, runs=runs, tiles=tiles, num_groups=num_groups, rows=rows, cols=cols, out=out, precision=precision
+    )  # fmt: skip
+    operands = [group_start, out_idx.reshape(-1), in_idx.reshape(-1), entries, x_rows]
+    return pl.pallas_call(
+        kernel,
+        grid=(count,),
+        out_shape=jax.ShapeDtypeStruct((out * runs.out_size[0], runs.out_run), x_rows.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
+        interpret=interpret,
+        name="shuffled_block_forward",
+    )(*operands, *([] if bias is None else [bias]))

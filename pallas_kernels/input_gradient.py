@@ -1,0 +1,121 @@
+"""Pallas kernels: dX[in_idx[b]] += blocks[b]^T @ dY[rows of b] (transposed SpMM), deterministic, in two passes.
+
+    scatter   P[k, :]  = entries[k, :] @ dY[rows of the group of k, :]      one row for each column of a panel
+    collect   dX[c, :] = sum of P[k, :] over the panel columns k that read channel c, each shifted by its tap
+
+Every element of P is written once and read once, in a fixed order, so equal inputs give equal bits on any GPU. The scratch P
+is larger than dY by C * num_blocks / out; beyond `SCRATCH_BYTES` the batch is cut into chunks. Atomic additions need no
+scratch, but are not deterministic and in float32 only.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.forward import load_rows
+from pallas_kernels.runs import Runs, power_of_two, quotient, remainder
+from pallas_kernels.tiles import Tiles
+
+SCRATCH_BYTES = 256 * 2**20
+COLLECTED = 16  # panel columns that the second pass adds in one step
+
+
+def _scatter_kernel(start_ref, out_idx_ref, entries_ref, dy_ref, p_ref, *, runs, tiles, num_groups, rows, cols, out,
+                    precision):  # fmt: skip
+    padded_rows, per_row = max(16, power_of_two(rows)), pl.cdiv(runs.out_run, tiles.positions)
+    program = pl.program_id(0)
+    group, tile = remainder(program, num_groups), quotient(program, num_groups)
+    row, first = quotient(tile, per_row), remainder(tile, per_row) * tiles.positions
+    positions = first + jnp.arange(tiles.positions, dtype=jnp.int32)
+    begin, end = start_ref[group] * cols, start_ref[group + 1] * cols
+    r = jnp.arange(padded_rows, dtype=jnp.int32)
+    source = plgpu.load(out_idx_ref.at[group * rows + r], mask=r < rows, other=out)
+    mask = (source < out)[:, None] & (positions < runs.out_run)[None, :]
+    where = dy_ref.at[(source * runs.out_size[0] + row)[:, None], positions[None, :]]
+    d_rows = plgpu.load(where, mask=mask, other=0)
+
+    def step(i, carry):
+        k = begin + i * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
+        weights = load_rows(entries_ref, k, end, rows, padded_rows)
+        partial = jnp.dot(weights, d_rows, precision=precision, preferred_element_type=jnp.float32)
+        target = p_ref.at[(k * runs.out_size[0] + row)[:, None], positions[None, :]]
+        inside = (k < end)[:, None] & (positions < runs.out_run)[None, :]
+        plgpu.store(target, partial.astype(p_ref.dtype), mask=inside)
+        return carry
+
+    lax.fori_loop(0, quotient(end - begin + tiles.columns - 1, tiles.columns), step, 0)
+
+
+def _collect_kernel(first_ref, order_ref, in_idx_ref, p_ref, dx_ref, *, runs, tiles):
+    per_row = pl.cdiv(runs.length, tiles.positions)
+    program = pl.program_id(0)
+    target, tile = quotient(program, runs.height * per_row), remainder(program, runs.height * per_row)
+    row, start = quotient(tile, per_row), remainder(tile, per_row) * tiles.positions
+    positions = start + jnp.arange(tiles.positions, dtype=jnp.int32)
+    begin, end = first_ref[target], first_ref[target + 1]
+    stride = runs.geometry.strides[0]
+
+    def step(i, acc):
+        at = begin + i * COLLECTED + jnp.arange(COLLECTED, dtype=jnp.int32)
+        inside = at < end
+        k = plgpu.load(order_ref.at[at], mask=inside, other=0)
+        column = plgpu.load(in_idx_ref.at[k], mask=inside, other=0)
+        _, down, shift = runs.decode(column)
+        above = row - down  # the output row times the stride
+        out_row = quotient(above, stride)
+        inside &= (above >= 0) & (above - out_row * stride == 0) & (out_row < runs.out_size[0])
+        source = positions[None, :] - shift[:, None]
+        mask = inside[:, None] & (source >= 0) & (source < runs.out_run)
+        part = plgpu.load(p_ref.at[(k * runs.out_size[0] + out_row)[:, None], source], mask=mask, other=0)
+        return acc + part.astype(jnp.float32).sum(axis=0)
+
+    acc = jnp.zeros((tiles.positions,), jnp.float32)
+    acc = lax.fori_loop(0, quotient(end - begin + COLLECTED - 1, COLLECTED), step, acc)
+    rows = jnp.zeros((tiles.positions,), jnp.int32) + runs.row(target, row)
+    plgpu.store(dx_ref.at[rows, positions], acc.astype(dx_ref.dtype), mask=positions < runs.length)
+
+
+def columns_by_source(in_idx: jax.Array, runs: Runs) -> tuple[jax.Array, jax.Array]:
+    """The inverse index: panel columns in the order of the (channel, phase) that they read.
+
+    Returns:
+      first: int32[channels * phases + 1], where the panel columns of each begin in `order`.
+      order: int32[num_blocks * C].
+    """
+    source, _, _ = runs.decode(in_idx.reshape(-1))
+    order = jnp.argsort(source, stable=True).astype(jnp.int32)
+    ids = jnp.arange(runs.geometry.in_channels * runs.phases + 1, dtype=source.dtype)
+    return jnp.searchsorted(source[order], ids).astype(jnp.int32), order
+
+
+def input_gradient_kernels(
+    dy_rows, entries, index, *, runs: Runs, tiles: Tiles, cols: int, out: int, precision, interpret
+):
+    """dy_rows[out * OH, OW * N], entries[num_blocks * C, R] -> dx_rows[channels * H * phases, length]."""
+    out_idx, in_idx, group_start = index
+    num_groups, rows = out_idx.shape
+    options = {
+        "compiler_params": plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
+        "interpret": interpret,
+    }
+    count = num_groups * runs.out_size[0] * pl.cdiv(runs.out_run, tiles.positions)
+    scatter = functools.partial(
+        _scatter_kernel, runs=runs, tiles=tiles, num_groups=num_groups, rows=rows, cols=cols, out=out,
+        precision=precision,
+    )  # fmt: skip
+    scratch = jax.ShapeDtypeStruct((entries.shape[0] * runs.out_size[0], runs.out_run), dy_rows.dtype)
+    p = pl.pallas_call(scatter, grid=(count,), out_shape=scratch, name="shuffled_block_scatter", **options)(
+        group_start, out_idx.reshape(-1), entries, dy_rows
+    )
+    first, order = columns_by_source(in_idx, runs)
+    sources = runs.geometry.in_channels * runs.phases
+    count = sources * runs.height * pl.cdiv(runs.length, tiles.positions)
+    collect = functools.partial(_collect_kernel, runs=runs, tiles=tiles)
+    dx = jax.ShapeDtypeStruct((runs.num_rows, runs.length), dy_rows.dtype)
+    return pl.pallas_call(collect, grid=(count,), out_shape=dx, name="shuffled_block_collect", **options)(
+        first, order, in_idx.reshape(-1), p
+    )

@@ -1,0 +1,151 @@
+"""Feature-major activations as rows of contiguous runs, and which run a column of a panel reads.
+
+A GPU kernel sees the input `x[C, H, W, N]` as `[C * H * phases, length]`, one row for each channel and image row, whose
+`length = W * N` elements lie side by side. Output row oh of a 3x3 convolution is a run of `OW * N` positions m, and
+column j = (kh, kw, c) reads the same run shifted by whole image columns:
+
+    x row (c, oh * stride_h + kh - top),   elements m + (kw - left) * N,   zero outside of 0 .. W * N - 1
+
+so every gathered run is contiguous and, N being padded to a multiple of 8, aligned to 16 bytes. A horizontal stride would
+break the run; there the input is split into *phases* (even and odd image columns for stride 2) by one copy beforehand,
+and zero-padded with it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.interface import ConvGeometry
+
+ALIGNMENT = 8  # elements; 16 bytes of bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Static sizes of a convolution over runs.
+
+    Attributes:
+      geometry: as given.
+      height, width, batch: of the input.
+      padded_batch: N rounded up to a multiple of `ALIGNMENT`.
+    """
+
+    geometry: ConvGeometry
+    height: int
+    width: int
+    batch: int
+
+    @property
+    def padded_batch(self) -> int:
+        return -(-self.batch // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        return self.geometry.output_size(self.height, self.width)
+
+    @property
+    def out_run(self) -> int:
+        """Positions of one output row: OW * N."""
+        return self.out_size[1] * self.padded_batch
+
+    @property
+    def split(self) -> bool:
+        """Whether the image columns are split into phases."""
+        return self.geometry.strides[1] > 1
+
+    @property
+    def phases(self) -> int:
+        return min(self.geometry.kernel_size[1], self.geometry.strides[1]) if self.split else 1
+
+    @property
+    def columns(self) -> int:
+        """Image columns of one row of one phase."""
+        if not self.split:
+            return self.width
+        return self.out_size[1] + (self.geometry.kernel_size[1] - 1) // self.geometry.strides[1]
+
+    @property
+    def length(self) -> int:
+        return self.columns * self.padded_batch
+
+    @property
+    def num_rows(self) -> int:
+        return self.geometry.in_channels * self.height * self.phases
+
+    def row(self, source: jax.Array, height: jax.Array) -> jax.Array:
+        """Row of `to_runs`' array: `source` is `c * phases + p`; rows are ordered (channel, image row, phase)."""
+        channel, phase = quotient(source, self.phases), remainder(source, self.phases)
+        return (channel * self.height + height) * self.phases + phase
+
+    def decode(self, column: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Column j of the matrix -> (channel and phase `c * phases + p`, row offset `kh - top`, shift of the run)."""
+        (_, kernel_w), channels = self.geometry.kernel_size, self.geometry.in_channels
+        (top, _), (left, _) = self.geometry.padding
+        if self.geometry.kernel_size == (1, 1):  # one tap, of phase 0
+            zero = jnp.zeros_like(column)
+            return column, zero - top, zero if self.split else zero - left * self.padded_batch
+        tap = quotient(column, channels)
+        channel, kernel_row, kernel_col = column - tap * channels, quotient(tap, kernel_w), remainder(tap, kernel_w)
+        if not self.split:
+            return channel, kernel_row - top, (kernel_col - left) * self.padded_batch
+        stride = self.geometry.strides[1]
+        phase, shift = remainder(kernel_col, stride), quotient(kernel_col, stride) * self.padded_batch
+        return channel * self.phases + phase, kernel_row - top, shift
+
+
+def quotient(a: jax.Array, b: int) -> jax.Array:
+    """`a // b` for a >= 0: truncating, one instruction, where floor division takes six and hides what it divides."""
+    return a if b == 1 else lax.div(a, jnp.full_like(a, b))
+
+
+def remainder(a: jax.Array, b: int) -> jax.Array:
+    """`a % b` for a >= 0."""
+    return jnp.zeros_like(a) if b == 1 else lax.rem(a, jnp.full_like(a, b))
+
+
+def to_runs(x: jax.Array, runs: Runs) -> jax.Array:
+    """x[C, H, W, N] -> [C * H * phases, length]; a reshape, but for a horizontal stride or a batch to be padded."""
+    x = pad_batch(x, runs)
+    if runs.split:
+        stride, left = runs.geometry.strides[1], runs.geometry.padding[1][0]
+        right = runs.columns * stride - runs.width - left
+        x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), (left, right, 0), (0, 0, 0)))
+        x = x.reshape(*x.shape[:2], runs.columns, stride, runs.padded_batch)[:, :, :, : runs.phases]
+        x = x.transpose(0, 1, 3, 2, 4)
+    return x.reshape(runs.num_rows, runs.length)
+
+
+def from_runs(rows: jax.Array, runs: Runs) -> jax.Array:
+    """The transpose of `to_runs`: [C * H * phases, length] -> [C, H, W, N]."""
+    channels, batch = runs.geometry.in_channels, runs.padded_batch
+    x = rows.reshape(channels, runs.height, runs.phases, runs.columns, batch)
+    if runs.split:
+        stride, left = runs.geometry.strides[1], runs.geometry.padding[1][0]
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, stride - runs.phases), (0, 0), (0, 0))).transpose(0, 1, 3, 2, 4)
+        x = x.reshape(channels, runs.height, runs.columns * stride, batch)
+        right = runs.columns * stride - runs.width - left
+        x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), (-left, -right, 0), (0, 0, 0)))
+    return x.reshape(channels, runs.height, runs.width, batch)[..., : runs.batch]
+
+
+def pad_batch(x: jax.Array, runs: Runs) -> jax.Array:
+    """[..., N] -> [..., padded_batch]."""
+    spare = runs.padded_batch - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, spare)]) if spare else x
+
+
+def output_rows(dy: jax.Array, runs: Runs) -> jax.Array:
+    """dy[out, OH, OW, N] -> [out * OH, OW * N]."""
+    return pad_batch(dy, runs).reshape(-1, runs.out_run)
+
+
+def entries_of(blocks: jax.Array) -> jax.Array:
+    """blocks[num_blocks, R, C] -> [num_blocks * C, R]: one row for each column of a panel."""
+    return blocks.transpose(0, 2, 1).reshape(-1, blocks.shape[1])
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is at least `size`."""
+    return 1 << (size - 1).bit_length()

@@ -1,0 +1,101 @@
+"""Pallas kernel: dblocks[b] = dY[rows of b] @ X[in_idx[b]]^T at the stored blocks (sampled dense-dense product).
+
+One program owns a chunk of panel columns of one group and a part of the positions:
+
+    for positions, `tiles.positions` at a time:
+        acc[columns, R] += x[runs of the columns, positions] @ dY[rows of the group, positions]^T
+
+Chunks never straddle two groups, so their number depends on the topology; the grid has room for the most there can be, and
+programs beyond the last chunk do nothing. Few chunks would leave most of a GPU idle, so the positions are split among
+several programs, whose sums are added afterwards in a fixed order.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.forward import load_inputs
+from pallas_kernels.runs import Runs, power_of_two, quotient, remainder
+from pallas_kernels.tiles import Tiles
+
+PROGRAMS = 512  # wanted at least: about four for each multiprocessor of a large GPU
+MOST_SPLITS = 32
+
+
+class Chunks(NamedTuple):
+    """Chunks of panel columns: int32[most] each; unused ones have `end == begin`."""
+
+    group: jax.Array
+    begin: jax.Array
+    end: jax.Array
+
+
+def cut_panels(group_start: jax.Array, num_entries: int, cols: int, columns: int) -> Chunks:
+    """Cuts every panel into chunks of at most `columns` of its columns."""
+    num_groups = group_start.shape[0] - 1
+    starts = group_start * cols
+    counts = -(-jnp.diff(starts) // columns)
+    ends = jnp.cumsum(counts)
+    ids = jnp.arange(min(num_entries, num_entries // columns + num_groups), dtype=jnp.int32)
+    group = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
+    used, group = group < num_groups, jnp.minimum(group, num_groups - 1)
+    begin = starts[group] + (ids - (ends - counts)[group]) * columns
+    end = jnp.minimum(begin + columns, starts[group + 1])
+    return Chunks(group, begin.astype(jnp.int32), jnp.where(used, end, begin).astype(jnp.int32))
+
+
+def _kernel(group_ref, begin_ref, end_ref, out_idx_ref, in_idx_ref, x_ref, dy_ref, d_ref, *, runs, tiles, rows, out,
+            num_chunks, num_splits, num_entries, precision):  # fmt: skip
+    padded_rows, per_row = max(16, power_of_two(rows)), pl.cdiv(runs.out_run, tiles.positions)
+    num_tiles = runs.out_size[0] * per_row
+    program = pl.program_id(0)
+    chunk, split = remainder(program, num_chunks), quotient(program, num_chunks)
+    group, begin, end = group_ref[chunk], begin_ref[chunk], end_ref[chunk]
+    k = begin + jnp.arange(tiles.columns, dtype=jnp.int32)
+    r = jnp.arange(padded_rows, dtype=jnp.int32)
+    source = plgpu.load(out_idx_ref.at[group * rows + r], mask=r < rows, other=out)
+    each = pl.cdiv(num_tiles, num_splits)
+    first = split * each
+    last = jnp.where(end > begin, jnp.minimum(first + each, num_tiles), first)
+
+    def step(t, acc):
+        row = quotient(t, per_row)
+        positions = remainder(t, per_row) * tiles.positions + jnp.arange(tiles.positions, dtype=jnp.int32)
+        inputs = load_inputs(x_ref, in_idx_ref, k, end, row, positions, runs)
+        mask = (source < out)[:, None] & (positions < runs.out_run)[None, :]
+        where = dy_ref.at[(source * runs.out_size[0] + row)[:, None], positions[None, :]]
+        d_rows = plgpu.load(where, mask=mask, other=0)
+        return acc + jnp.dot(inputs, d_rows.T, precision=precision, preferred_element_type=jnp.float32)
+
+    acc = jnp.zeros((tiles.columns, padded_rows), jnp.float32)
+    acc = lax.fori_loop(first, jnp.maximum(first, last), step, acc)
+    mask = (k < end)[:, None] & (r < rows)[None, :]
+    plgpu.store(d_ref.at[(split * num_entries + k)[:, None], r[None, :]], acc, mask=mask)
+
+
+def weight_gradient_kernel(x_rows, dy_rows, index, *, runs: Runs, tiles: Tiles, out: int, precision, interpret):
+    """x_rows[channels * H * phases, length], dy_rows[out * OH, OW * N] -> d_entries float32[num_blocks * C, R]."""
+    out_idx, in_idx, group_start = index
+    rows, num_entries = out_idx.shape[1], in_idx.size
+    chunks = cut_panels(group_start, num_entries, in_idx.shape[1], tiles.columns)
+    num_chunks = chunks.group.shape[0]
+    num_tiles = runs.out_size[0] * pl.cdiv(runs.out_run, tiles.positions)
+    num_splits = max(1, min(MOST_SPLITS, num_tiles, -(-PROGRAMS // num_chunks)))
+    kernel = functools.partial(
+        _kernel, runs=runs, tiles=tiles, rows=rows, out=out, num_chunks=num_chunks, num_splits=num_splits,
+        num_entries=num_entries, precision=precision,
+    )  # fmt: skip
+    parts = pl.pallas_call(
+        kernel,
+        grid=(num_chunks * num_splits,),
+        out_shape=jax.ShapeDtypeStruct((num_splits * num_entries, rows), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
+        interpret=interpret,
+        name="shuffled_block_weight_gradient",
+    )(*chunks, out_idx.reshape(-1), in_idx.reshape(-1), x_rows, dy_rows)
+    return parts.reshape(num_splits, num_entries, rows).sum(axis=0)
