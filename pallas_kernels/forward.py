@@ -5,8 +5,8 @@ One program owns one row group and a tile of positions of one output row, and wa
     for k in columns of the panel, `tiles.columns` at a time:
         acc[R, positions] += entries[k, :]^T @ x[run of column in_idx[k], positions]
 
-All blocks of a group share its rows, so the loop does not care where a block ends and any C will do. Programs that run side
-by side own different groups of the same positions, so that a run gathered by one is in the L2 cache for the others.
+All blocks of a group share its rows, so the loop does not care where a block ends and any C will do. Programs that
+run side by side own different groups of the same positions: a run gathered by one is in the L2 cache for the others.
 """
 
 import functools

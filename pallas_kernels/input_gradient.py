@@ -3,9 +3,9 @@
     scatter   P[k, :]  = entries[k, :] @ dY[rows of the group of k, :]      one row for each column of a panel
     collect   dX[c, :] = sum of P[k, :] over the panel columns k that read channel c, each shifted by its tap
 
-Every element of P is written once and read once, in a fixed order, so equal inputs give equal bits on any GPU. The scratch P
-is larger than dY by C * num_blocks / out; beyond `SCRATCH_BYTES` the batch is cut into chunks. Atomic additions need no
-scratch, but are not deterministic and in float32 only.
+Every element of P is written once and read once, in a fixed order, so equal inputs give equal bits on any GPU. The
+scratch P is larger than dY by C * num_blocks / out; beyond `SCRATCH_BYTES` the batch is cut into chunks. Atomic
+additions need no scratch, but are not deterministic and in float32 only.
 """
 
 import functools

@@ -18,7 +18,7 @@ from pallas_kernels.interface import ConvGeometry, Kernels
 from pallas_kernels.limits import unservable
 from pallas_kernels.reference import Index
 from pallas_kernels.runs import ALIGNMENT, Runs, entries_of, from_runs, output_rows, power_of_two, to_runs
-from pallas_kernels.tiles import KernelTiles, Tiles
+from pallas_kernels.tiles import DEFAULT_TILES, KernelTiles, Tiles
 from pallas_kernels.weight_gradient import weight_gradient_kernel
 
 
@@ -37,7 +37,7 @@ def _fit(tiles: Tiles, positions: int) -> Tiles:
 
 
 @functools.lru_cache(maxsize=256)
-def pallas_kernels(tiles: KernelTiles = KernelTiles(), *, interpret: bool = False) -> Kernels:
+def pallas_kernels(tiles: KernelTiles = DEFAULT_TILES, *, interpret: bool = False) -> Kernels:
     """The kernels with the given tile sizes; equal arguments give the same object, so nothing recompiles.
 
     Args:

@@ -6,9 +6,9 @@ column j = (kh, kw, c) reads the same run shifted by whole image columns:
 
     x row (c, oh * stride_h + kh - top),   elements m + (kw - left) * N,   zero outside of 0 .. W * N - 1
 
-so every gathered run is contiguous and, N being padded to a multiple of 8, aligned to 16 bytes. A horizontal stride would
-break the run; there the input is split into *phases* (even and odd image columns for stride 2) by one copy beforehand,
-and zero-padded with it.
+so every gathered run is contiguous and, N being padded to a multiple of 8, aligned to 16 bytes. A horizontal stride
+would break the run; there the input is split into *phases* (even and odd image columns for stride 2) by one copy
+beforehand, and zero-padded with it.
 """
 
 import dataclasses

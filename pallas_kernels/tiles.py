@@ -40,3 +40,6 @@ class KernelTiles:
     forward: Tiles = Tiles()
     input_gradient: Tiles = Tiles()
     weight_gradient: Tiles = Tiles(positions=64)
+
+
+DEFAULT_TILES = KernelTiles()

@@ -5,9 +5,9 @@ One program owns a chunk of panel columns of one group and a part of the positio
     for positions, `tiles.positions` at a time:
         acc[columns, R] += x[runs of the columns, positions] @ dY[rows of the group, positions]^T
 
-Chunks never straddle two groups, so their number depends on the topology; the grid has room for the most there can be, and
-programs beyond the last chunk do nothing. Few chunks would leave most of a GPU idle, so the positions are split among
-several programs, whose sums are added afterwards in a fixed order.
+Chunks never straddle two groups, so their number depends on the topology; the grid has room for the most there can
+be, and programs beyond the last chunk do nothing. Few chunks would leave most of a GPU idle, so the positions are split
+among several programs, whose sums are added afterwards in a fixed order.
 """
 
 import functools

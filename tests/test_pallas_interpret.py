@@ -1,0 +1,140 @@
+"""The Pallas kernels against the reference in the interpreter: no GPU needed, the same code as on one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsb_jax.layout import BlockLayout, random_layout, real_rows
+from pallas_kernels import REFERENCE, ConvGeometry, matmul_geometry
+from pallas_kernels.pallas_gpu import pallas_kernels
+from pallas_kernels.tiles import KernelTiles, Tiles
+from pallas_kernels.weight_gradient import cut_panels
+
+SAME = ((1, 1), (1, 1))
+SMALL = Tiles(positions=32, columns=16)
+KERNELS = pallas_kernels(KernelTiles(SMALL, SMALL, SMALL), interpret=True)
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+
+# in_channels, kernel, strides, padding; height, width, batch; out, block shape, blocks
+CASES = {
+    "3x3": (ConvGeometry(5, (3, 3), (1, 1), SAME), (4, 6, 9), 32, (16, 4), 9),
+    "tall block": (ConvGeometry(4, (3, 3), (1, 1), SAME), (3, 3, 8), 64, (64, 4), 4),
+    "tallest block": (ConvGeometry(3, (1, 1)), (2, 2, 8), 128, (128, 2), 1),
+    "stride 2": (ConvGeometry(5, (3, 3), (2, 2), SAME), (6, 6, 5), 16, (16, 4), 5),
+    "1x1, stride 2": (ConvGeometry(6, (1, 1), (2, 2)), (4, 4, 20), 32, (32, 2), 2),
+    "uneven everything": (ConvGeometry(5, (3, 2), (2, 3), ((0, 1), (1, 1))), (7, 6, 9), 22, (8, 3), 8),
+    "5x5 and wide blocks": (ConvGeometry(3, (5, 5), (2, 2), ((2, 2), (2, 2))), (7, 7, 4), 8, (4, 16), 6),
+    "no padding": (ConvGeometry(4, (3, 3)), (5, 5, 3), 16, (16, 5), 3),
+    "linear": (matmul_geometry(40), (1, 1, 33), 20, (8, 1), 30),
+    "linear, long": (matmul_geometry(24), (1, 1, 100), 32, (32, 8), 2),
+}
+
+
+def make(case, dtype, layout=None):
+    geometry, size, out, block_shape, num_blocks = CASES[case]
+    keys = jax.random.split(jax.random.key(0), 4)
+    shape = out, geometry.in_features
+    layout = layout or random_layout(keys[0], shape, block_shape=block_shape, num_blocks=num_blocks)
+    x = jax.random.normal(keys[1], (geometry.in_channels, *size)).astype(dtype)
+    blocks = (jax.random.normal(keys[2], (layout.num_blocks, *block_shape)) * real_rows(layout)).astype(dtype)
+    dy = jax.random.normal(keys[3], (out, *geometry.output_size(*size[:2]), size[2])).astype(dtype)
+    return geometry, layout, x, blocks, dy
+
+
+def all_three(kernels, geometry, layout, x, blocks, dy):
+    index = layout.out_idx, layout.in_idx, layout.group_start
+    return (
+        kernels.forward(x, blocks, index, out=layout.shape[0], geometry=geometry),
+        kernels.input_gradient(dy, blocks, index, geometry=geometry, input_size=x.shape[1:3]),
+        kernels.weight_gradient(x, dy, index, geometry=geometry, dtype=jnp.float32),
+    )
+
+
+def assert_same(got, wanted, tolerance):
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_the_reference(case, dtype):
+    arrays = make(case, dtype)
+    assert_same(all_three(KERNELS, *arrays), all_three(REFERENCE, *arrays), TOLERANCE[dtype])
+
+
+def test_empty_groups():
+    """Groups 0 and 2 are empty: their outputs are zero, and nothing is read for them."""
+    geometry, _, out, block_shape, _ = CASES["3x3"]
+    in_idx = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
+    out_idx = jnp.arange(48, dtype=jnp.int32).reshape(3, 16)[:, ::-1]
+    layout = BlockLayout(out_idx, in_idx, jnp.array([0, 0, 2, 2], jnp.int32), (48, geometry.in_features), block_shape)
+    CASES["empty"] = (geometry, CASES["3x3"][1], 48, block_shape, 2)
+    try:
+        arrays = make("empty", "float32", layout)
+    finally:
+        del CASES["empty"]
+    got = all_three(KERNELS, *arrays)
+    assert_same(got, all_three(REFERENCE, *arrays), 2e-5)
+    assert not got[0][:16].any()
+    assert not got[0][32:].any()
+    assert out == 32  # the case's own size, untouched
+
+
+def test_the_batch_is_cut_into_chunks_where_scratch_would_be_large(monkeypatch):
+    arrays = make("3x3", "float32")
+    wanted = all_three(REFERENCE, *arrays)[1]
+    monkeypatch.setattr("pallas_kernels.pallas_gpu.SCRATCH_BYTES", 1)
+    assert_same(all_three(KERNELS, *arrays)[1:2], (wanted,), 2e-5)
+
+
+def test_gradients_through_the_product_of_several_programs():
+    """More splits of the positions than one, and a tile that no dimension divides."""
+    arrays = make("linear", "float32")
+    tiles = Tiles(positions=16, columns=32)
+    kernels = pallas_kernels(KernelTiles(tiles, tiles, tiles), interpret=True)
+    assert_same(all_three(kernels, *arrays), all_three(REFERENCE, *arrays), 2e-5)
+
+
+def test_input_gradient_is_deterministic():
+    arrays = make("stride 2", "float32")
+    run = jax.jit(functools.partial(all_three, KERNELS, arrays[0], arrays[1]))
+    for a, b in zip(run(*arrays[2:]), run(*arrays[2:]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_chunks_worked_by_hand():
+    """Panels of 6, 0 and 3 columns in chunks of 4: 4 + 2, none, 3; the fifth of five is unused."""
+    chunks = cut_panels(jnp.array([0, 2, 2, 3]), num_entries=9, cols=3, columns=4)
+    assert chunks.group.tolist()[:3] == [0, 0, 2]
+    assert chunks.begin.tolist()[:3] == [0, 4, 6]
+    assert chunks.end.tolist()[:3] == [4, 6, 9]
+    assert (chunks.begin == chunks.end)[3:].all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": jnp.int32}, "dtype int32"),
+        ({"rows": 256}, "R=256 rows"),
+    ],
+)
+def test_refuses_what_it_cannot_serve(change, message):
+    rows = change.get("rows", 16)
+    layout = random_layout(jax.random.key(0), (256, 8), block_shape=(rows, 4), num_blocks=1)
+    x = jnp.zeros((8, 1, 1, 8), change.get("dtype", jnp.float32))
+    index = layout.out_idx, layout.in_idx, layout.group_start
+    with pytest.raises(NotImplementedError, match=message):
+        KERNELS.forward(x, jnp.zeros((1, rows, 4)), index, out=256, geometry=matmul_geometry(8))
+
+
+def test_refuses_more_elements_than_it_can_address():
+    layout = random_layout(jax.random.key(0), (16, 4096), block_shape=(16, 4), num_blocks=1)
+    index = layout.out_idx, layout.in_idx, layout.group_start
+    forward = functools.partial(KERNELS.forward, index=index, out=16, geometry=matmul_geometry(4096))
+    with pytest.raises(NotImplementedError, match="elements"):
+        jax.eval_shape(forward, jax.ShapeDtypeStruct((4096, 1, 1, 2**20), jnp.bfloat16), jnp.zeros((1, 16, 4)))
