@@ -4,8 +4,8 @@
     collect   dX[c, :] = sum of P[k, :] over the panel columns k that read channel c, each shifted by its tap
 
 Every element of P is written once and read once, in a fixed order, so equal inputs give equal bits on any GPU. The
-scratch P is larger than dY by C * num_blocks / out; beyond `SCRATCH_BYTES` the batch is cut into chunks. Atomic
-additions need no scratch, but are not deterministic and in float32 only.
+scratch P is larger than dY by C * num_blocks / out; `over_runs` cuts the batch where that is too much. Atomic additions
+need no scratch, but are not deterministic and in float32 only.
 """
 
 import functools
@@ -20,7 +20,6 @@ from pallas_kernels.forward import load_rows
 from pallas_kernels.runs import Runs, power_of_two, quotient, remainder
 from pallas_kernels.tiles import Tiles
 
-SCRATCH_BYTES = 256 * 2**20
 COLLECTED = 16  # panel columns that the second pass adds in one step
 
 

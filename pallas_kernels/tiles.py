@@ -32,6 +32,11 @@ class Tiles:
         if self.num_stages < 1:
             raise ValueError(f"num_stages={self.num_stages} is below 1.")
 
+    def fit(self, positions: int) -> "Tiles":
+        """These tiles, no wider than a row of `positions`."""
+        widest = max(16, 1 << (positions - 1).bit_length())
+        return dataclasses.replace(self, positions=min(self.positions, widest))
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelTiles:

@@ -49,6 +49,12 @@ def cut_panels(group_start: jax.Array, num_entries: int, cols: int, columns: int
     return Chunks(group, begin.astype(jnp.int32), jnp.where(used, end, begin).astype(jnp.int32))
 
 
+def count_splits(num_chunks: int, runs: Runs, positions: int) -> int:
+    """Among how many programs the positions of one chunk are split."""
+    num_tiles = runs.out_size[0] * pl.cdiv(runs.out_run, positions)
+    return max(1, min(MOST_SPLITS, num_tiles, -(-PROGRAMS // num_chunks)))
+
+
 def _kernel(group_ref, begin_ref, end_ref, out_idx_ref, in_idx_ref, x_ref, dy_ref, d_ref, *, runs, tiles, rows, out,
             num_chunks, num_splits, num_entries, precision):  # fmt: skip
     padded_rows, per_row = max(16, power_of_two(rows)), pl.cdiv(runs.out_run, tiles.positions)
@@ -84,8 +90,7 @@ def weight_gradient_kernel(x_rows, dy_rows, index, *, runs: Runs, tiles: Tiles, 
     rows, num_entries = out_idx.shape[1], in_idx.size
     chunks = cut_panels(group_start, num_entries, in_idx.shape[1], tiles.columns)
     num_chunks = chunks.group.shape[0]
-    num_tiles = runs.out_size[0] * pl.cdiv(runs.out_run, tiles.positions)
-    num_splits = max(1, min(MOST_SPLITS, num_tiles, -(-PROGRAMS // num_chunks)))
+    num_splits = count_splits(num_chunks, runs, tiles.positions)
     kernel = functools.partial(
         _kernel, runs=runs, tiles=tiles, rows=rows, out=out, num_chunks=num_chunks, num_splits=num_splits,
         num_entries=num_entries, precision=precision,

@@ -1,0 +1,95 @@
+"""From kernels over runs to an implementation: what every GPU implementation does around its kernels.
+
+A GPU kernel takes activations as rows of runs and weights as panel columns (`pallas_kernels.runs`). Here they are
+brought into that form and back, limits are checked, and the input gradient's scratch is kept small.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.interface import ConvGeometry, Kernels
+from pallas_kernels.limits import unservable
+from pallas_kernels.reference import Index
+from pallas_kernels.runs import ALIGNMENT, Runs, entries_of, from_runs, output_rows, to_runs
+
+SCRATCH_BYTES = 256 * 2**20  # of the input gradient
+
+
+class RunKernels(NamedTuple):
+    """Three functions over runs; all take `runs`, `cols` (C), `out` and `precision` by name.
+
+    Attributes:
+      forward: `(x_rows[C * H * phases, length], entries[num_blocks * C, R], index) -> y[out * OH, OW * N]`.
+      input_gradient: `(dy_rows[out * OH, OW * N], entries, index) -> dx_rows`.
+      weight_gradient: `(x_rows, dy_rows, index) -> d_entries float32[num_blocks * C, R]`.
+    """
+
+    forward: Callable[..., jax.Array]
+    input_gradient: Callable[..., jax.Array]
+    weight_gradient: Callable[..., jax.Array]
+
+
+def _check(name: str, dtype: jnp.dtype, index: Index, out: int, runs: Runs) -> None:
+    block_shape, shape = (index[0].shape[1], index[1].shape[1]), (out, runs.geometry.in_features)
+    reason = unservable(dtype, block_shape, shape, runs.geometry, (runs.height, runs.width), runs.batch)
+    if reason is not None:
+        raise NotImplementedError(f"no {name} kernel for {reason}; choose implementation='dense'.")
+
+
+def over_runs(name: str, kernels: RunKernels) -> Kernels:
+    """The implementation `name`; see `pallas_kernels.interface.Kernels`.
+
+    Its functions raise NotImplementedError for what GPU kernels cannot serve (`pallas_kernels.limits`).
+    """
+
+    def forward(x: jax.Array, blocks: jax.Array, index: Index, *, out: int, geometry: ConvGeometry,
+                precision: lax.PrecisionLike = None) -> jax.Array:  # fmt: skip
+        runs = Runs(geometry, x.shape[1], x.shape[2], x.shape[3])
+        _check(name, x.dtype, index, out, runs)
+        entries = entries_of(blocks.astype(x.dtype))
+        y = kernels.forward(
+            to_runs(x, runs), entries, index, runs=runs, cols=blocks.shape[2], out=out, precision=precision
+        )  # fmt: skip
+        return y.reshape(out, *runs.out_size, runs.padded_batch)[..., : runs.batch]
+
+    def input_gradient(dy: jax.Array, blocks: jax.Array, index: Index, *, geometry: ConvGeometry,
+                       input_size: tuple[int, int], precision: lax.PrecisionLike = None) -> jax.Array:  # fmt: skip
+        out, batch = dy.shape[0], dy.shape[3]
+        _check(name, dy.dtype, index, out, Runs(geometry, *input_size, batch))
+        entries = entries_of(blocks.astype(dy.dtype))
+
+        def part(dy: jax.Array) -> jax.Array:
+            runs = Runs(geometry, *input_size, dy.shape[3])
+            rows = kernels.input_gradient(
+                output_rows(dy, runs), entries, index, runs=runs, cols=blocks.shape[2], out=out, precision=precision
+            )  # fmt: skip
+            return from_runs(rows, runs)
+
+        scratch = entries.shape[0] * dy[0].size * dy.dtype.itemsize
+        chunks = min(-(-scratch // SCRATCH_BYTES), -(-batch // ALIGNMENT))
+        if chunks <= 1:
+            return part(dy)
+        size = -(-batch // (chunks * ALIGNMENT)) * ALIGNMENT
+        chunks = -(-batch // size)
+        dy = jnp.pad(dy, ((0, 0), (0, 0), (0, 0), (0, chunks * size - batch)))
+        # One after the other, so that the scratch of one chunk is free for the next.
+        dx = lax.map(part, jnp.moveaxis(dy.reshape(*dy.shape[:3], chunks, size), 3, 0))
+        dx = jnp.moveaxis(dx, 0, 3)
+        return dx.reshape(*dx.shape[:3], -1)[..., :batch]
+
+    def weight_gradient(x: jax.Array, dy: jax.Array, index: Index, *, geometry: ConvGeometry, dtype: jnp.dtype,
+                        precision: lax.PrecisionLike = None) -> jax.Array:  # fmt: skip
+        runs = Runs(geometry, x.shape[1], x.shape[2], x.shape[3])
+        _check(name, x.dtype, index, dy.shape[0], runs)
+        num_blocks, cols = index[1].shape
+        d_entries = kernels.weight_gradient(
+            to_runs(x, runs), output_rows(dy.astype(x.dtype), runs), index, runs=runs, cols=cols, out=dy.shape[0],
+            precision=precision,
+        )  # fmt: skip
+        return d_entries.reshape(num_blocks, cols, -1).transpose(0, 2, 1).astype(dtype)
+
+    return Kernels(forward, input_gradient, weight_gradient)

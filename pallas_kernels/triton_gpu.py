@@ -1,0 +1,156 @@
+"""The jax-triton implementation of the three operations: benchmark peer of the Pallas one, and its second home.
+
+Optional (`pip install '.[triton]'`) and imported only when used. Without tile sizes the kernels tune themselves on the
+device, by timing, at the first use of each shape.
+"""
+
+import functools
+import importlib
+import inspect
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.input_gradient import COLLECTED, columns_by_source
+from pallas_kernels.interface import Kernels
+from pallas_kernels.over_runs import RunKernels, over_runs
+from pallas_kernels.runs import Runs, power_of_two
+from pallas_kernels.tiles import KernelTiles, Tiles
+from pallas_kernels.weight_gradient import count_splits, cut_panels
+
+_TUNED_COLUMNS = 32  # of the weight gradient: its chunks are cut beforehand
+
+
+def available() -> str | None:
+    """Why jax-triton cannot be used here, or None if it can."""
+    for name in ("triton", "jax_triton"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            return f"{name} cannot be imported ({error}); pip install '.[triton]'"
+    return None
+
+
+@functools.cache
+def _source() -> ModuleType:
+    reason = available()
+    if reason is not None:
+        raise NotImplementedError(f"no Triton kernel: {reason}, or choose implementation='pallas'.")
+    return importlib.import_module("pallas_kernels.triton_source")
+
+
+@functools.cache
+def _autotuned(name: str) -> Any:
+    source = _source()
+    columns = (_TUNED_COLUMNS,) if name == "weight_gradient" else (32, 64)
+    # The sizes that decide which tiles are best; all are compile-time constants of the kernel.
+    return source.autotuned(getattr(source, name), ["OUT", "OUT_H", "OUT_RUN", "R"], columns)
+
+
+def _call(name: str, tiles: Tiles | None, *arrays: jax.Array, result: jax.ShapeDtypeStruct, grid: Any,
+          compute_capability: int | None, **constants: Any) -> jax.Array:  # fmt: skip
+    triton_call: Any = importlib.import_module("jax_triton").triton_call if available() is None else None
+    source = _source()
+    options: dict[str, Any] = {"grid": grid, **constants}
+    # jax-triton 0.4 renamed the argument.
+    options["out_type" if "out_type" in inspect.signature(triton_call).parameters else "out_shape"] = result
+    if compute_capability is not None:
+        options["compute_capability"] = compute_capability
+    if tiles is None:
+        return triton_call(*arrays, kernel=_autotuned(name), **options)
+    return triton_call(
+        *arrays, kernel=getattr(source, name), num_warps=tiles.num_warps, num_stages=tiles.num_stages, **options
+    )  # fmt: skip
+
+
+def _precision(precision: lax.PrecisionLike) -> str:
+    highest = precision in (lax.Precision.HIGHEST, "highest", "float32")
+    return "ieee" if highest else "tf32"
+
+
+def _input_sizes(runs: Runs) -> dict[str, int]:
+    geometry = runs.geometry
+    return {
+        "OUT_H": runs.out_size[0], "OUT_RUN": runs.out_run, "CHANNELS": geometry.in_channels, "HEIGHT": runs.height,
+        "PHASES": runs.phases, "LENGTH": runs.length, "KERNEL_W": geometry.kernel_size[1],
+        "STRIDE_H": geometry.strides[0], "STRIDE_W": geometry.strides[1], "TOP": geometry.padding[0][0],
+        "LEFT": geometry.padding[1][0], "BATCH": runs.padded_batch, "SPLIT": runs.split,
+    }  # fmt: skip
+
+
+def _tile_sizes(tiles: Tiles | None) -> dict[str, int]:
+    return {} if tiles is None else {"POSITIONS": tiles.positions, "COLUMNS": tiles.columns}
+
+
+@functools.lru_cache(maxsize=256)
+def triton_kernels(tiles: KernelTiles | None = None, *, compute_capability: int | None = None) -> Kernels:
+    """The Triton kernels; equal arguments give the same object, so nothing recompiles.
+
+    Args:
+      tiles: tile sizes of each kernel; None tunes them on the device.
+      compute_capability: such as 90, to lower on a machine without a GPU; None asks the device.
+
+    Returns:
+      The three operations; see `pallas_kernels.over_runs`. NotImplementedError without jax-triton.
+    """
+    call = functools.partial(_call, compute_capability=compute_capability)
+
+    def fitted(name: str, positions: int) -> Tiles | None:
+        return None if tiles is None else getattr(tiles, name).fit(positions)
+
+    def forward(x_rows: jax.Array, entries: jax.Array, index: Any, *, runs: Runs, cols: int, out: int,
+                precision: lax.PrecisionLike) -> jax.Array:  # fmt: skip
+        out_idx, in_idx, group_start = index
+        num_groups, rows = out_idx.shape
+        mine = fitted("forward", runs.out_run)
+        return call(
+            "forward", mine, group_start, out_idx.reshape(-1), in_idx.reshape(-1), entries, x_rows,
+            result=jax.ShapeDtypeStruct((out * runs.out_size[0], runs.out_run), x_rows.dtype),
+            grid=lambda meta: (num_groups * runs.out_size[0] * -(-runs.out_run // meta["POSITIONS"]),),
+            NUM_GROUPS=num_groups, R=rows, PADDED_R=max(16, power_of_two(rows)), COLS=cols, OUT=out,
+            PRECISION=_precision(precision), **_input_sizes(runs), **_tile_sizes(mine),
+        )  # fmt: skip
+
+    def input_gradient(dy_rows: jax.Array, entries: jax.Array, index: Any, *, runs: Runs, cols: int, out: int,
+                       precision: lax.PrecisionLike) -> jax.Array:  # fmt: skip
+        out_idx, in_idx, group_start = index
+        num_groups, rows = out_idx.shape
+        mine = fitted("input_gradient", runs.out_run)
+        p = call(
+            "scatter", mine, group_start, out_idx.reshape(-1), entries, dy_rows,
+            result=jax.ShapeDtypeStruct((entries.shape[0] * runs.out_size[0], runs.out_run), dy_rows.dtype),
+            grid=lambda meta: (num_groups * runs.out_size[0] * -(-runs.out_run // meta["POSITIONS"]),),
+            NUM_GROUPS=num_groups, R=rows, PADDED_R=max(16, power_of_two(rows)), COLS=cols, OUT=out,
+            OUT_H=runs.out_size[0], OUT_RUN=runs.out_run, PRECISION=_precision(precision), **_tile_sizes(mine),
+        )  # fmt: skip
+        first, order = columns_by_source(in_idx, runs)
+        plain = (mine or Tiles()).fit(runs.length)
+        sources = runs.geometry.in_channels * runs.phases
+        return call(
+            "collect", plain, first, order, in_idx.reshape(-1), p,
+            result=jax.ShapeDtypeStruct((runs.num_rows, runs.length), dy_rows.dtype),
+            grid=(sources * runs.height * -(-runs.length // plain.positions),),
+            POSITIONS=plain.positions, COLLECTED=COLLECTED, **_input_sizes(runs),
+        )  # fmt: skip
+
+    def weight_gradient(x_rows: jax.Array, dy_rows: jax.Array, index: Any, *, runs: Runs, cols: int, out: int,
+                        precision: lax.PrecisionLike) -> jax.Array:  # fmt: skip
+        out_idx, in_idx, group_start = index
+        rows, num_entries = out_idx.shape[1], in_idx.size
+        mine = fitted("weight_gradient", runs.out_run)
+        chunks = cut_panels(group_start, num_entries, cols, _TUNED_COLUMNS if mine is None else mine.columns)
+        num_chunks = chunks.group.shape[0]
+        num_splits = count_splits(num_chunks, runs, 128 if mine is None else mine.positions)
+        parts = call(
+            "weight_gradient", mine, *chunks, out_idx.reshape(-1), in_idx.reshape(-1), x_rows, dy_rows,
+            result=jax.ShapeDtypeStruct((num_splits * num_entries, rows), jnp.float32),
+            grid=(num_chunks * num_splits,), NUM_CHUNKS=num_chunks, NUM_SPLITS=num_splits, NUM_ENTRIES=num_entries,
+            R=rows, PADDED_R=max(16, power_of_two(rows)), OUT=out, PRECISION=_precision(precision),
+            **_input_sizes(runs), **_tile_sizes(mine),
+        )  # fmt: skip
+        return parts.reshape(num_splits, num_entries, rows).sum(axis=0)
+
+    return over_runs("Triton", RunKernels(forward, input_gradient, weight_gradient))

@@ -1,0 +1,177 @@
+"""The three operations in Triton's language; imported by `pallas_kernels.triton_gpu` alone, and only when used.
+
+Line by line the same algorithm as the Pallas kernels (`forward`, `input_gradient`, `weight_gradient`), whose docstrings
+explain it. Sizes are compile-time constants in capitals:
+
+    CHANNELS, HEIGHT, PHASES, LENGTH      the input as rows [CHANNELS * HEIGHT * PHASES, LENGTH]
+    OUT, OUT_H, OUT_RUN                   the output as rows [OUT * OUT_H, OUT_RUN]
+    KERNEL_W, STRIDE_H, STRIDE_W, TOP, LEFT, BATCH, SPLIT    see `pallas_kernels.runs.Runs.decode`
+    R, PADDED_R, COLS                     rows of a group, the power of two above, columns of a block
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _decode(column, CHANNELS: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_W: tl.constexpr, PHASES: tl.constexpr,
+            TOP: tl.constexpr, LEFT: tl.constexpr, BATCH: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+    """Column j of the matrix -> channel and phase, row offset, shift of the run."""
+    tap = column // CHANNELS
+    channel = column - tap * CHANNELS
+    kernel_row = tap // KERNEL_W
+    kernel_col = tap - kernel_row * KERNEL_W
+    if SPLIT:
+        source = channel * PHASES + kernel_col % STRIDE_W
+        shift = (kernel_col // STRIDE_W) * BATCH
+    else:
+        source = channel
+        shift = (kernel_col - LEFT) * BATCH
+    return source, kernel_row - TOP, shift
+
+
+@triton.jit
+def _inputs(x, in_idx, k, end, row, positions, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, PHASES: tl.constexpr,
+            LENGTH: tl.constexpr, OUT_RUN: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr,
+            STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, BATCH: tl.constexpr,
+            SPLIT: tl.constexpr):  # fmt: skip
+    """The runs of panel columns `k` at positions of output row `row`: [k, positions]."""
+    inside = k < end
+    column = tl.load(in_idx + k, mask=inside, other=0)
+    source, down, shift = _decode(column, CHANNELS, KERNEL_W, STRIDE_W, PHASES, TOP, LEFT, BATCH, SPLIT)
+    height = row * STRIDE_H + down
+    inside = inside & (height >= 0) & (height < HEIGHT)
+    at = positions[None, :] + shift[:, None]
+    mask = inside[:, None] & (positions < OUT_RUN)[None, :] & (at >= 0) & (at < LENGTH)
+    rows = ((source // PHASES) * HEIGHT + height) * PHASES + source % PHASES
+    return tl.load(x + rows[:, None] * LENGTH + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def forward(start, out_idx, in_idx, entries, x, y, NUM_GROUPS: tl.constexpr, R: tl.constexpr, PADDED_R: tl.constexpr,
+            COLS: tl.constexpr, OUT: tl.constexpr, OUT_H: tl.constexpr, OUT_RUN: tl.constexpr, CHANNELS: tl.constexpr,
+            HEIGHT: tl.constexpr, PHASES: tl.constexpr, LENGTH: tl.constexpr, KERNEL_W: tl.constexpr,
+            STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, BATCH: tl.constexpr,
+            SPLIT: tl.constexpr, PRECISION: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """One row group, a tile of positions of one output row."""
+    program = tl.program_id(0)
+    group = program % NUM_GROUPS
+    tile = program // NUM_GROUPS
+    PER_ROW: tl.constexpr = (OUT_RUN + POSITIONS - 1) // POSITIONS
+    row = tile // PER_ROW
+    positions = (tile % PER_ROW) * POSITIONS + tl.arange(0, POSITIONS)
+    r = tl.arange(0, PADDED_R)
+    end = tl.load(start + group + 1) * COLS
+    acc = tl.zeros((PADDED_R, POSITIONS), tl.float32)
+    for first in range(tl.load(start + group) * COLS, end, COLUMNS):
+        k = first + tl.arange(0, COLUMNS)
+        inputs = _inputs(x, in_idx, k, end, row, positions, CHANNELS, HEIGHT, PHASES, LENGTH, OUT_RUN, KERNEL_W,
+                         STRIDE_H, STRIDE_W, TOP, LEFT, BATCH, SPLIT)  # fmt: skip
+        weights = tl.load(entries + k[:, None] * R + r[None, :], mask=(k < end)[:, None] & (r < R)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(weights), inputs, acc, input_precision=PRECISION)
+    target = tl.load(out_idx + group * R + r, mask=r < R, other=OUT)
+    mask = (target < OUT)[:, None] & (positions < OUT_RUN)[None, :]
+    where = y + (target * OUT_H + row)[:, None] * OUT_RUN + positions[None, :]
+    tl.store(where, acc.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scatter(start, out_idx, entries, dy, p, NUM_GROUPS: tl.constexpr, R: tl.constexpr, PADDED_R: tl.constexpr,
+            COLS: tl.constexpr, OUT: tl.constexpr, OUT_H: tl.constexpr, OUT_RUN: tl.constexpr, PRECISION: tl.constexpr,
+            POSITIONS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """P[k, :] = entries[k, :] @ dY[rows of the group, :] for one group and a tile of positions."""
+    program = tl.program_id(0)
+    group = program % NUM_GROUPS
+    tile = program // NUM_GROUPS
+    PER_ROW: tl.constexpr = (OUT_RUN + POSITIONS - 1) // POSITIONS
+    row = tile // PER_ROW
+    positions = (tile % PER_ROW) * POSITIONS + tl.arange(0, POSITIONS)
+    r = tl.arange(0, PADDED_R)
+    source = tl.load(out_idx + group * R + r, mask=r < R, other=OUT)
+    inside = positions < OUT_RUN
+    where = dy + (source * OUT_H + row)[:, None] * OUT_RUN + positions[None, :]
+    d_rows = tl.load(where, mask=(source < OUT)[:, None] & inside[None, :], other=0.0)
+    end = tl.load(start + group + 1) * COLS
+    for first in range(tl.load(start + group) * COLS, end, COLUMNS):
+        k = first + tl.arange(0, COLUMNS)
+        weights = tl.load(entries + k[:, None] * R + r[None, :], mask=(k < end)[:, None] & (r < R)[None, :], other=0.0)
+        part = tl.dot(weights, d_rows, input_precision=PRECISION)
+        target = p + (k * OUT_H + row)[:, None] * OUT_RUN + positions[None, :]
+        tl.store(target, part.to(p.dtype.element_ty), mask=(k < end)[:, None] & inside[None, :])
+
+
+@triton.jit
+def collect(begin, order, in_idx, p, dx, OUT_H: tl.constexpr, OUT_RUN: tl.constexpr, CHANNELS: tl.constexpr,
+            HEIGHT: tl.constexpr, PHASES: tl.constexpr, LENGTH: tl.constexpr, KERNEL_W: tl.constexpr,
+            STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, BATCH: tl.constexpr,
+            SPLIT: tl.constexpr, POSITIONS: tl.constexpr, COLLECTED: tl.constexpr):  # fmt: skip
+    """dX of one channel, phase and image row: the sum of P over the panel columns that read it."""
+    program = tl.program_id(0)
+    PER_ROW: tl.constexpr = (LENGTH + POSITIONS - 1) // POSITIONS
+    target = program // (HEIGHT * PER_ROW)
+    tile = program % (HEIGHT * PER_ROW)
+    row = tile // PER_ROW
+    positions = (tile % PER_ROW) * POSITIONS + tl.arange(0, POSITIONS)
+    end = tl.load(begin + target + 1)
+    acc = tl.zeros((POSITIONS,), tl.float32)
+    for first in range(tl.load(begin + target), end, COLLECTED):
+        at = first + tl.arange(0, COLLECTED)
+        inside = at < end
+        k = tl.load(order + at, mask=inside, other=0)
+        column = tl.load(in_idx + k, mask=inside, other=0)
+        _, down, shift = _decode(column, CHANNELS, KERNEL_W, STRIDE_W, PHASES, TOP, LEFT, BATCH, SPLIT)
+        above = row - down
+        out_row = above // STRIDE_H
+        inside = inside & (above >= 0) & (above - out_row * STRIDE_H == 0) & (out_row < OUT_H)
+        source = positions[None, :] - shift[:, None]
+        mask = inside[:, None] & (source >= 0) & (source < OUT_RUN)
+        part = tl.load(p + (k * OUT_H + out_row)[:, None] * OUT_RUN + source, mask=mask, other=0.0)
+        acc += tl.sum(part.to(tl.float32), axis=0)
+    where = ((target // PHASES) * HEIGHT + row) * PHASES + target % PHASES
+    tl.store(dx + where * LENGTH + positions, acc.to(dx.dtype.element_ty), mask=positions < LENGTH)
+
+
+@triton.jit
+def weight_gradient(groups, begins, ends, out_idx, in_idx, x, dy, d, NUM_CHUNKS: tl.constexpr,
+                    NUM_SPLITS: tl.constexpr, NUM_ENTRIES: tl.constexpr, R: tl.constexpr, PADDED_R: tl.constexpr,
+                    OUT: tl.constexpr, OUT_H: tl.constexpr, OUT_RUN: tl.constexpr, CHANNELS: tl.constexpr,
+                    HEIGHT: tl.constexpr, PHASES: tl.constexpr, LENGTH: tl.constexpr, KERNEL_W: tl.constexpr,
+                    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
+                    BATCH: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, POSITIONS: tl.constexpr,
+                    COLUMNS: tl.constexpr):  # fmt: skip
+    """A chunk of panel columns of one group over a part of the positions."""
+    program = tl.program_id(0)
+    chunk = program % NUM_CHUNKS
+    split = program // NUM_CHUNKS
+    group = tl.load(groups + chunk)
+    begin = tl.load(begins + chunk)
+    end = tl.load(ends + chunk)
+    k = begin + tl.arange(0, COLUMNS)
+    r = tl.arange(0, PADDED_R)
+    source = tl.load(out_idx + group * R + r, mask=r < R, other=OUT)
+    PER_ROW: tl.constexpr = (OUT_RUN + POSITIONS - 1) // POSITIONS
+    NUM_TILES: tl.constexpr = OUT_H * PER_ROW
+    EACH: tl.constexpr = (NUM_TILES + NUM_SPLITS - 1) // NUM_SPLITS
+    last = tl.where(end > begin, tl.minimum((split + 1) * EACH, NUM_TILES), 0)
+    acc = tl.zeros((COLUMNS, PADDED_R), tl.float32)
+    for tile in range(split * EACH, last):
+        row = tile // PER_ROW
+        positions = (tile % PER_ROW) * POSITIONS + tl.arange(0, POSITIONS)
+        inputs = _inputs(x, in_idx, k, end, row, positions, CHANNELS, HEIGHT, PHASES, LENGTH, OUT_RUN, KERNEL_W,
+                         STRIDE_H, STRIDE_W, TOP, LEFT, BATCH, SPLIT)  # fmt: skip
+        mask = (source < OUT)[:, None] & (positions < OUT_RUN)[None, :]
+        where = dy + (source * OUT_H + row)[:, None] * OUT_RUN + positions[None, :]
+        acc = tl.dot(inputs, tl.trans(tl.load(where, mask=mask, other=0.0)), acc, input_precision=PRECISION)
+    target = d + (split * NUM_ENTRIES + k)[:, None] * R + r[None, :]
+    tl.store(target, acc, mask=(k < end)[:, None] & (r < R)[None, :])
+
+
+def autotuned(kernel, key: list[str], columns: tuple[int, ...]):
+    """`kernel`, which times its tile sizes on the device at first use of each shape and keeps the best."""
+    configs = [
+        triton.Config({"POSITIONS": positions, "COLUMNS": width}, num_warps=warps, num_stages=stages)
+        for positions in (64, 128, 256)
+        for width in columns
+        for warps, stages in ((4, 3), (4, 4), (8, 3))
+    ]
+    return triton.autotune(configs=configs, key=key)(kernel)
