@@ -1,0 +1,293 @@
+"""The rivals of a kernel benchmark: each pass of each implementation as a function of arrays, timed alike.
+
+A rival takes activations in the order it has in a model: the kernels feature-major, `[C, H, W, N]`; the dense product
+and the dense fallback with the features innermost, `[N, H, W, C]` (a matrix: `[N, in]`), which is what cuDNN and cuBLAS
+are fastest at.
+"""
+
+import dataclasses
+import functools
+import importlib
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dsb_jax.layout import BlockLayout
+from dsb_jax.ops.dense import convolve, dense_conv, dense_matmul
+from dsb_jax.ops.dispatch import choose
+from dsb_jax.ops.xla import XLA
+from experiments.kernel_shapes import Layer
+from pallas_kernels import REFERENCE, Kernels
+from pallas_kernels.tiles import KernelTiles
+
+PASSES = ("forward", "input_gradient", "weight_gradient")
+GPU_KERNELS = ("pallas", "triton")
+# The last is for a check without a GPU, not for speed.
+IMPLEMENTATIONS = ("xla", *GPU_KERNELS, "dense_fallback", "pallas_interpreted")
+LEAST_SAMPLE_S = 5e-3  # a sample repeats its call until it is this long: the clock and the dispatch are noise then
+MOST_REPEATS = 500
+REFERENCE_BYTES = 1 << 28  # of an intermediate array of the reference
+
+Function = Callable[..., jax.Array]
+
+
+class Operands(NamedTuple):
+    """What the kernels take: x[C, H, W, N], blocks[num_blocks, R, C'], index arrays, dy[out, OH, OW, N]."""
+
+    x: jax.Array
+    blocks: jax.Array
+    index_arrays: tuple[jax.Array, jax.Array, jax.Array]
+    dy: jax.Array
+
+
+class Call(NamedTuple):
+    """One pass of one rival: the function, its operands, and whether activations have the batch first, features last.
+
+    The operands of a weight gradient begin with x and dy.
+    """
+
+    function: Function
+    operands: tuple[Any, ...]
+    batch_first: bool = False
+
+
+def unavailable(name: str) -> str | None:
+    """Why an implementation cannot run here at all, or None if it can.
+
+    Raises:
+      ValueError: if there is none of that name.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementations: {name!r} is unknown; choose of {', '.join(IMPLEMENTATIONS)}.")
+    if name in GPU_KERNELS and jax.default_backend() != "gpu":
+        return f"needs a GPU, the backend is {jax.default_backend()}"
+    try:
+        if name in GPU_KERNELS:
+            _gpu_kernels(name, KernelTiles())
+    except (ImportError, NotImplementedError) as error:
+        return f"not available: {error}"
+    return None
+
+
+def _gpu_kernels(name: str, tiles: KernelTiles) -> Kernels:
+    """Imported here: triton's module needs jax_triton."""
+    return getattr(importlib.import_module(f"pallas_kernels.{name}_gpu"), f"{name}_kernels")(tiles=tiles)
+
+
+def tiles_of(name: str, layer: Layer, layout: BlockLayout, dtype: Any) -> KernelTiles | None:
+    """Tile sizes of a GPU kernel as the library takes them: from a tuned table, else the default; None if it has none.
+
+    Raises:
+      NotImplementedError: if the kernel cannot serve the layer.
+    """
+    if name not in GPU_KERNELS:
+        return None
+    choice = choose(
+        name, layout, geometry=layer.geometry, input_size=layer.input_size, batch=layer.batch, dtype=dtype
+    )  # fmt: skip
+    return choice.tiles or KernelTiles()
+
+
+def default_implementations() -> tuple[str, ...]:
+    """What the backend has."""
+    return ("pallas", "triton", "dense_fallback") if jax.default_backend() == "gpu" else ("xla",)
+
+
+def calls_of(name: str, layer: Layer, operands: Operands, layout: BlockLayout, tiles: KernelTiles | None
+             ) -> dict[str, Call]:  # fmt: skip
+    """The three passes of an implementation."""
+    if name == "dense_fallback":
+        return fallback_calls(layer, operands, layout)
+    if name in GPU_KERNELS:
+        return kernel_calls(_gpu_kernels(name, tiles or KernelTiles()), layer, operands)
+    if name == "pallas_interpreted":
+        module = importlib.import_module("pallas_kernels.pallas_gpu")
+        return kernel_calls(module.pallas_kernels(interpret=True), layer, operands)
+    return kernel_calls(XLA, layer, operands)
+
+
+def kernel_calls(kernels: Kernels, layer: Layer, operands: Operands) -> dict[str, Call]:
+    """The three passes of an array-level implementation."""
+    x, blocks, index, dy = operands
+    geometry = layer.geometry
+    forward = functools.partial(kernels.forward, out=layer.out, geometry=geometry)
+    input_gradient = functools.partial(kernels.input_gradient, geometry=geometry, input_size=layer.input_size)
+    weight_gradient = functools.partial(kernels.weight_gradient, geometry=geometry, dtype=blocks.dtype)
+    return {
+        "forward": Call(forward, (x, blocks, index)),
+        "input_gradient": Call(input_gradient, (dy, blocks, index)),
+        "weight_gradient": Call(weight_gradient, (x, dy, index)),
+    }
+
+
+def _innermost(array: jax.Array, layer: Layer) -> jax.Array:
+    """[C, H, W, N] -> [N, H, W, C], of a matrix [N, C]."""
+    return array[:, 0, 0, :].T if layer.is_matmul else array.transpose(3, 1, 2, 0)
+
+
+def _outermost(array: jax.Array) -> jax.Array:
+    """The inverse of `_innermost`."""
+    return array.T[:, None, None, :] if array.ndim == 2 else array.transpose(3, 1, 2, 0)
+
+
+def _product_calls(product: Function, layer: Layer, x: jax.Array, dy: jax.Array, *weights: Any) -> dict[str, Call]:
+    """The passes of `product(x, *weights)`, which is linear in x and in the first of the weights."""
+    x, dy = _innermost(x, layer), _innermost(dy, layer)
+
+    # The forward product inside of vjp is needed by neither gradient, so the compiler drops it.
+    def input_gradient(x: jax.Array, dy: jax.Array, *weights: Any) -> jax.Array:
+        return jax.vjp(lambda x: product(x, *weights), x)[1](dy)[0]
+
+    def weight_gradient(x: jax.Array, dy: jax.Array, first: jax.Array, *rest: Any) -> jax.Array:
+        return jax.vjp(lambda first: product(x, first, *rest), first)[1](dy)[0]
+
+    return {
+        "forward": Call(product, (x, *weights), batch_first=True),
+        "input_gradient": Call(input_gradient, (x, dy, *weights), batch_first=True),
+        "weight_gradient": Call(weight_gradient, (x, dy, *weights), batch_first=True),
+    }
+
+
+def dense_calls(layer: Layer, x: jax.Array, dy: jax.Array) -> dict[str, Call]:
+    """The baseline: XLA's dense product with a plain kernel, in x's dtype. On a GPU that is cuBLAS or cuDNN."""
+    kernel = jax.random.normal(jax.random.key(3), (layer.in_features, layer.out), x.dtype)
+    if layer.is_matmul:
+        return _product_calls(jnp.matmul, layer, x, dy, kernel)
+    kernel = kernel.reshape(*layer.geometry.kernel_size, layer.geometry.in_channels, layer.out)
+    product = functools.partial(convolve, geometry=layer.geometry, feature_major=False)
+    return _product_calls(product, layer, x, dy, kernel)
+
+
+def fallback_calls(layer: Layer, operands: Operands, layout: BlockLayout) -> dict[str, Call]:
+    """The library's `implementation="dense"`: blocks are unpacked into a kernel, then as in `dense_calls`."""
+    product: Function = dense_matmul
+    if not layer.is_matmul:
+        product = functools.partial(dense_conv, geometry=layer.geometry, feature_major=False)
+    return _product_calls(product, layer, operands.x, operands.dy, operands.blocks, layout)
+
+
+@dataclasses.dataclass
+class Timed:
+    """A compiled call that is repeated to make a sample.
+
+    Attributes:
+      call: starts the work; what it returns can be waited for.
+      inside: how often the pass runs within one call.
+      repeats: calls of a sample, set by `calibrate`.
+      wait: waits for a result; by default jax's.
+    """
+
+    call: Callable[[], Any]
+    inside: int = 1
+    repeats: int = 1
+    wait: Callable[[Any], Any] = jax.block_until_ready
+
+    def calibrate(self) -> None:
+        """Compiles, and sets `repeats` by the time of a second call."""
+        self.wait(self.call())
+        begin = time.perf_counter()
+        self.wait(self.call())
+        seconds = max(time.perf_counter() - begin, 1e-6)
+        self.repeats = min(MOST_REPEATS, math.ceil(LEAST_SAMPLE_S / seconds))
+
+    def sample(self) -> None:
+        """Runs the repeats. On a GPU they are queued and waited for once; a CPU would run some of them at a time."""
+        one_by_one = jax.default_backend() == "cpu"
+        result = None
+        for _ in range(self.repeats):
+            result = self.call()
+            if one_by_one:
+                self.wait(result)
+        self.wait(result)
+
+    @property
+    def runs(self) -> int:
+        """How often the pass runs in a sample."""
+        return self.repeats * self.inside
+
+
+def chained(function: Function, count: int) -> Callable[..., list[jax.Array]]:
+    """`count` runs of a function in one dispatch, one after the other: a jitted function of `count` operand tuples.
+
+    A kernel may take less time than its dispatch. The runs get operands of their own (the same arrays, which the
+    compiler does not know), so that none is merged with another, and a barrier keeps each behind the one before.
+    """
+
+    @jax.jit
+    def run(*copies: tuple[Any, ...]) -> list[jax.Array]:
+        results: list[jax.Array] = []
+        for operands in copies:
+            if results:
+                results[-1], operands = lax.optimization_barrier((results[-1], operands))
+            results.append(function(*operands))
+        return results
+
+    def repeated(*operands: Any) -> list[jax.Array]:
+        return run(*[operands] * count)
+
+    return repeated
+
+
+@dataclasses.dataclass
+class CompiledPass(Timed):
+    """A pass of ours: `run` takes the operands of `spec`, `call` has them in it."""
+
+    spec: Call | None = None
+    run: Callable[..., list[jax.Array]] | None = None
+
+
+def compiled(spec: Call, inside: int) -> CompiledPass:
+    """Compiles a pass that runs `inside` times in one dispatch, and calibrates it."""
+    run = chained(spec.function, inside)
+    timed = CompiledPass(functools.partial(run, *spec.operands), inside, spec=spec, run=run)
+    timed.calibrate()
+    return timed
+
+
+def reference_results(layer: Layer, operands: Operands, count: int) -> dict[str, np.ndarray]:
+    """The three passes over the first `count` examples by the reference, in float32."""
+    part = Operands(
+        operands.x[..., :count].astype(jnp.float32), operands.blocks.astype(jnp.float32), operands.index_arrays,
+        operands.dy[..., :count].astype(jnp.float32),
+    )  # fmt: skip
+    calls = kernel_calls(REFERENCE, layer, part)
+
+    def run(inputs: dict[str, Any]) -> dict[str, jax.Array]:
+        return {name: call.function(*inputs[name], precision="highest") for name, call in calls.items()}
+
+    results = jax.jit(run)({name: call.operands for name, call in calls.items()})
+    return {name: np.asarray(result) for name, result in results.items()}
+
+
+def reference_count(layer: Layer, operands: Operands) -> int:
+    """How many examples the reference takes without an intermediate array beyond `REFERENCE_BYTES`."""
+    num_blocks, rows, cols = operands.blocks.shape
+    each = 4 * max(num_blocks * max(rows, cols), layer.in_features) * layer.positions // layer.batch
+    return max(1, min(layer.batch, REFERENCE_BYTES // each))
+
+
+def error_of(pass_name: str, timed: CompiledPass, wanted: np.ndarray, count: int) -> float:
+    """Largest deviation of a pass from the reference over the first `count` examples, over the largest entry.
+
+    What is timed is what is checked, at its full size. An activation is compared in its first examples; the gradient of
+    the weights, a sum over all examples, is taken with dy zero beyond them.
+    """
+    spec, run = timed.spec, timed.run
+    assert spec is not None
+    assert run is not None
+    if pass_name == "weight_gradient":
+        x, dy, *rest = spec.operands
+        axis = 0 if spec.batch_first else dy.ndim - 1
+        first = jnp.expand_dims(jnp.arange(dy.shape[axis]) < count, [i for i in range(dy.ndim) if i != axis])
+        result = run(x, jnp.where(first, dy, 0), *rest)[-1]
+    else:
+        result = run(*spec.operands)[-1]
+        result = (_outermost(result) if spec.batch_first else result)[..., :count]
+    got = np.asarray(result.astype(jnp.float32))
+    return float(np.max(np.abs(got - wanted)) / max(float(np.max(np.abs(wanted))), 1e-30))
