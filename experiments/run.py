@@ -37,7 +37,7 @@ LOG_EVERY = 10  # steps between two reads of the metrics, each of which waits fo
 class Progress(Protocol):
     """What a run tells while it runs."""
 
-    def begin(self, recipe: Recipe, state: TrainState, done: int) -> None: ...
+    def begin(self, recipe: Recipe, assembly: Assembly, state: TrainState, done: int) -> None: ...
 
     def advance(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -73,7 +73,7 @@ def create(recipe: Recipe) -> tuple[Assembly, TrainState]:
 def evaluate(assembly: Assembly, state: TrainState, dataset: data.Dataset, batch_size: int) -> dict[str, float]:
     """Accuracy and mean loss over the whole test split."""
     totals: dict[str, Any] = {}
-    images, labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
+    images, labels = dataset.test_images, dataset.test_labels
     for idx, weight in data.eval_batches(len(dataset.test_labels), batch_size):
         batch = data.normalize(images[idx], dataset.mean, dataset.std)
         sums = eval_step(state, batch, labels[idx], jnp.asarray(weight), model=assembly.model)
@@ -242,7 +242,7 @@ def run(
     explored.update(state)
     with checkpoint.Checkpoints(workdir, recipe, keep_last=keep_last) as saver:  # also after Ctrl-C: saves are finished
         metrics = _Metrics(workdir / "metrics.jsonl", step)
-        progress.begin(recipe, state, step)
+        progress.begin(recipe, assembly, state, step)
         started = time.perf_counter()
         batches = _Batches(recipe, dataset)
         for epoch in range(step // batches.steps_per_epoch, recipe.epochs):

@@ -11,6 +11,7 @@ from rich.table import Table
 from dsb_jax.ops import record_choices
 from dsb_jax.recipe import Assembly, Recipe
 from dsb_jax.train_state import TrainState, layouts, leaf_at
+from experiments.run import measure_sparsity
 
 
 def format_bytes(count: int) -> str:
@@ -61,11 +62,11 @@ def _kernels(params: Any) -> list[tuple[str, ...]]:
 
 
 class TerminalProgress:
-    """A bar with loss, accuracy, sparsity and turnover; on a terminal that is none, one line an epoch."""
+    """The table of layers, then a bar with loss, accuracy, sparsity, turnover; without a terminal, a line an epoch."""
 
-    def __init__(self, console: Console, sparsity: float) -> None:
+    def __init__(self, console: Console) -> None:
         self.console = console
-        self.sparsity = sparsity
+        self.sparsity = 0.0
         self.bar = Progress(
             TextColumn("[bold]{task.fields[epoch]}"),
             BarColumn(bar_width=24),
@@ -78,8 +79,9 @@ class TerminalProgress:
         )  # fmt: skip
         self.last: dict[str, float] = {}
 
-    def begin(self, recipe: Recipe, state: TrainState, done: int) -> None:
-        del state
+    def begin(self, recipe: Recipe, assembly: Assembly, state: TrainState, done: int) -> None:
+        self.console.print(layer_table(recipe, assembly, state))
+        self.sparsity = measure_sparsity(assembly, state)["sparsity"]
         self.epochs = recipe.epochs
         epoch = done * recipe.epochs // recipe.total_steps
         self.task = self.bar.add_task(

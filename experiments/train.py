@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
-from dsb_jax import checkpoint, data
+from dsb_jax import data
 from dsb_jax.recipe import Recipe, check_recipe
 from experiments import curves, program, terminal
 from experiments import flags as recipe_flags
@@ -45,11 +45,7 @@ def main() -> None:
     check_recipe(recipe)
     dataset = data.load(recipe.dataset, data_dir=FLAGS.data_dir)
     recipe = recipe_flags.with_default_interval(runs.for_dataset(recipe, dataset))
-    checkpoint.check_workdir(workdir, recipe, resume=FLAGS.resume)
-    assembly, state = runs.create(recipe)
-    console.print(terminal.layer_table(recipe, assembly, state))
-    sparsity = runs.measure_sparsity(assembly, state)["sparsity"]
-    progress = terminal.TerminalProgress(console, sparsity)
+    progress = terminal.TerminalProgress(console)
     try:
         summary = runs.run(recipe, dataset, workdir, resume=FLAGS.resume, progress=progress, keep_last=FLAGS.keep_last)
     except KeyboardInterrupt:
@@ -58,7 +54,7 @@ def main() -> None:
         raise SystemExit(130) from None
     finally:
         progress.stop()
-    curves.draw(workdir, f"{recipe.dataset}, {recipe.model}, {recipe.method}, sparsity {sparsity:.1%}")
+    curves.draw(workdir, f"{recipe.dataset}, {recipe.model}, {recipe.method}, sparsity {summary['sparsity']:.1%}")
     console.print(terminal.outcome_table(summary))
     console.print(f"written: {workdir}/summary.json, metrics.jsonl, curves.png, checkpoints/")
 

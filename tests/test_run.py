@@ -26,7 +26,7 @@ class Silent:
         self.interrupt_after = interrupt_after
         self.steps: list[int] = []
 
-    def begin(self, recipe, state, done):
+    def begin(self, recipe, assembly, state, done):
         self.steps.append(done)
 
     def advance(self, step, values):
