@@ -1,5 +1,8 @@
 """Which implementation is chosen, and that it says why."""
 
+import dataclasses
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,9 +10,24 @@ from flax import linen as nn
 
 from dsb_jax.layout import random_layout
 from dsb_jax.nn import SparseConv, SparseDense
-from dsb_jax.ops import IMPLEMENTATIONS, Choice, choose, record_choices
+from dsb_jax.ops import IMPLEMENTATIONS, Choice, choose, record_choices, tuned
+from dsb_jax.ops.cost import GENERIC, device_facts
 from dsb_jax.ops.dispatch import predicted_time_ratio, record
+from dsb_jax.ops.tuned import LayerSizes, Result
 from pallas_kernels import ConvGeometry, matmul_geometry
+from pallas_kernels.tiles import KernelTiles, Tiles
+
+KIND = "NVIDIA H200"
+SIZES = {"geometry": ConvGeometry(256, (3, 3), (1, 1), ((1, 1), (1, 1))), "input_size": (8, 8), "batch": 64}
+TILES = KernelTiles(forward=Tiles(positions=256))
+
+
+@pytest.fixture(autouse=True)
+def no_tables(monkeypatch, tmp_path):
+    """No table of whoever runs the tests, and none of the package."""
+    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tuned.Path, "home", lambda: tmp_path / "home")
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
 
 
 def layout_of(density, shape=(256, 2304), block_shape=(32, 8)):
@@ -19,10 +37,22 @@ def layout_of(density, shape=(256, 2304), block_shape=(32, 8)):
     )
 
 
-SIZES = {"geometry": ConvGeometry(256, (3, 3), (1, 1), ((1, 1), (1, 1))), "input_size": (8, 8), "batch": 64}
+def ratio_of(layout, backend="cpu", device_kind="cpu", dtype="float32", **sizes):
+    layer = LayerSizes.of(layout, **{**SIZES, **sizes}, dtype=dtype)
+    return predicted_time_ratio(layer, backend, device_kind)
 
 
-@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "auto"])
+def write_table(monkeypatch, path, layout, *results, device_kind=KIND, dtype="bfloat16", **changes):
+    layer = dataclasses.replace(LayerSizes.of(layout, **SIZES, dtype=dtype), **changes).rounded()
+    tuned.write(path, tuned.Table(device_kind, {}, "by hand", {layer: results}))
+    monkeypatch.setenv(tuned.VARIABLE, str(path))
+
+
+def on_h200(implementation, layout, **sizes):
+    return choose(implementation, layout, backend="gpu", device_kind=KIND, **{**SIZES, "dtype": jnp.bfloat16, **sizes})
+
+
+@pytest.mark.parametrize("implementation", ["xla", "dense", "reference"])
 @pytest.mark.parametrize("backend", ["cpu", "gpu", None])
 def test_explicit_names_pass_through(implementation, backend):
     for density in (0.01, 0.99):
@@ -32,7 +62,7 @@ def test_explicit_names_pass_through(implementation, backend):
 
 
 def test_auto_follows_the_predicted_break_even():
-    ratios = [predicted_time_ratio(layout_of(d), *SIZES.values()) for d in (0.05, 0.1, 0.3, 0.6, 0.95)]
+    ratios = [ratio_of(layout_of(d)) for d in (0.05, 0.1, 0.3, 0.6, 0.95)]
     assert ratios == sorted(ratios)
     assert choose("auto", layout_of(0.05), backend="cpu", **SIZES) == Choice(
         "xla", f"predicted {ratios[0]:.2f} of the dense time"
@@ -41,25 +71,136 @@ def test_auto_follows_the_predicted_break_even():
         "dense", f"predicted {ratios[-1]:.2f} of the dense time"
     )
     # Arithmetic intensity depends on R alone: taller blocks are faster at equal density.
-    assert predicted_time_ratio(layout_of(0.1, block_shape=(64, 4)), *SIZES.values()) < ratios[1]
+    assert ratio_of(layout_of(0.1, block_shape=(64, 4))) < ratios[1]
 
 
-@pytest.mark.parametrize("backend", ["gpu", "tpu"])
-def test_auto_says_why_it_is_dense_elsewhere(backend):
-    assert choose("auto", layout_of(0.05), backend=backend, **SIZES) == Choice(
-        "dense", f"no sparse kernel for {backend}"
+@pytest.mark.parametrize("device_kind", [KIND, "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "NVIDIA L4",
+                                         "NVIDIA GeForce RTX 4090", "NVIDIA Unheard-of"])  # fmt: skip
+def test_auto_predicts_on_gpus(device_kind):
+    """A layer large enough that products and bandwidths count, not launches."""
+    sizes = {"batch": 2048, "dtype": "bfloat16"}
+    densities = (0.02, 0.05, 0.1, 0.3, 0.9)
+    ratios = [ratio_of(layout_of(d), "gpu", device_kind, **sizes) for d in densities]
+    assert ratios == sorted(ratios)
+    assert ratio_of(layout_of(0.1, block_shape=(64, 4)), "gpu", device_kind, **sizes) < ratios[2]
+    for density, ratio in zip(densities, ratios, strict=True):
+        choice = choose("auto", layout_of(density), backend="gpu", device_kind=device_kind, **{**SIZES, **sizes})
+        expected = "pallas" if ratio < 0.9 else "dense"
+        assert choice == Choice(expected, f"predicted {ratio:.2f} of the dense time on {device_kind}")
+    assert ratios[0] < 0.9 < ratios[-1]
+
+
+def test_device_facts_by_name():
+    known = ["NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA GeForce RTX 4090", "NVIDIA H100 PCIe", "NVIDIA H200"]
+    assert len({device_facts(kind) for kind in known} - {GENERIC}) == len(known)
+    assert device_facts("NVIDIA L40S") == device_facts("NVIDIA RTX 2000 Ada Generation") == GENERIC
+    assert device_facts("Tesla V100-SXM2-16GB") is device_facts("Tesla T4") is None
+    assert choose("auto", layout_of(0.05), backend="gpu", device_kind="Tesla T4", **SIZES) == Choice(
+        "dense", "no sparse kernel for Tesla T4"
     )
 
 
+def test_auto_says_why_it_is_dense_elsewhere():
+    assert choose("auto", layout_of(0.05), backend="tpu", **SIZES) == Choice("dense", "no sparse kernel for tpu")
+
+
 def test_auto_asks_for_the_backend_in_use(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     sizes = {"geometry": matmul_geometry(2304), "input_size": (1, 1), "batch": 4}
-    assert choose("auto", layout_of(0.05), **sizes).reason == "no sparse kernel for gpu"
+    assert choose("auto", layout_of(0.05), **sizes).reason == "no sparse kernel for tpu"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert choose("pallas", layout_of(0.05), **sizes) == Choice("pallas", "asked for")
+
+
+def test_what_the_kernels_cannot_serve_falls_through_to_dense():
+    tall = layout_of(0.05, block_shape=(256, 4))
+    assert on_h200("auto", tall, batch=2048) == Choice("dense", "R=256 rows in a block")
+    assert on_h200("auto", layout_of(0.02), batch=2048, dtype="float64") == Choice("dense", "dtype float64")
+
+
+@pytest.mark.parametrize(
+    ("implementation", "backend", "rows", "words"),
+    [
+        ("pallas", "cpu", 32, "it needs a GPU and this process computes on the cpu; use auto, xla or dense"),
+        ("triton", "tpu", 32, "it needs a GPU and this process computes on the tpu"),
+        ("triton", "gpu", 32, r"jax_triton is not installed; pip install '.\[triton\]'"),
+        ("pallas", "gpu", 256, "R=256 rows in a block; the GPU kernels take 128 at the most; use auto or dense"),
+    ],
+)
+def test_a_name_that_cannot_serve_is_refused(monkeypatch, implementation, backend, rows, words):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    layout = layout_of(0.1, block_shape=(rows, 8))
+    with pytest.raises(NotImplementedError, match=words) as caught:
+        choose(implementation, layout, backend=backend, **SIZES)
+    assert str(caught.value).startswith(f"implementation='{implementation}' cannot compute a layer of 256x2304, 3x3/1")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layer_refuses_where_it_is_traced():
+    layer = SparseDense(32, density=0.5, implementation="pallas")
+    with pytest.raises(NotImplementedError, match="implementation='pallas' cannot compute a layer of 32x64, batch 2"):
+        jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((2, 64)))
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="implementation='triton' is unknown; choose one of auto, xla, dense, "):
-        choose("triton", layout_of(0.1), **SIZES)
+    with pytest.raises(ValueError, match="implementation='cuda' is unknown; choose one of auto, xla, dense, "):
+        choose("cuda", layout_of(0.1), **SIZES)
+    assert set(IMPLEMENTATIONS) == {"auto", "pallas", "triton", "xla", "dense", "reference"}
+
+
+def test_a_measured_layer_takes_the_winner_and_its_tiles(monkeypatch, tmp_path):
+    layout = layout_of(0.9)  # no model would take the sparse product
+    results = Result("pallas", 4.1e-5, TILES), Result("triton", 4e-5, KernelTiles()), Result("dense", 1e-4)
+    write_table(monkeypatch, tmp_path / "table.json", layout, *results)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # triton is skipped
+    assert on_h200("auto", layout) == Choice("pallas", f"tuned: 0.41 of dense on {KIND}", TILES)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert on_h200("auto", layout) == Choice("triton", f"tuned: 0.40 of dense on {KIND}", KernelTiles())
+    assert on_h200("pallas", layout) == Choice("pallas", "asked for", TILES)
+    assert on_h200("auto", layout, dtype="float32").reason.startswith("predicted ")
+    other = choose("auto", layout, backend="gpu", device_kind="NVIDIA L4", **SIZES, dtype="bfloat16")
+    assert other.reason.startswith("predicted ")
+
+
+def test_a_measured_layer_that_is_slower_stays_dense(monkeypatch, tmp_path):
+    layout = layout_of(0.02)
+    results = Result("pallas", 1.31e-4, TILES), Result("dense", 1e-4)
+    write_table(monkeypatch, tmp_path / "table.json", layout, *results)
+    assert on_h200("auto", layout) == Choice("dense", f"tuned: pallas takes 1.31 of dense on {KIND}")
+    write_table(monkeypatch, tmp_path / "table.json", layout, Result("triton", 1e-5), Result("dense", 1e-4))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    choice = on_h200("auto", layout)
+    assert choice.implementation == "dense"
+    assert choice.reason.endswith("; triton: jax_triton is not installed")
+
+
+def test_a_layer_nearby_is_scaled_by_the_model(monkeypatch, tmp_path):
+    """Measured at density 0.1, asked for at 0.12 and twice the batch; at 0.3 the measurement says nothing."""
+    measured, asked = layout_of(0.1), layout_of(0.12)
+    write_table(monkeypatch, tmp_path / "table.json", measured, Result("pallas", 3e-5, TILES), Result("dense", 1e-4))
+    ratio = 0.3 * ratio_of(asked, "gpu", KIND, "bfloat16") / ratio_of(layout_of(0.1), "gpu", KIND, "bfloat16")
+    choice = on_h200("auto", asked)
+    assert choice.implementation == "pallas"
+    assert choice.tiles == TILES
+    assert choice.reason == f"tuned on a layer nearby: {ratio:.2f} of dense on {KIND}"
+    assert on_h200("auto", layout_of(0.3)).reason.startswith("predicted ")
+    assert on_h200("auto", layout_of(0.1, block_shape=(16, 16))).reason.startswith("predicted ")
+    assert on_h200("auto", layout_of(0.1, block_shape=(32, 16))).tiles == TILES  # C is nothing to the kernels
+
+
+def test_a_table_of_the_user_serves_a_cpu(monkeypatch, tmp_path):
+    layout = layout_of(0.95)
+    results = Result("xla", 2e-3), Result("dense", 4e-3)
+    write_table(monkeypatch, tmp_path / "cpu.json", layout, *results, device_kind="cpu", dtype="float32")
+    assert choose("auto", layout, backend="cpu", **SIZES) == Choice("xla", "tuned: 0.50 of dense on cpu")
+
+
+def test_a_broken_table_is_named(monkeypatch, tmp_path):
+    (tmp_path / "table.json").write_text("{")
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "table.json"))
+    with pytest.raises(ValueError, match=r"table\.json is no tuned table"):
+        choose("auto", layout_of(0.1), backend="cpu", **SIZES)
+    assert choose("xla", layout_of(0.1), backend="cpu", **SIZES).implementation == "xla"
 
 
 class Model(nn.Module):
@@ -90,5 +231,5 @@ def test_choices_are_recorded_by_path_while_tracing(implementation):
     if implementation == "xla":
         assert choices["conv",] == Choice("xla", "asked for")
     else:
-        assert choices["conv",].implementation in ("xla", "dense")
+        assert choices["conv",].implementation != "auto"
         assert choices["conv",].reason.startswith(("predicted ", "no sparse kernel for "))

@@ -71,6 +71,11 @@ def _blocks_and_layout(
     return layer.param("blocks", init), layout
 
 
+def _tiles(choice: Choice) -> dict[str, Any]:
+    """The tile sizes of a choice as an argument, if it has any."""
+    return {} if choice.tiles is None else {"tiles": choice.tiles}
+
+
 class SparseDense(nn.Dense):
     """`nn.Dense` with shuffled-block weights.
 
@@ -79,7 +84,7 @@ class SparseDense(nn.Dense):
       num_blocks: the number of blocks, instead of `density`.
       block_shape: `(R, C)`.
       plan: takes both from a `SparsityPlan` by the module's path, instead of `density`.
-      implementation: "auto", "xla", "dense" or "reference".
+      implementation: "auto", "pallas", "triton", "xla", "dense" or "reference"; see `dsb_jax.ops.dispatch`.
       feature_major: inputs and outputs are [in, N] and [out, N].
       init_layout: `(key, shape, *, block_shape, num_blocks) -> BlockLayout`, the first topology.
     """
@@ -112,11 +117,12 @@ class SparseDense(nn.Dense):
             geometry=matmul_geometry(in_features),
             input_size=(1, 1),
             batch=x.size // in_features,
+            dtype=x.dtype,
         )
         record(self.path, choice)
         y = sparse_matmul(
             x, blocks, layout, implementation=choice.implementation, feature_major=self.feature_major,
-            precision=self.precision,
+            precision=self.precision, **_tiles(choice),
         )  # fmt: skip
         if self.has_variable("probes", "statistic"):
             flat_y, flat_x = (a if self.feature_major else a.reshape(-1, a.shape[-1]).T for a in (y, x))
@@ -174,11 +180,13 @@ class SparseConv(nn.Conv):
         if not self.feature_major:
             x = x.reshape(-1, *x.shape[-3:])
         input_size, batch = (x.shape[1], x.shape[2]), x.shape[3 if self.feature_major else 0]
-        choice = choose(self.implementation, layout, geometry=geometry, input_size=input_size, batch=batch)
+        choice = choose(
+            self.implementation, layout, geometry=geometry, input_size=input_size, batch=batch, dtype=x.dtype
+        )
         record(self.path, choice)
         y = sparse_conv(
             x, blocks, layout, geometry=geometry, implementation=choice.implementation,
-            feature_major=self.feature_major, precision=self.precision,
+            feature_major=self.feature_major, precision=self.precision, **_tiles(choice),
         )  # fmt: skip
         if self.has_variable("probes", "statistic"):
             statistic: Any = self.get_variable("probes", "statistic")

@@ -1,46 +1,56 @@
-"""Which implementation computes a layer, and why: an explicit name, or "auto" by a cost model.
+"""Which implementation computes a layer, and why: an explicit name, or "auto" by measurement or by a cost model.
 
-The model counts what each way does for one training step (forward, input gradient, weight gradient) and
-multiplies by rates measured on a 2-core x86 CPU (`python -m experiments.benchmark_training` measures the
-outcome on yours). Only ratios matter, so the choice carries over to CPUs with another clock. On other devices
-there is no sparse kernel yet, so "auto" takes the dense product there.
+    xla         shuffled-block product in plain XLA, fast on a CPU
+    pallas      GPU kernels in Pallas
+    triton      GPU kernels in jax-triton
+    dense       unpack, then XLA's dense product; serves everything everywhere
+    reference   the readable specification, slow
+
+"auto" looks a layer up in the tuned tables (`dsb_jax.ops.tuned`), takes the fastest implementation that serves it, and
+falls back on the cost model (`dsb_jax.ops.cost`) for layers that nothing near was measured of. All of it is plain
+Python on static sizes, while a model is traced.
 """
 
 import contextlib
 import contextvars
 import dataclasses
+import importlib.util
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 
 from dsb_jax.layout import BlockLayout
+from dsb_jax.ops import tuned
+from dsb_jax.ops.cost import cpu_time_ratio, device_facts, gpu_time_ratio
+from dsb_jax.ops.tuned import LayerSizes
 from pallas_kernels.interface import ConvGeometry
+from pallas_kernels.limits import unservable
+from pallas_kernels.tiles import KernelTiles
 
-Implementation = Literal["auto", "xla", "dense", "reference"]
+Implementation = Literal["auto", "xla", "dense", "reference", "pallas", "triton"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
-
-# Nanoseconds for forward and backward together, fitted by least squares of the logarithms to 98 times of 14 layers
-# (64 channels at 32x32 to a 512x512 linear layer, strides 1 and 2, batch 128, float32; densities 0.1, 0.2, 0.5; 16x16
-# and 32x8 blocks, feature-major). Good to some 20 to 30 %, so that a small predicted gain is none.
-_DENSE_ACTIVATION = 8.1  # each element of the input and the output
-_DENSE_PRODUCT = 0.035  # each weight at each position
-_DENSE_WEIGHT = 9.1  # each weight of the unpacked kernel
-_SPARSE_ACTIVATION = 3.4  # each element of the input and the output
-_SPARSE_COPY = 1.3  # each column of a panel at each position: the gather
-_SPARSE_PRODUCT = 0.031  # each stored weight at each position
-_SPARSE_WEIGHT = 20.0  # each stored weight
-_CLEAR_WIN = 0.9
+GPU_KERNELS = ("pallas", "triton")
 
 A_DENSE_LAYER = "a dense layer"  # the reason of a layer that stores its whole kernel
+
+# Models, and measurements of another layer, are good to some 20 to 30 % at the best: a small predicted gain is none.
+CLEAR_WIN = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What computes a layer: the implementation's name, and the reason in a few words."""
+    """What computes a layer.
+
+    Attributes:
+      implementation: its name, never "auto".
+      reason: in a few words.
+      tiles: tile sizes of the GPU kernels; None for their defaults, and for all other implementations.
+    """
 
     implementation: str
     reason: str
+    tiles: KernelTiles | None = None
 
 
 _recorder: contextvars.ContextVar[dict[tuple[str, ...], Choice] | None] = contextvars.ContextVar(
@@ -71,18 +81,21 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(f"implementation={implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}.")
 
 
-def predicted_time_ratio(layout: BlockLayout, geometry: ConvGeometry, input_size: tuple[int, int], batch: int) -> float:
-    """Predicted training-step time of the `xla` product of one layer over that of its dense fallback."""
-    out, in_ = layout.shape
-    rows, cols = layout.block_shape
-    out_h, out_w = geometry.output_size(*input_size)
-    run = out_h * out_w * batch  # positions that each weight meets
-    activations = (geometry.in_channels * input_size[0] * input_size[1] + out * out_h * out_w) * batch
-    columns = layout.num_blocks * cols
-    sparse = _SPARSE_ACTIVATION * activations + columns * run * (_SPARSE_COPY + rows * _SPARSE_PRODUCT)
-    sparse += columns * rows * _SPARSE_WEIGHT
-    dense = _DENSE_ACTIVATION * activations + out * in_ * (run * _DENSE_PRODUCT + _DENSE_WEIGHT)
-    return sparse / dense
+def refusal(implementation: str, layer: LayerSizes, backend: str) -> str | None:
+    """Why an implementation cannot compute a layer on a backend of jax, with the cure; None if it can.
+
+    Raises:
+      ValueError: if the layer's kernel does not fit its input.
+    """
+    if implementation not in GPU_KERNELS:
+        return None
+    if backend != "gpu":
+        return f"it needs a GPU and this process computes on the {backend}; use auto, xla or dense"
+    missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+    if implementation == "triton" and missing:
+        return f"{missing[-1]} is not installed; pip install '.[triton]', or use pallas"
+    limit = unservable(layer.dtype, layer.block_shape, layer.shape, layer.geometry, layer.input_size, layer.batch)
+    return limit and f"{limit}; use auto or dense"
 
 
 def choose(
@@ -92,18 +105,94 @@ def choose(
     geometry: ConvGeometry,
     input_size: tuple[int, int],
     batch: int,
+    dtype: Any = "float32",
     backend: str | None = None,
+    device_kind: str | None = None,
 ) -> Choice:
-    """Resolves "auto" for one layer from static sizes alone; an explicit name is taken as it is.
+    """Resolves "auto" for one layer from static sizes alone; any other name is taken as it is, or refused.
+
+    Args:
+      implementation: one of IMPLEMENTATIONS.
+      layout: of the layer.
+      geometry: kernel size, strides, padding.
+      input_size: height and width of the input; (1, 1) for a linear layer.
+      batch: N.
+      dtype: of activations and blocks.
+      backend: "cpu", "gpu", ...; by default that of this process.
+      device_kind: the device's name, such as "NVIDIA H200"; by default that of this process' first device.
 
     Raises:
-      ValueError: if the name is unknown.
+      ValueError: if the name is unknown, or a tuned table is broken.
+      NotImplementedError: if an explicit implementation cannot compute the layer here, with the reason and the cure.
     """
     check_implementation(implementation)
-    if implementation != "auto":
+    if implementation not in ("auto", *GPU_KERNELS):
         return Choice(implementation, "asked for")
-    backend = backend or jax.default_backend()
-    if backend != "cpu":
-        return Choice("dense", f"no sparse kernel for {backend}")
-    ratio = predicted_time_ratio(layout, geometry, input_size, batch)
-    return Choice("xla" if ratio < _CLEAR_WIN else "dense", f"predicted {ratio:.2f} of the dense time")
+    layer = LayerSizes.of(layout, geometry=geometry, input_size=input_size, batch=batch, dtype=dtype)
+    if backend is None:
+        backend = jax.default_backend()
+        device_kind = device_kind or jax.devices()[0].device_kind
+    device_kind = device_kind or ("cpu" if backend == "cpu" else "an unknown device")
+    if implementation == "auto":
+        return _choose(layer, backend, device_kind)
+    if why := refusal(implementation, layer, backend):
+        raise NotImplementedError(f"implementation={implementation!r} cannot compute a layer of {layer}: {why}.")
+    return Choice(implementation, "asked for", _tuned_tiles(implementation, layer, device_kind))
+
+
+def predicted_time_ratio(layer: LayerSizes, backend: str, device_kind: str) -> float | None:
+    """Predicted training-step time of the sparse product over that of the dense fallback; None without a model."""
+    if backend == "cpu":
+        return cpu_time_ratio(layer)
+    facts = device_facts(device_kind) if backend == "gpu" else None
+    return None if facts is None else gpu_time_ratio(layer, facts)
+
+
+def _choose(layer: LayerSizes, backend: str, device_kind: str) -> Choice:
+    """What "auto" takes, by the tuned tables before the cost model."""
+    predicted = predicted_time_ratio(layer, backend, device_kind)
+    if predicted is None:
+        return Choice("dense", f"no sparse kernel for {device_kind if backend == 'gpu' else backend}")
+    if (found := tuned.lookup(layer, device_kind)) is not None:
+        return _from_table(found, layer, predicted, backend, device_kind)
+    on_gpu = backend == "gpu"
+    implementation = "pallas" if on_gpu else "xla"
+    reason = f"predicted {predicted:.2f} of the dense time" + (f" on {device_kind}" if on_gpu else "")
+    if predicted >= CLEAR_WIN:
+        return Choice("dense", reason)
+    if why := refusal(implementation, layer, backend):
+        return Choice("dense", why.split(";")[0])
+    return Choice(implementation, reason)
+
+
+def _from_table(found: tuned.Found, layer: LayerSizes, predicted: float, backend: str, device_kind: str) -> Choice:
+    """The fastest measured implementation that can compute the layer and beats dense.
+
+    Of a layer measured nearby, the ratio is scaled by what the cost model says of the difference.
+    """
+    scale, margin, how = 1.0, 1.0, "tuned"
+    if not found.exact:
+        there = predicted_time_ratio(found.layer, backend, device_kind)
+        assert there is not None  # the same device has a model for `layer`
+        scale, margin, how = predicted / there, CLEAR_WIN, "tuned on a layer nearby"
+    dense_s = next(result.seconds for result in found.results if result.implementation == "dense")
+    rivals = [result for result in found.results if result.implementation in IMPLEMENTATIONS[1:]]
+    skipped = ""
+    for result in rivals:  # fastest first
+        if result.implementation == "dense":
+            continue
+        ratio = result.seconds / dense_s * scale
+        if why := refusal(result.implementation, layer, backend):
+            skipped = skipped or f"; {result.implementation}: {why.split(';')[0]}"
+            continue
+        if ratio < margin:
+            return Choice(result.implementation, f"{how}: {ratio:.2f} of dense on {device_kind}", result.tiles)
+        return Choice("dense", f"{how}: {result.implementation} takes {ratio:.2f} of dense on {device_kind}")
+    return Choice("dense", f"{how}: nothing that serves is faster on {device_kind}{skipped}")
+
+
+def _tuned_tiles(implementation: str, layer: LayerSizes, device_kind: str) -> KernelTiles | None:
+    """The measured tiles of a GPU kernel that is asked for by name, if this layer or one nearby was measured."""
+    found = tuned.lookup(layer, device_kind) if implementation in GPU_KERNELS else None
+    results = found.results if found else ()
+    return next((result.tiles for result in results if result.implementation == implementation), None)

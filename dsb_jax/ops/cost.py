@@ -1,0 +1,113 @@
+"""What a training step of one layer costs with the sparse product, as a share of unpack-then-dense.
+
+Both models count what forward, input gradient and weight gradient do, from static sizes alone. The one for CPUs is
+fitted to measured layers; only ratios matter, so it carries over to CPUs with another clock. The one for GPUs is a
+roofline of estimates that no measurement has seen yet: `python -m experiments.tune` writes what is measured, and
+"auto" believes that first.
+"""
+
+import dataclasses
+import math
+import re
+
+import jax.numpy as jnp
+
+from dsb_jax.ops.tuned import LayerSizes
+
+# Nanoseconds for forward and backward together, fitted by least squares of the logarithms to 98 times of 14 layers
+# (64 channels at 32x32 to a 512x512 linear layer, strides 1 and 2, batch 128, float32; densities 0.1, 0.2, 0.5; 16x16
+# and 32x8 blocks, feature-major) on a 2-core x86 CPU. Good to some 20 to 30 %.
+_DENSE_ACTIVATION = 8.1  # each element of the input and the output
+_DENSE_PRODUCT = 0.035  # each weight at each position
+_DENSE_WEIGHT = 9.1  # each weight of the unpacked kernel
+_SPARSE_ACTIVATION = 3.4  # each element of the input and the output
+_SPARSE_COPY = 1.3  # each column of a panel at each position: the gather
+_SPARSE_PRODUCT = 0.031  # each stored weight at each position
+_SPARSE_WEIGHT = 20.0  # each stored weight
+
+
+def _activations(layer: LayerSizes) -> tuple[int, int]:
+    """Elements of the input and of the output."""
+    return layer.in_channels * math.prod(layer.input_size) * layer.batch, layer.out * layer.positions
+
+
+def _columns(layer: LayerSizes) -> float:
+    """Columns of all panels together: rows that the forward pass gathers for each output position."""
+    return layer.density * math.prod(layer.shape) / layer.block_shape[0]
+
+
+def cpu_time_ratio(layer: LayerSizes) -> float:
+    """Predicted training-step time of the `xla` product over that of the dense fallback, on a CPU."""
+    activations, run, columns, rows = sum(_activations(layer)), layer.positions, _columns(layer), layer.block_shape[0]
+    sparse = _SPARSE_ACTIVATION * activations + columns * run * (_SPARSE_COPY + rows * _SPARSE_PRODUCT)
+    sparse += columns * rows * _SPARSE_WEIGHT
+    dense = _DENSE_ACTIVATION * activations + math.prod(layer.shape) * (run * _DENSE_PRODUCT + _DENSE_WEIGHT)
+    return sparse / dense
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceFacts:
+    """Rates of a GPU, in FLOP and bytes per second. Peaks are the vendor's for dense operands.
+
+    Attributes:
+      half: tensor-core peak of bfloat16 and float16, accumulating in float32.
+      tf32: tensor-core peak of float32 operands at default precision.
+      cache: bandwidth of the L2 cache; an estimate, vendors do not tell it.
+      memory: bandwidth of device memory.
+    """
+
+    half: float
+    tf32: float
+    cache: float
+    memory: float
+
+
+GENERIC = DeviceFacts(half=200e12, tf32=100e12, cache=2.5e12, memory=1.0e12)  # an estimate for any other GPU
+_DEVICES = (
+    (r"\bA100\b", DeviceFacts(half=312e12, tf32=156e12, cache=4.0e12, memory=1.6e12)),
+    (r"\bL4\b", DeviceFacts(half=121e12, tf32=60e12, cache=1.3e12, memory=0.3e12)),
+    (r"\bRTX 4090\b", DeviceFacts(half=165e12, tf32=83e12, cache=4.5e12, memory=1.0e12)),
+    (r"\bH100\b", DeviceFacts(half=989e12, tf32=495e12, cache=5.5e12, memory=3.35e12)),
+    (r"\bH200\b", DeviceFacts(half=989e12, tf32=495e12, cache=5.5e12, memory=4.8e12)),
+)
+# Without tensor cores that take bfloat16, and without asynchronous copies, the kernels have nothing to offer.
+_BEFORE_AMPERE = r"\b(V100|P100|P40|P4|T4|GTX|TITAN|RTX 20[678]0|Quadro RTX)\b"
+
+# Estimates, all of them: shares of the peak that products reach, and what a kernel costs before it begins.
+_DENSE_MATMUL_SHARE = 0.8
+_DENSE_CONV_SHARE = 0.35  # of CIFAR size; an ImageNet stage does better
+_SPARSE_SHARE = 0.5
+_LAUNCH = 3e-6  # seconds
+_DENSE_LAUNCHES = 11  # three products, four to unpack, four to pack the gradient
+_SPARSE_LAUNCHES = 12  # three products, the sum over entries, and the inverse index, which takes a sort
+_UNPACK_PASSES = 12  # reads and writes of a dense kernel: zeros, scatter, permutation, and the same backwards
+
+
+def device_facts(device_kind: str) -> DeviceFacts | None:
+    """The rates of a GPU by its name, `GENERIC` if it is unknown, None if it is too old for the kernels."""
+    if re.search(_BEFORE_AMPERE, device_kind):
+        return None
+    return next((facts for pattern, facts in _DEVICES if re.search(pattern, device_kind)), GENERIC)
+
+
+def gpu_time_ratio(layer: LayerSizes, facts: DeviceFacts) -> float:
+    """Predicted training-step time of the GPU kernels over that of the dense fallback: a roofline for each pass.
+
+    The forward pass and the weight gradient gather `columns` rows through L2: 2 bytes in bfloat16 for 2R operations.
+    The input gradient writes a scratch array of the same size to memory and reads it again.
+    """
+    itemsize = jnp.dtype(layer.dtype).itemsize
+    peak = facts.half if itemsize == 2 else facts.tf32
+    through_memory = sum(_activations(layer)) * itemsize / facts.memory
+    weights, run, columns = math.prod(layer.shape), layer.positions, _columns(layer)
+
+    share = _DENSE_MATMUL_SHARE if layer.is_linear else _DENSE_CONV_SHARE
+    dense = 3 * max(2 * weights * run / (share * peak), through_memory)
+    dense += _UNPACK_PASSES * weights * itemsize / facts.memory + _DENSE_LAUNCHES * _LAUNCH
+
+    gathered = columns * run * itemsize
+    product = 2 * columns * layer.block_shape[0] * run / (_SPARSE_SHARE * peak)
+    gathering_pass = max(gathered / facts.cache, product, through_memory)
+    scratch_pass = max(product, 2 * gathered / facts.memory + through_memory)
+    sparse = 2 * gathering_pass + scratch_pass + _SPARSE_LAUNCHES * _LAUNCH
+    return sparse / dense
