@@ -7,6 +7,7 @@ device, by timing, at the first use of each shape.
 import functools
 import importlib
 import inspect
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +32,10 @@ def available() -> str | None:
             importlib.import_module(name)
         except ImportError as error:
             return f"{name} cannot be imported ({error}); pip install '.[triton]'"
+    version = metadata.version("jax-triton")
+    if tuple(map(int, version.split(".")[:3])) <= (0, 4, 1) and jax.__version_info__ >= (0, 12):
+        # Its rule for dead code takes two arguments, jax 0.12 passes three.
+        return f"jax-triton {version} does not work with jax {jax.__version__}; use jax 0.11"
     return None
 
 
@@ -52,8 +57,8 @@ def _autotuned(name: str) -> Any:
 
 def _call(name: str, tiles: Tiles | None, *arrays: jax.Array, result: jax.ShapeDtypeStruct, grid: Any,
           compute_capability: int | None, **constants: Any) -> jax.Array:  # fmt: skip
-    triton_call: Any = importlib.import_module("jax_triton").triton_call if available() is None else None
     source = _source()
+    triton_call: Any = importlib.import_module("jax_triton").triton_call
     options: dict[str, Any] = {"grid": grid, **constants}
     # jax-triton 0.4 renamed the argument.
     options["out_type" if "out_type" in inspect.signature(triton_call).parameters else "out_shape"] = result
