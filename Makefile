@@ -6,12 +6,12 @@ PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint gpu-check clean
+.PHONY: train test lint gpu-check gpu-compiler clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m experiments.train $(ARGS)
 
-test: $(VENV)/.installed-dev lint
+test: $(VENV)/.installed-dev $(VENV)/.installed-gpu-compiler lint
 	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.installed-dev
@@ -40,6 +40,19 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.installed-cuda: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,cuda]'
 	touch $@ $(VENV)/.installed $(VENV)/.installed-dev
+
+# What compiles for GPUs on a Linux machine without one: XLA's CUDA compiler, of jax's own version, and ptxas (490 MB).
+# Outside of site-packages, where jax would load it at every start and, without the CUDA libraries, print an error.
+gpu-compiler: $(VENV)/.installed-gpu-compiler
+
+$(VENV)/.installed-gpu-compiler: $(VENV)/.installed-dev
+	@if [ "$$(uname -s)" = Linux ]; then \
+		version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+		test -d $(VENV)/gpu-compiler/jax_cuda13_pjrt-$$version.dist-info || { rm -rf $(VENV)/gpu-compiler; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/gpu-compiler \
+			"jax-cuda13-pjrt==$$version" "nvidia-cuda-nvcc>=13.0.48,<13.1"; }; \
+	fi
+	touch $@
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,229 @@
+"""What the GPU compiler makes of the kernels, for three architectures and on any machine: no GPU is needed or used."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import ConvGeometry, matmul_geometry
+from pallas_kernels.aot import compile_for, find_gpu, unavailable
+from pallas_kernels.pallas_gpu import pallas_kernels
+
+pytestmark = [
+    pytest.mark.skipif(unavailable() is not None, reason=str(unavailable())),
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated"),
+]
+
+ARCHS = ("sm_80", "sm_89", "sm_90")
+TILE = 64
+
+
+def shape(*sizes, dtype="bfloat16"):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+# Compiling itself: a plain product, a small kernel, four GPUs, layouts.
+
+
+def _tile_kernel(a_ref, b_ref, o_ref):
+    def step(i, acc):
+        k = pl.ds(i * TILE, TILE)
+        return acc + jnp.dot(a_ref[:, k], b_ref[k, :], preferred_element_type=jnp.float32)
+
+    acc = jax.lax.fori_loop(0, a_ref.shape[1] // TILE, step, jnp.zeros(o_ref.shape, jnp.float32))
+    o_ref[...] = acc.astype(o_ref.dtype)
+
+
+def tiled_matmul(a, b, positions=TILE):
+    """A product that XLA cannot look into."""
+    (m, k), n = a.shape, b.shape[1]
+    return pl.pallas_call(
+        _tile_kernel,
+        grid=(m // TILE, n // positions),
+        in_specs=[pl.BlockSpec((TILE, k), lambda i, j: (i, 0)), pl.BlockSpec((k, positions), lambda i, j: (0, j))],
+        out_specs=pl.BlockSpec((TILE, positions), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((m, n), a.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        name="tiled_matmul",
+    )(a, b)
+
+
+def test_nothing_is_printed_and_no_device_is_added():
+    program = """
+import jax, jax.numpy as jnp
+from pallas_kernels.aot import compile_for
+before = jax.devices()
+compile_for("H200", jnp.add, jax.ShapeDtypeStruct((8,), "float32"), jax.ShapeDtypeStruct((8,), "float32"))
+assert jax.devices() == before and "NVIDIA H200" not in [device.device_kind for device in before]
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_plain_product(arch):
+    compiled = compile_for(arch, jnp.matmul, shape(1024, 1024), shape(1024, 512))
+    # XLA either calls cuBLAS or writes the kernel itself.
+    assert compiled.count("custom-call") or any(kernel.tensor_cores for kernel in compiled.kernels)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_small_kernel(arch):
+    kernel = compile_for(arch, tiled_matmul, shape(1024, 1024), shape(1024, 1024)).kernel("tiled_matmul")
+    assert kernel.tensor_cores > 0
+    assert kernel.spill_bytes == 0
+    assert 16 < kernel.registers < 255
+    assert 2 * TILE * TILE * 2 <= kernel.shared_bytes <= find_gpu(arch).shared_memory_per_block
+    assert set(kernel.async_copies) == {16}
+    assert ("wgmma" in kernel.ptx) == (arch == "sm_90")
+
+
+def test_spills_are_seen():
+    kernel = compile_for("sm_80", functools.partial(tiled_matmul, positions=512), shape(64, 64), shape(64, 512))
+    assert kernel.kernel("tiled_matmul").spill_bytes > 0
+
+
+def test_four_gpus_reduce_once():
+    def loss(weights, x):
+        for w in weights:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x.astype(jnp.float32) ** 2)
+
+    weights = [shape(512, 512)] * 3
+    compiled = compile_for("sm_90", jax.grad(loss), weights, shape(256, 512), specs=(P(), P("batch")), devices=4)
+    assert (compiled.count("all-reduce"), compiled.count("all-gather")) == (1, 0)
+
+
+def test_four_gpus_gather_around_a_kernel_unless_mapped():
+    specs = (P(), P(None, "batch"))
+    mapped = jax.shard_map(tiled_matmul, in_specs=specs, out_specs=P(None, "batch"), check_vma=False)
+    for function, gathers in ((tiled_matmul, 1), (mapped, 0)):
+        compiled = compile_for("sm_90", function, shape(256, 256), shape(256, 1024), specs=specs, devices=4)
+        assert compiled.count("all-gather") == gathers
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nhwc_layers_transpose_at_most_once(arch):
+    """Layout assignment turns the transposes around feature-major kernels into bitcasts."""
+    channels, blocks = 64, 3
+
+    def layer(x, weight):  # x[N, H, W, C]
+        features = x.transpose(3, 1, 2, 0)
+        y = tiled_matmul(weight, features.reshape(channels, -1))
+        return y.reshape(features.shape).transpose(3, 1, 2, 0)
+
+    def normalize(x):
+        axes = (0, 1, 2)
+        mean, variance = jnp.mean(x, axes, keepdims=True), jnp.var(x, axes, keepdims=True)
+        return (x - mean) * jax.lax.rsqrt(variance + 1e-5).astype(x.dtype)
+
+    def network(x, stem, weights):
+        x = jax.nn.relu(normalize(layer(x, stem)))
+        for first, second in weights:
+            branch = jax.nn.relu(normalize(layer(x, first)))
+            x = jax.nn.relu(x + normalize(layer(branch, second)))
+        return jnp.mean(x, (1, 2))
+
+    weights = [(shape(channels, channels),) * 2] * blocks
+    stem = shape(channels, channels)
+    compiled = compile_for(arch, network, shape(128, 16, 16, channels), stem, weights)
+    assert compiled.count("custom-call") == 2 * blocks + 1
+    assert compiled.count("transpose") <= 1
+
+
+# The shuffled-block kernels at the sizes of real layers, 10 % dense.
+
+
+def conv(channels, stride=1):
+    return ConvGeometry(channels, (3, 3), (stride, stride), ((1, 1), (1, 1)))
+
+
+# name: geometry, out, height and width of the input, batch
+LAYERS = {
+    "64 at 32x32": (conv(64), 64, 32, 512),
+    "64 at 32x32 stride 2": (conv(64, 2), 128, 32, 512),
+    "128 at 16x16": (conv(128), 128, 16, 512),
+    "256 at 8x8": (conv(256), 256, 8, 512),
+    "512 at 4x4": (conv(512), 512, 4, 512),
+    "gemm 4096": (matmul_geometry(4096), 4096, 1, 4096),
+}
+BLOCKS = ((16, 16), (32, 8), (64, 4), (128, 4))
+CASES = [
+    *((name, block_shape, "bfloat16") for name in ("64 at 32x32", "512 at 4x4") for block_shape in BLOCKS),
+    *((name, (32, 8), "bfloat16") for name in LAYERS if name not in ("64 at 32x32", "512 at 4x4")),
+    *(("128 at 16x16", block_shape, "float32") for block_shape in BLOCKS),
+]
+# The input gradient sorts the columns of all blocks, and a large sort takes XLA longer to compile than the kernels.
+INPUT_GRADIENT_CASES = [
+    *(("64 at 32x32", block_shape, "bfloat16") for block_shape in BLOCKS),
+    ("64 at 32x32 stride 2", (32, 8), "bfloat16"),
+    ("256 at 8x8", (128, 4), "bfloat16"),
+    *(("64 at 32x32", block_shape, "float32") for block_shape in ((32, 8), (128, 4))),
+]
+
+
+def arguments(layer, block_shape, dtype):
+    """x, blocks, dy and index of a layer."""
+    geometry, out, size, batch = LAYERS[layer]
+    rows, cols = block_shape
+    num_groups = -(-out // rows)
+    num_blocks = round(0.1 * out * geometry.in_features / (rows * cols))
+    index = shape(num_groups, rows), shape(num_blocks, cols), shape(num_groups + 1)
+    return (
+        shape(geometry.in_channels, size, size, batch, dtype=dtype),
+        shape(num_blocks, rows, cols, dtype=dtype),
+        shape(out, *geometry.output_size(size, size), batch, dtype=dtype),
+        tuple(jax.ShapeDtypeStruct(array.shape, "int32") for array in index),
+    )
+
+
+def check(arch, kernel, *, product=True, gathers=False):
+    """No spills, no more shared memory than there is, tensor cores, 16-byte copies where the inner loop gathers."""
+    facts = f"{kernel.registers} registers, {kernel.shared_bytes} bytes shared, copies {kernel.async_copies}"
+    assert kernel.spill_bytes == 0, f"{kernel.name} spills {kernel.spill_bytes} bytes: {facts}"
+    assert kernel.shared_bytes <= find_gpu(arch).shared_memory_per_block, f"{kernel.name}: {facts}"
+    assert (kernel.tensor_cores > 0) == product, f"{kernel.name} has {kernel.tensor_cores} tensor-core instructions"
+    assert not gathers or kernel.async_copies.get(16, 0) > 0, f"{kernel.name}: {facts}"
+
+
+def case_name(value):
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("layer", "block_shape", "dtype"), CASES, ids=case_name)
+def test_forward_and_weight_gradient(layer, block_shape, dtype, arch):
+    geometry, out, _, _ = LAYERS[layer]
+    kernels = pallas_kernels()
+
+    def products(x, blocks, dy, index):
+        y = kernels.forward(x, blocks, index, out=out, geometry=geometry)
+        return y, kernels.weight_gradient(x, dy, index, geometry=geometry, dtype=dtype)
+
+    compiled = compile_for(arch, products, *arguments(layer, block_shape, dtype))
+    check(arch, compiled.kernel("shuffled_block_forward"), gathers=True)
+    check(arch, compiled.kernel("shuffled_block_weight_gradient"), gathers=True)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("layer", "block_shape", "dtype"), INPUT_GRADIENT_CASES, ids=case_name)
+def test_input_gradient(layer, block_shape, dtype, arch, request):
+    geometry, _, size, _ = LAYERS[layer]
+    if (block_shape[0], dtype, arch) == (128, "float32", "sm_89"):
+        reason = "the default tiles ask for 104 KiB of shared memory, an L4 has 99; positions=64 fits"
+        request.applymarker(pytest.mark.xfail(raises=jax.errors.JaxRuntimeError, reason=reason, strict=True))
+
+    def product(blocks, dy, index):
+        return pallas_kernels().input_gradient(dy, blocks, index, geometry=geometry, input_size=(size, size))
+
+    compiled = compile_for(arch, product, *arguments(layer, block_shape, dtype)[1:])
+    check(arch, compiled.kernel("shuffled_block_scatter"))
+    check(arch, compiled.kernel("shuffled_block_collect"), product=False)
