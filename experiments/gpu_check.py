@@ -44,7 +44,7 @@ ROOT = Path(__file__).parent.parent
 LIMIT_S = 470.0
 PROBE = "from experiments import gpu_check; gpu_check.write_environment('{file}')"
 PROBE_S = 90.0
-TEST_PROCESSES = 6  # tests compile much and compute little
+TEST_PROCESSES = min(8, (os.cpu_count() or 2) // 2)  # tests compile much and compute little
 GEMM = "4096x4096x4096"
 CONVS = ("64x64x3x3@32x32x512", "256x256x3x3@8x8x512", "512x512x3x3@4x4x512")
 TRAINED = ("resnet18", "vgg16")
@@ -58,7 +58,7 @@ class Part:
     Attributes:
       name: of the part, a key of the results.
       arguments: of the python interpreter; `{file}` stands for a file for results, which becomes the part's.
-      budget_s: it is stopped after so many seconds.
+      budget_s: its share of the time. What the parts before it did not use is added.
     """
 
     name: str
@@ -110,20 +110,20 @@ def parts(table: Path) -> list[Part]:
         tests += ["-n", str(TEST_PROCESSES)]
     tune = (
         *module, "experiments.tune", f"--shapes={GEMM}", f"--models={','.join(TRAINED)}", "--sparsities=0.9",
-        "--block_shapes=64x4", "--batch_size=512", "--dtype=bfloat16", "--tiles=once", "--rounds=3", "--limit_s=55",
+        "--block_shapes=64x4", "--batch_size=512", "--dtype=bfloat16", "--tiles=once", "--rounds=3", "--limit_s=35",
         f"--table={table}",
     )  # fmt: skip
-    gemm = f"--shapes={GEMM}", "--block_shapes=64x4,32x8,16x16", "--limit_s=60", "--json={file}"
-    conv = f"--shapes={','.join(CONVS)}", "--block_shapes=64x4", "--limit_s=30", "--json={file}"
+    gemm = f"--shapes={GEMM}", "--block_shapes=64x4,32x8,16x16", "--limit_s=50", "--json={file}"
+    conv = f"--shapes={','.join(CONVS)}", "--block_shapes=64x4", "--limit_s=20", "--json={file}"
     return [
-        Part("tests", tuple(tests), 80),
-        Part("tune", tune, 70),
-        Part("gemm", (*kernels, *gemm), 75),
-        Part("training resnet18 0.9", training["resnet18", "0.9"], 65),
-        Part("training vgg16 0.9", training["vgg16", "0.9"], 65),
-        Part("training resnet18 0.5", training["resnet18", "0.5"], 40),
-        Part("training vgg16 0.5", training["vgg16", "0.5"], 40),
-        Part("conv", (*kernels, *conv), 40),
+        Part("tests", tuple(tests), 95),
+        Part("tune", tune, 50),
+        Part("gemm", (*kernels, *gemm), 65),
+        Part("training resnet18 0.9", training["resnet18", "0.9"], 75),
+        Part("training vgg16 0.9", training["vgg16", "0.9"], 75),
+        Part("training resnet18 0.5", training["resnet18", "0.5"], 45),
+        Part("training vgg16 0.5", training["vgg16", "0.5"], 45),
+        Part("conv", (*kernels, *conv), 30),
     ]
 
 
@@ -150,18 +150,23 @@ def run_part(part: Part, limit_s: float, environment: Mapping[str, str]) -> dict
                 os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             error = f"stopped after {limit_s:.0f} s"
-        tail = [line for line in output.splitlines() if line.strip()][-12:]
+        tail = [without_paths(line) for line in output.splitlines() if line.strip()][-12:]
         if error is not None and tail:
             error += f": {tail[-1].strip()[:200]}"
         outcome = {
             "seconds": round(time.monotonic() - begin, 1),
-            "command": "python " + " ".join(part.arguments).replace("{file}", "FILE"),
+            "command": without_paths("python " + " ".join(part.arguments)).replace("{file}", "FILE"),
             "error": error,
             "tail": tail if error is not None else tail[-1:],
         }
         if file.exists():
-            outcome["results"] = read_results(file.read_text())
+            outcome["results"] = read_results(without_paths(file.read_text().replace(str(file), "FILE")))
         return outcome
+
+
+def without_paths(text: str) -> str:
+    """Paths inside of the project become relative: results are kept, and read elsewhere."""
+    return text.replace(f"{ROOT}{os.sep}", "")
 
 
 def read_results(text: str) -> Any:
@@ -259,18 +264,19 @@ def main() -> None:
         table.unlink(missing_ok=True)
         # What a part compiles, the next one need not: both sparsities train the same dense model.
         shared = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1"}
+        share = time.monotonic() - begin
         for part in parts(table):
-            left = FLAGS.limit_s - (time.monotonic() - begin)
+            share += part.budget_s
+            left = min(share, FLAGS.limit_s) - (time.monotonic() - begin)
             if left < 5:
                 done[part.name] = {"seconds": 0.0, "error": "no time left", "tail": []}
                 continue
             console.print(f"{part.name} ...")
-            extra = (
-                {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if part.name == "tests" else shared
-            )  # tests share the GPU
+            # Several tests share the GPU's memory: none may take it all.
+            extra = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if part.name == "tests" else shared
             if table.exists():
                 extra = {**extra, "DSB_JAX_TUNED": str(table)}
-            done[part.name] = run_part(part, min(part.budget_s, left), extra)
+            done[part.name] = run_part(part, left, extra)
             write()
     write()
     for shown in summary(done, goals(done)):

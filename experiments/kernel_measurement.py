@@ -136,7 +136,8 @@ class _Subject:
         """One result for each implementation and peer: numbers, or a note why there are none."""
         bench, layer, key = self.bench, self.layer, jax.random.key(1)
         num_blocks = layer.num_blocks(sparsity, block_shape)
-        layout = random_layout(key, (layer.out, layer.in_features), block_shape=block_shape, num_blocks=num_blocks)
+        sizes: dict[str, Any] = {"shape": (layer.out, layer.in_features), "block_shape": block_shape}
+        layout = jax.jit(functools.partial(random_layout, num_blocks=num_blocks, **sizes))(key)
         index = (layout.out_idx, layout.in_idx, layout.group_start)
         operands = Operands(self.x, jax.random.normal(key, (num_blocks, *block_shape), bench.dtype), index, self.dy)
         tiles: dict[str, Any] = {}

@@ -131,7 +131,7 @@ def _innermost(array: jax.Array, layer: Layer) -> jax.Array:
     return array[:, 0, 0, :].T if layer.is_matmul else array.transpose(3, 1, 2, 0)
 
 
-def _outermost(array: jax.Array) -> jax.Array:
+def _outermost(array: np.ndarray) -> np.ndarray:
     """The inverse of `_innermost`."""
     return array.T[:, None, None, :] if array.ndim == 2 else array.transpose(3, 1, 2, 0)
 
@@ -212,11 +212,11 @@ class Timed:
         return self.repeats * self.inside
 
 
-def chained(function: Function, count: int) -> Callable[..., list[jax.Array]]:
-    """`count` runs of a function in one dispatch, one after the other: a jitted function of `count` operand tuples.
+def chained(function: Function) -> Callable[..., list[jax.Array]]:
+    """Runs of a function in one dispatch, one after the other: a jitted function of one tuple of operands for each run.
 
-    A kernel may take less time than its dispatch. The runs get operands of their own (the same arrays, which the
-    compiler does not know), so that none is merged with another, and a barrier keeps each behind the one before.
+    A kernel may take less time than its dispatch. Every run gets operands of its own (the same arrays, but the compiler
+    does not know), so that none is merged with another, and a barrier keeps each behind the one before.
     """
 
     @jax.jit
@@ -228,41 +228,37 @@ def chained(function: Function, count: int) -> Callable[..., list[jax.Array]]:
             results.append(function(*operands))
         return results
 
-    def repeated(*operands: Any) -> list[jax.Array]:
-        return run(*[operands] * count)
-
-    return repeated
+    return run
 
 
 @dataclasses.dataclass
 class CompiledPass(Timed):
-    """A pass of ours: `run` takes the operands of `spec`, `call` has them in it."""
+    """A pass of ours: `call` runs it `inside` times on the operands of `spec`, `run_on` on others."""
 
     spec: Call | None = None
-    run: Callable[..., list[jax.Array]] | None = None
+    run_on: Callable[..., jax.Array] | None = None
 
 
 def compiled(spec: Call, inside: int) -> CompiledPass:
     """Compiles a pass that runs `inside` times in one dispatch, and calibrates it."""
-    run = chained(spec.function, inside)
-    timed = CompiledPass(functools.partial(run, *spec.operands), inside, spec=spec, run=run)
+    run = chained(spec.function)
+    timed = CompiledPass(functools.partial(run, *[spec.operands] * inside), inside, spec=spec)
+    timed.run_on = lambda *operands: run(*[operands] * inside)[-1]
     timed.calibrate()
     return timed
 
 
 def reference_results(layer: Layer, operands: Operands, count: int) -> dict[str, np.ndarray]:
     """The three passes over the first `count` examples by the reference, in float32."""
-    part = Operands(
-        operands.x[..., :count].astype(jnp.float32), operands.blocks.astype(jnp.float32), operands.index_arrays,
-        operands.dy[..., :count].astype(jnp.float32),
-    )  # fmt: skip
-    calls = kernel_calls(REFERENCE, layer, part)
 
-    def run(inputs: dict[str, Any]) -> dict[str, jax.Array]:
-        return {name: call.function(*inputs[name], precision="highest") for name, call in calls.items()}
+    @jax.jit
+    def run(operands: Operands) -> dict[str, jax.Array]:
+        x, dy = operands.x[..., :count].astype(jnp.float32), operands.dy[..., :count].astype(jnp.float32)
+        part = Operands(x, operands.blocks.astype(jnp.float32), operands.index_arrays, dy)
+        calls = kernel_calls(REFERENCE, layer, part)
+        return {name: call.function(*call.operands, precision="highest") for name, call in calls.items()}
 
-    results = jax.jit(run)({name: call.operands for name, call in calls.items()})
-    return {name: np.asarray(result) for name, result in results.items()}
+    return {name: np.asarray(result) for name, result in run(operands).items()}
 
 
 def reference_count(layer: Layer, operands: Operands) -> int:
@@ -278,16 +274,17 @@ def error_of(pass_name: str, timed: CompiledPass, wanted: np.ndarray, count: int
     What is timed is what is checked, at its full size. An activation is compared in its first examples; the gradient of
     the weights, a sum over all examples, is taken with dy zero beyond them.
     """
-    spec, run = timed.spec, timed.run
+    spec, run = timed.spec, timed.run_on
     assert spec is not None
     assert run is not None
+    # Slices are taken by numpy: the arrays are few, and each slice on the device would be compiled.
     if pass_name == "weight_gradient":
         x, dy, *rest = spec.operands
-        axis = 0 if spec.batch_first else dy.ndim - 1
-        first = jnp.expand_dims(jnp.arange(dy.shape[axis]) < count, [i for i in range(dy.ndim) if i != axis])
-        result = run(x, jnp.where(first, dy, 0), *rest)[-1]
+        first = np.array(dy)
+        first[(slice(count, None),) if spec.batch_first else (..., slice(count, None))] = 0
+        got = np.asarray(run(x, jnp.asarray(first), *rest))
     else:
-        result = run(*spec.operands)[-1]
-        result = (_outermost(result) if spec.batch_first else result)[..., :count]
-    got = np.asarray(result.astype(jnp.float32))
+        result = np.asarray(run(*spec.operands))
+        got = (_outermost(result) if spec.batch_first else result)[..., :count]
+    got = got.astype(np.float32)
     return float(np.max(np.abs(got - wanted)) / max(float(np.max(np.abs(wanted))), 1e-30))
