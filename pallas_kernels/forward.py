@@ -43,9 +43,8 @@ def load_rows(ref, k, end, rows_per_group: int, padded_rows: int):
     return plgpu.load(ref.at[k[:, None], r], mask=mask, other=0)
 
 
-def _kernel(start_ref, out_idx_ref, in_idx_ref, entries_ref, x_ref, *refs, runs, tiles, num_groups, rows, cols, out,
+def _kernel(start_ref, out_idx_ref, in_idx_ref, entries_ref, x_ref, y_ref, *, runs, tiles, num_groups, rows, cols, out,
             precision):  # fmt: skip
-    *bias_ref, y_ref = refs
     padded_rows, per_row = max(16, power_of_two(rows)), pl.cdiv(runs.out_run, tiles.positions)
     program = pl.program_id(0)
     group, tile = remainder(program, num_groups), quotient(program, num_groups)
@@ -63,24 +62,19 @@ def _kernel(start_ref, out_idx_ref, in_idx_ref, entries_ref, x_ref, *refs, runs,
     acc = lax.fori_loop(0, quotient(end - begin + tiles.columns - 1, tiles.columns), step, acc)
     r = jnp.arange(padded_rows, dtype=jnp.int32)
     target = plgpu.load(out_idx_ref.at[group * rows + r], mask=r < rows, other=out)
-    if bias_ref:
-        acc += plgpu.load(bias_ref[0].at[target], mask=target < out, other=0).astype(jnp.float32)[:, None]
     mask = (target < out)[:, None] & (positions < runs.out_run)[None, :]
     where = y_ref.at[(target * runs.out_size[0] + row)[:, None], positions[None, :]]
     plgpu.store(where, acc.astype(y_ref.dtype), mask=mask)
 
 
-def forward_kernel(
-    x_rows, entries, index, bias, *, runs: Runs, tiles: Tiles, cols: int, out: int, precision, interpret
-):
-    """x_rows[C * H * phases, length], entries[num_blocks * C, R], bias[out] or None -> y[out * OH, OW * N]."""
+def forward_kernel(x_rows, entries, index, *, runs: Runs, tiles: Tiles, cols: int, out: int, precision, interpret):
+    """x_rows[C * H * phases, length], entries[num_blocks * C, R] -> y[out * OH, OW * N]."""
     out_idx, in_idx, group_start = index
     num_groups, rows = out_idx.shape
     count = num_groups * runs.out_size[0] * pl.cdiv(runs.out_run, tiles.positions)
     kernel = functools.partial(
         _kernel, runs=runs, tiles=tiles, num_groups=num_groups, rows=rows, cols=cols, out=out, precision=precision
     )  # fmt: skip
-    operands = [group_start, out_idx.reshape(-1), in_idx.reshape(-1), entries, x_rows]
     return pl.pallas_call(
         kernel,
         grid=(count,),
@@ -88,4 +82,4 @@ def forward_kernel(
         compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="shuffled_block_forward",
-    )(*operands, *([] if bias is None else [bias]))
+    )(group_start, out_idx.reshape(-1), in_idx.reshape(-1), entries, x_rows)

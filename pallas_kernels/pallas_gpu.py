@@ -33,7 +33,7 @@ def pallas_kernels(tiles: KernelTiles = DEFAULT_TILES, *, interpret: bool = Fals
 
     def forward(*arrays: Any, runs: Any, **sizes: Any) -> jax.Array:
         fitted = tiles.forward.fit(runs.out_run)
-        return forward_kernel(*arrays, None, runs=runs, tiles=fitted, interpret=interpret, **sizes)
+        return forward_kernel(*arrays, runs=runs, tiles=fitted, interpret=interpret, **sizes)
 
     def input_gradient(*arrays: Any, runs: Any, **sizes: Any) -> jax.Array:
         fitted = tiles.input_gradient.fit(runs.out_run)
