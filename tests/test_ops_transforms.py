@@ -1,10 +1,9 @@
-"""The sparse product under jax's transformations, over several devices, and what it never holds: a dense weight."""
+"""The sparse product under jax's transformations, and what it never holds: a dense weight."""
 
+import functools
 import math
-import os
 import re
-import subprocess
-import sys
+from collections import Counter
 
 import jax
 import jax.extend.core
@@ -14,7 +13,9 @@ import pytest
 
 from dsb_jax.layout import random_layout
 from dsb_jax.ops import sparse_conv, sparse_matmul
-from pallas_kernels import ConvGeometry
+from dsb_jax.ops.partitioning import partitioned
+from dsb_jax.ops.xla import XLA
+from pallas_kernels import REFERENCE, ConvGeometry, Kernels
 from tests.conftest import make_layout
 
 IMPLEMENTATIONS = ("xla", "dense", "reference")
@@ -87,41 +88,81 @@ def test_scan_over_layers(implementation):
     assert_trees_close(jax.jit(jax.value_and_grad(scanned))(blocks), jax.jit(jax.value_and_grad(looped))(blocks))
 
 
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
-from dsb_jax.layout import random_layout
-from dsb_jax.ops import sparse_conv
-from pallas_kernels import ConvGeometry
+def compositions(loss, x, blocks):
+    """Of vmap, grad, remat and scan; x[3, N, H, W, C], blocks[3, num_blocks, R, C]."""
+    gradient = jax.grad(loss, (0, 1))
 
-assert jax.device_count() == 8
-geometry = ConvGeometry(4, (3, 3), (1, 1), ((1, 1), (1, 1)))
-layout = random_layout(jax.random.key(0), (8, 36), block_shape=(4, 4), num_blocks=6)
-blocks = jax.random.normal(jax.random.key(1), (6, 4, 4))
-x = jax.random.normal(jax.random.key(2), (16, 4, 4, 4))
-mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-shard = NamedSharding(mesh, P("data"))
-for implementation in ("xla", "dense"):
-    def loss(x, blocks):
-        y = sparse_conv(x, blocks, layout, geometry=geometry, implementation=implementation)
-        return jnp.sin(y).sum(), y
-    run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-    wanted = run(x, blocks)
-    result = run(jax.device_put(x, shard), jax.device_put(blocks, NamedSharding(mesh, P())))
-    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
-    print(implementation, result[1][0].sharding)
-print("equal")
-"""
+    def of_gradient(x, blocks):
+        return sum(jnp.square(leaf).sum() for leaf in gradient(x, blocks)) / 1000
+
+    return {
+        "grad of vmap": jax.grad(lambda b: jax.vmap(loss, (0, None))(x, b).sum())(blocks[0]),
+        "vmap of grad, both mapped": jax.vmap(gradient)(x, blocks),
+        "vmap of vmap": jax.vmap(jax.vmap(gradient, (None, 0)), (0, None))(x, blocks),
+        "vmap of remat": jax.vmap(jax.grad(jax.checkpoint(loss), (0, 1)))(x, blocks),
+        "grad in scan": jax.lax.scan(lambda b, x: (b, gradient(x, b)), blocks[0], x)[1],
+        "grad of scan": jax.grad(lambda b: jax.lax.scan(lambda s, x: (s + loss(x, b), None), 0.0, x)[0])(blocks[0]),
+        "vmap of grad of grad": jax.vmap(jax.grad(of_gradient, (0, 1)))(x, blocks),
+    }
 
 
-def test_batch_sharded_over_eight_devices():
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    run = subprocess.run(
-        [sys.executable, "-c", SHARDED], env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert run.stdout.endswith("equal\n"), run.stderr
+def test_transformations_compose():
+    layout = make_layout(0, (4, 4), (2, 2), (2, 1))
+    x = jax.random.normal(jax.random.key(0), (3, 2, 2, 1, 2))
+    blocks = jax.random.normal(jax.random.key(1), (3, 3, 2, 2))
+    geometry = ConvGeometry(2, (2, 1), (1, 1), ((1, 0), (0, 0)))
+
+    def results(implementation):
+        def loss(x, blocks):
+            y = sparse_conv(x, blocks, layout, geometry=geometry, implementation=implementation)
+            return (jnp.tanh(y) * jnp.arange(y.size).reshape(y.shape)).sum()
+
+        return jax.jit(functools.partial(compositions, loss))(x, blocks)
+
+    result, wanted = results("xla"), results("dense")
+    for name in wanted:
+        assert_trees_close(result[name], wanted[name])
+
+
+def test_vmap_over_activations_alone_is_one_call_on_a_larger_batch(case):
+    x, blocks, layout = case
+    seen = []
+
+    def forward(x, blocks, index, **static):
+        seen.append(x.shape)
+        return REFERENCE.forward(x, blocks, index, **static)
+
+    kernels = partitioned(REFERENCE._replace(forward=forward))
+    index = (layout.out_idx, layout.in_idx, layout.group_start)
+    call = functools.partial(kernels.forward, index=index, out=12, geometry=GEOMETRY, precision=None)
+    x = jnp.stack([x.transpose(3, 1, 2, 0)] * 3)
+    y = jax.vmap(lambda x: call(x, blocks))(x)
+    assert seen[-1] == (4, 5, 5, 18)
+    assert_trees_close(y, jnp.stack([call(x[0], blocks)] * 3))
+    assert jax.vmap(lambda x: call(x, blocks))(x[:0]).shape == (0, *y.shape[1:])
+
+
+@pytest.mark.parametrize("name", Kernels._fields)
+def test_one_device_runs_the_bare_kernel(name, case):
+    """Nothing is left of the rules for vmap and for many devices."""
+    x, blocks, layout = case
+    x, dy = x.transpose(3, 1, 2, 0), jnp.ones((12, 3, 4, 6))
+    index = (layout.out_idx, layout.in_idx, layout.group_start)
+    operands, static = {
+        "forward": ((x, blocks), {"out": 12}),
+        "input_gradient": ((dy, blocks), {"input_size": (5, 5)}),
+        "weight_gradient": ((x, dy), {"dtype": blocks.dtype}),
+    }[name]
+
+    def operations(kernels):
+        def call(first, second):
+            return getattr(kernels, name)(first, second, index, geometry=GEOMETRY, precision=None, **static)
+
+        return Counter(re.findall(r"stablehlo\.\w+", jax.jit(call).lower(*operands).as_text()))
+
+    bare = operations(XLA)
+    assert sum(bare.values()) > 50
+    assert operations(partitioned(XLA)) == bare
 
 
 def inner_jaxprs(value):

@@ -5,42 +5,96 @@
     weight gradient  dblocks[b] = dY[out_idx[g]] @ X[in_idx[b]]^T
 
 (Jiang et al. 2022, section 3.) The gradient of the blocks exists at the stored blocks only. Each of the three
-is one call of an array-level implementation (`pallas_kernels.interface`).
+is one call of an array-level implementation (`pallas_kernels.interface`), made fit for `vmap` and for activations
+that are sharded over the batch (`dsb_jax.ops.partitioning`).
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from dsb_jax.layout import BlockLayout
 from dsb_jax.ops.dense import dense_conv, dense_matmul
 from dsb_jax.ops.dispatch import choose
+from dsb_jax.ops.partitioning import partitioned
 from dsb_jax.ops.xla import XLA
 from pallas_kernels import REFERENCE, ConvGeometry, Kernels, matmul_geometry
+from pallas_kernels.reference import Index
 
-_KERNELS: dict[str, Kernels] = {"xla": XLA, "reference": REFERENCE}
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _product(kernels: Kernels, geometry: ConvGeometry, out: int, precision, x, blocks, index):
-    return kernels.forward(x, blocks, index, out=out, geometry=geometry, precision=precision)
+_KERNELS: dict[str, Kernels] = {"xla": partitioned(XLA), "reference": partitioned(REFERENCE)}
 
 
-def _product_fwd(kernels, geometry, out, precision, x, blocks, index):
-    return _product(kernels, geometry, out, precision, x, blocks, index), (x, blocks, index)
+class _Static(NamedTuple):
+    """What the three operations of one layer share."""
+
+    kernels: Kernels
+    geometry: ConvGeometry
+    out: int
+    input_size: tuple[int, int]
+    precision: lax.PrecisionLike
 
 
-def _product_bwd(kernels, geometry, out, precision, residuals, dy):
-    del out
+# Each operation is linear in both operands, and its gradients are the other two: derivatives of any order follow.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(static: _Static, x: jax.Array, blocks: jax.Array, index: Index) -> jax.Array:
+    return static.kernels.forward(
+        x, blocks, index, out=static.out, geometry=static.geometry, precision=static.precision
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _input_gradient(static: _Static, dy: jax.Array, blocks: jax.Array, index: Index) -> jax.Array:
+    return static.kernels.input_gradient(
+        dy, blocks, index, geometry=static.geometry, input_size=static.input_size, precision=static.precision
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _weight_gradient(static: _Static, dtype: jnp.dtype, x: jax.Array, dy: jax.Array, index: Index) -> jax.Array:
+    return static.kernels.weight_gradient(
+        x, dy, index, geometry=static.geometry, dtype=dtype, precision=static.precision
+    )
+
+
+def _product_fwd(static, x, blocks, index):
+    return _product(static, x, blocks, index), (x, blocks, index)
+
+
+def _product_bwd(static, residuals, dy):
     x, blocks, index = residuals
-    dx = kernels.input_gradient(dy, blocks, index, geometry=geometry, input_size=x.shape[1:3], precision=precision)
-    d_blocks = kernels.weight_gradient(x, dy, index, geometry=geometry, dtype=blocks.dtype, precision=precision)
-    return dx, d_blocks, None
+    dx = _input_gradient(static, dy, blocks, index)
+    return dx, _weight_gradient(static, blocks.dtype, x, dy, index), None
+
+
+def _input_gradient_fwd(static, dy, blocks, index):
+    return _input_gradient(static, dy, blocks, index), (dy, blocks, index)
+
+
+def _input_gradient_bwd(static, residuals, d_dx):
+    dy, blocks, index = residuals
+    d_dy = _product(static, d_dx, blocks, index)
+    return d_dy, _weight_gradient(static, blocks.dtype, d_dx, dy, index), None
+
+
+def _weight_gradient_fwd(static, dtype, x, dy, index):
+    return _weight_gradient(static, dtype, x, dy, index), (x, dy, index)
+
+
+def _weight_gradient_bwd(static, dtype, residuals, d_blocks):
+    del dtype
+    x, dy, index = residuals
+    return _input_gradient(static, dy, d_blocks, index), _product(static, x, d_blocks, index), None
 
 
 _product.defvjp(_product_fwd, _product_bwd)
+_input_gradient.defvjp(_input_gradient_fwd, _input_gradient_bwd)
+_weight_gradient.defvjp(_weight_gradient_fwd, _weight_gradient_bwd)
 
 
 def _check(x: jax.Array, channel_axis: int, blocks: jax.Array, layout: BlockLayout, geometry: ConvGeometry) -> None:
@@ -90,10 +144,10 @@ def sparse_conv(
     if choice.implementation == "dense" or batch == 0:  # nothing to tile
         return dense_conv(x, blocks, layout, geometry=geometry, feature_major=feature_major, precision=precision)
     index = (layout.out_idx, layout.in_idx, layout.group_start)
-    kernels = _KERNELS[choice.implementation]
+    static = _Static(_KERNELS[choice.implementation], geometry, layout.shape[0], (height, width), precision)
     if not feature_major:
         x = x.transpose(3, 1, 2, 0)
-    y = _product(kernels, geometry, layout.shape[0], precision, x, blocks, index)
+    y = _product(static, x, blocks, index)
     return y if feature_major else y.transpose(3, 1, 2, 0)
 
 

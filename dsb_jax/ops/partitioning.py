@@ -1,0 +1,232 @@
+"""Array-level kernels under `vmap` and over several devices.
+
+To XLA's partitioner a kernel is opaque (and a loop over tiles of the batch nearly so): given activations that are
+sharded over the batch it gathers the whole batch on every device. What it may do instead is told here. N is the
+batch, V stands for axes that `vmap` has put in front:
+
+    operation         operands                        sharded over                        result
+    forward           x[V, C, H, W, N], blocks        V, N                                y[V, out, OH, OW, N]
+    input_gradient    dy[V, out, OH, OW, N], blocks   V, N                                dx[V, C, H, W, N]
+    weight_gradient   x, dy                           V, N (one all-reduce over N)        dblocks[V, num_blocks, R, C]
+
+Everything else is replicated. On one device nothing of this is left in the compiled program. Where mesh axes are
+manual already (`jax.shard_map`), the kernel is called as it is, and the caller sums the weight gradients; loops that
+start from zeros need `check_vma=False` there.
+
+The partitioner learns the mesh from the program's arguments or constraints. If none of them names one (arguments on
+one device under `jax.set_mesh`), it gathers: right, but no scaling.
+
+`vmap` over activations alone puts the mapped axis beside N, one call of the kernel on a larger batch. Any other
+`vmap` (over blocks or index arrays, or of the weight gradient) calls it in a loop.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.interface import Kernels
+
+# Every operation has five operands: two that differ, the activations first, and the three index arrays.
+_RANKS = {  # of the first two and of the result, without mapped axes
+    "forward": (4, 3, 4),
+    "input_gradient": (4, 3, 4),
+    "weight_gradient": (4, 4, 3),
+}
+_INDEX_RANKS = (2, 2, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    """An array-level operation, its static arguments, and the axes that `vmap` has put before its operands.
+
+    Attributes:
+      name: which of the three.
+      function: the kernel, called as `function(first, second, index, **static)`.
+      static: its keyword arguments as sorted pairs; hashable.
+      mapped: for each level of `vmap`, outermost first, which of the 5 operands have an axis of it.
+    """
+
+    name: Literal["forward", "input_gradient", "weight_gradient"]
+    function: Callable[..., jax.Array]
+    static: tuple[tuple[str, Any], ...]
+    mapped: tuple[tuple[bool, ...], ...] = ()
+
+    @property
+    def sums_over_batch(self) -> bool:
+        return self.name == "weight_gradient"
+
+    def dimensions(self) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+        """Names of the dimensions of the operands and of the result.
+
+        "n" is the batch, "v0", "v1", ... are mapped axes; every other dimension has a name of its own.
+        """
+        *ranks, result_rank = _RANKS[self.name]
+        operands = []
+        for i, rank in enumerate((*ranks, *_INDEX_RANKS)):
+            own = [f"v{level}" for level, mapped in enumerate(self.mapped) if mapped[i]]
+            operands.append((*own, *_own_dimensions(f"a{i}x", rank)))
+        result = (*(f"v{level}" for level in range(len(self.mapped))), *_own_dimensions("rx", result_rank))
+        return tuple(operands), result
+
+    def run(self, *operands: jax.Array) -> jax.Array:
+        """Calls the kernel on local arrays, mapped axes and all."""
+        if not self.mapped:
+            first, second, *index = operands
+            return self.function(first, second, tuple(index), **dict(self.static))
+        mapped, inner = self.mapped[0], dataclasses.replace(self, mapped=self.mapped[1:])
+        first = operands[0]
+        if mapped[0] and not any(mapped[1:]) and not self.sums_over_batch and first.shape[0] > 0:
+            size, batch = first.shape[0], first.shape[-1]
+            folded = jnp.moveaxis(first, 0, -2)
+            result = inner.run(folded.reshape(*folded.shape[:-2], size * batch), *operands[1:])
+            return jnp.moveaxis(result.reshape(*result.shape[:-1], size, batch), -2, 0)
+
+        def turn(varying: list[jax.Array]) -> jax.Array:
+            rest = iter(varying)
+            return inner.run(*(next(rest) if m else a for m, a in zip(mapped, operands, strict=True)))
+
+        return lax.map(turn, [a for m, a in zip(mapped, operands, strict=True) if m])
+
+
+def _own_dimensions(prefix: str, rank: int) -> tuple[str, ...]:
+    """Arrays of rank 4 are activations, whose last dimension is the batch."""
+    names = tuple(f"{prefix}{i}" for i in range(rank))
+    return (*names[:-1], "n") if rank == 4 else names
+
+
+def _is_shardable(name: str) -> bool:
+    return name == "n" or name[0] == "v"
+
+
+def _mesh_axes(operation: _Operation, mesh: Mesh | AbstractMesh, arrays: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+    """The mesh axes of each shardable dimension: those of the first array that is sharded over it.
+
+    `arrays` are the operands, and the result where its sharding is known. A dimension that a mesh axis does not
+    divide stays whole: a kernel would count its padding in.
+    """
+    operand_names, result_names = operation.dimensions()
+    axes: dict[str, tuple[str, ...]] = {}
+    used: set[str] = set()
+    for array, names in zip(arrays, (*operand_names, result_names), strict=False):
+        spec = getattr(array.sharding, "spec", ())  # no spec: a sharding over devices of unknown mesh
+        for name, entry, size in zip(names, spec, array.shape, strict=False):
+            entry = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+            if not _is_shardable(name) or name in axes or not entry or used.intersection(entry):
+                continue
+            if size % math.prod(mesh.shape[axis] for axis in entry) == 0:
+                axes[name] = entry
+                used.update(entry)
+    return axes
+
+
+def _shardings(operation: _Operation, mesh: Mesh | AbstractMesh, axes: dict[str, tuple[str, ...]]):
+    """Of the operands (a tuple) and of the result."""
+    operands, result = operation.dimensions()
+    *arrays, last = (NamedSharding(mesh, P(*(axes.get(name) for name in names))) for names in (*operands, result))
+    return tuple(arrays), last
+
+
+def _sharding_rule(operation: _Operation, mesh: Mesh, operand_types: Any, result_types: Any) -> SdyShardingRule:
+    operands, result = operation.dimensions()
+    replicated = {name: None for names in (*operands, result) for name in names if not _is_shardable(name)}
+    return SdyShardingRule(
+        tuple(ArrayMapping(*names) for names in operands),
+        (ArrayMapping(*result),),
+        reduction_factors=("n",) if operation.sums_over_batch else (),
+        need_replication_factors=tuple(replicated),
+    )
+
+
+def _infer_sharding(operation: _Operation, mesh: Mesh, operands: Sequence[Any], result: Any) -> NamedSharding:
+    return _shardings(operation, mesh, _mesh_axes(operation, mesh, operands))[1]
+
+
+def _partition(operation: _Operation, mesh: Mesh | AbstractMesh, operands: Sequence[Any], *results: Any):
+    axes = _mesh_axes(operation, mesh, (*operands, *results))
+    operand_shardings, result_sharding = _shardings(operation, mesh, axes)
+    batch_axes = axes.get("n", ())
+
+    def summed(*local: jax.Array) -> jax.Array:
+        # Summed in float32 and rounded once, as on one device.
+        static = dict(operation.static)
+        wide = jnp.promote_types(static["dtype"], jnp.float32)
+        partial = dataclasses.replace(operation, static=_pairs({**static, "dtype": wide})).run(*local)
+        return lax.psum(partial, batch_axes).astype(static["dtype"])
+
+    run = summed if operation.sums_over_batch and batch_axes else operation.run
+    return mesh, run, result_sharding, operand_shardings
+
+
+def _run(operation: _Operation, first, second, out_idx, in_idx, group_start):
+    return operation.run(first, second, out_idx, in_idx, group_start)
+
+
+_partitioned = custom_partitioning(_run, static_argnums=(0,))
+_partitioned.def_partition(
+    partition=_partition, infer_sharding_from_operands=_infer_sharding, sharding_rule=_sharding_rule
+)
+
+
+def _run_explicit(operation: _Operation, mesh: AbstractMesh, operands: Sequence[jax.Array]) -> jax.Array:
+    """Where types carry shardings: those say at trace time what the partitioner says later."""
+    _, run, result_sharding, shardings = _partition(operation, mesh, [jax.typeof(a) for a in operands])
+    local = jax.shard_map(
+        run,
+        in_specs=tuple(sharding.spec for sharding in shardings),
+        out_specs=result_sharding.spec,
+        mesh=mesh,
+        axis_names=set(mesh.explicit_axes),
+        check_vma=False,
+    )
+    return local(*(jax.sharding.reshard(a, s) for a, s in zip(operands, shardings, strict=True)))
+
+
+def _apply(operation: _Operation, *operands: jax.Array) -> jax.Array:
+    @custom_vmap
+    def call(*operands: jax.Array) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        mesh = jax.typeof(operands[0]).sharding.mesh if mesh.empty else mesh
+        if mesh.manual_axes:  # the partitioner's callbacks would not know the mesh
+            return operation.run(*operands)
+        if mesh.explicit_axes:
+            return _run_explicit(operation, mesh, operands)
+        return _partitioned(operation, *operands)
+
+    @call.def_vmap
+    def map_once_more(axis_size: int, in_batched: list[bool], *operands: jax.Array):
+        mapped = (tuple(in_batched), *operation.mapped)
+        return _apply(dataclasses.replace(operation, mapped=mapped), *operands), True
+
+    return call(*operands)
+
+
+def _pairs(static: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(static.items()))
+
+
+@functools.cache
+def partitioned(kernels: Kernels) -> Kernels:
+    """The same kernels, with a rule for `vmap` and one for XLA's partitioner: see the module docstring.
+
+    Keyword arguments must be hashable. A kernel is asked for the shapes of one device, too, while the program is
+    compiled: what it refuses there (NotImplementedError) ends the compilation, with its reason. The result cannot be
+    differentiated.
+    """
+
+    def wrap(name: Literal["forward", "input_gradient", "weight_gradient"]) -> Callable[..., jax.Array]:
+        def call(first: jax.Array, second: jax.Array, index: Any, **static: Any) -> jax.Array:
+            return _apply(_Operation(name, getattr(kernels, name), _pairs(static)), first, second, *index)
+
+        return call
+
+    return Kernels(wrap("forward"), wrap("input_gradient"), wrap("weight_gradient"))
