@@ -33,9 +33,15 @@ class RunKernels(NamedTuple):
     weight_gradient: Callable[..., jax.Array]
 
 
-def _check(name: str, dtype: jnp.dtype, index: Index, out: int, runs: Runs) -> None:
+MOST_EXACT_ROWS = 64  # float32 in IEEE arithmetic needs the registers that tensor cores spare; beyond, they spill
+_EXACT = (lax.Precision.HIGHEST, "highest", "float32")
+
+
+def _check(name: str, dtype: jnp.dtype, index: Index, out: int, runs: Runs, precision: lax.PrecisionLike) -> None:
     block_shape, shape = (index[0].shape[1], index[1].shape[1]), (out, runs.geometry.in_features)
     reason = unservable(dtype, block_shape, shape, runs.geometry, (runs.height, runs.width), runs.batch)
+    if reason is None and dtype == jnp.float32 and precision in _EXACT and block_shape[0] > MOST_EXACT_ROWS:
+        reason = f"float32 at highest precision with R={block_shape[0]}, more than {MOST_EXACT_ROWS}"
     if reason is not None:
         raise NotImplementedError(f"no {name} kernel for {reason}; choose implementation='dense'.")
 
@@ -49,7 +55,7 @@ def over_runs(name: str, kernels: RunKernels) -> Kernels:
     def forward(x: jax.Array, blocks: jax.Array, index: Index, *, out: int, geometry: ConvGeometry,
                 precision: lax.PrecisionLike = None) -> jax.Array:  # fmt: skip
         runs = Runs(geometry, x.shape[1], x.shape[2], x.shape[3])
-        _check(name, x.dtype, index, out, runs)
+        _check(name, x.dtype, index, out, runs, precision)
         entries = entries_of(blocks.astype(x.dtype))
         y = kernels.forward(
             to_runs(x, runs), entries, index, runs=runs, cols=blocks.shape[2], out=out, precision=precision
@@ -59,7 +65,7 @@ def over_runs(name: str, kernels: RunKernels) -> Kernels:
     def input_gradient(dy: jax.Array, blocks: jax.Array, index: Index, *, geometry: ConvGeometry,
                        input_size: tuple[int, int], precision: lax.PrecisionLike = None) -> jax.Array:  # fmt: skip
         out, batch = dy.shape[0], dy.shape[3]
-        _check(name, dy.dtype, index, out, Runs(geometry, *input_size, batch))
+        _check(name, dy.dtype, index, out, Runs(geometry, *input_size, batch), precision)
         entries = entries_of(blocks.astype(dy.dtype))
 
         def part(dy: jax.Array) -> jax.Array:
@@ -84,7 +90,7 @@ def over_runs(name: str, kernels: RunKernels) -> Kernels:
     def weight_gradient(x: jax.Array, dy: jax.Array, index: Index, *, geometry: ConvGeometry, dtype: jnp.dtype,
                         precision: lax.PrecisionLike = None) -> jax.Array:  # fmt: skip
         runs = Runs(geometry, x.shape[1], x.shape[2], x.shape[3])
-        _check(name, x.dtype, index, dy.shape[0], runs)
+        _check(name, x.dtype, index, dy.shape[0], runs, precision)
         num_blocks, cols = index[1].shape
         d_entries = kernels.weight_gradient(
             to_runs(x, runs), output_rows(dy.astype(x.dtype), runs), index, runs=runs, cols=cols, out=dy.shape[0],

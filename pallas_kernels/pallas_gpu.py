@@ -15,7 +15,8 @@ from pallas_kernels.forward import forward_kernel
 from pallas_kernels.input_gradient import input_gradient_kernels
 from pallas_kernels.interface import Kernels
 from pallas_kernels.over_runs import RunKernels, over_runs
-from pallas_kernels.tiles import DEFAULT_TILES, KernelTiles
+from pallas_kernels.runs import Runs
+from pallas_kernels.tiles import DEFAULT_TILES, KernelTiles, Tiles
 from pallas_kernels.weight_gradient import weight_gradient_kernel
 
 
@@ -31,17 +32,21 @@ def pallas_kernels(tiles: KernelTiles = DEFAULT_TILES, *, interpret: bool = Fals
       The three operations; see `pallas_kernels.over_runs`.
     """
 
-    def forward(*arrays: Any, runs: Any, **sizes: Any) -> jax.Array:
-        fitted = tiles.forward.fit(runs.out_run)
+    def fit(mine: Tiles, arrays: tuple[Any, ...], runs: Runs) -> Tiles:
+        *_, (out_idx, _, _) = arrays  # the index comes last
+        return mine.fit(runs.out_run, out_idx.shape[1], arrays[0].dtype.itemsize)
+
+    def forward(*arrays: Any, runs: Runs, **sizes: Any) -> jax.Array:
+        fitted = fit(tiles.forward, arrays, runs)
         return forward_kernel(*arrays, runs=runs, tiles=fitted, interpret=interpret, **sizes)
 
-    def input_gradient(*arrays: Any, runs: Any, **sizes: Any) -> jax.Array:
-        fitted = tiles.input_gradient.fit(runs.out_run)
+    def input_gradient(*arrays: Any, runs: Runs, **sizes: Any) -> jax.Array:
+        fitted = fit(tiles.input_gradient, arrays, runs)
         return input_gradient_kernels(*arrays, runs=runs, tiles=fitted, interpret=interpret, **sizes)
 
-    def weight_gradient(*arrays: Any, runs: Any, cols: int, **sizes: Any) -> jax.Array:
+    def weight_gradient(*arrays: Any, runs: Runs, cols: int, **sizes: Any) -> jax.Array:
         del cols
-        fitted = tiles.weight_gradient.fit(runs.out_run)
+        fitted = fit(tiles.weight_gradient, arrays, runs)
         return weight_gradient_kernel(*arrays, runs=runs, tiles=fitted, interpret=interpret, **sizes)
 
     return over_runs("Pallas", RunKernels(forward, input_gradient, weight_gradient))

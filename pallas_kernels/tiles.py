@@ -7,6 +7,8 @@ with 32x128 gathered inputs.
 
 import dataclasses
 
+_MOST_ROW_BYTES = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -32,9 +34,17 @@ class Tiles:
         if self.num_stages < 1:
             raise ValueError(f"num_stages={self.num_stages} is below 1.")
 
-    def fit(self, positions: int) -> "Tiles":
-        """These tiles, no wider than a row of `positions`."""
+    def fit(self, positions: int, rows: int, itemsize: int) -> "Tiles":
+        """These tiles, no wider than a row of `positions`, and within the shared memory of every GPU.
+
+        Args:
+          positions: of one output row.
+          rows: R.
+          itemsize: bytes of an activation; at 4 and R = 128 the L4 holds half of the usual tile.
+        """
         widest = max(16, 1 << (positions - 1).bit_length())
+        if rows * itemsize > _MOST_ROW_BYTES:
+            widest = min(widest, 64)
         return dataclasses.replace(self, positions=min(self.positions, widest))
 
 

@@ -103,14 +103,14 @@ def triton_kernels(tiles: KernelTiles | None = None, *, compute_capability: int 
     """
     call = functools.partial(_call, compute_capability=compute_capability)
 
-    def fitted(name: str, positions: int) -> Tiles | None:
-        return None if tiles is None else getattr(tiles, name).fit(positions)
+    def fitted(name: str, runs: Runs, rows: int, x: jax.Array) -> Tiles | None:
+        return None if tiles is None else getattr(tiles, name).fit(runs.out_run, rows, x.dtype.itemsize)
 
     def forward(x_rows: jax.Array, entries: jax.Array, index: Any, *, runs: Runs, cols: int, out: int,
                 precision: lax.PrecisionLike) -> jax.Array:  # fmt: skip
         out_idx, in_idx, group_start = index
         num_groups, rows = out_idx.shape
-        mine = fitted("forward", runs.out_run)
+        mine = fitted("forward", runs, rows, x_rows)
         return call(
             "forward", mine, group_start, out_idx.reshape(-1), in_idx.reshape(-1), entries, x_rows,
             result=jax.ShapeDtypeStruct((out * runs.out_size[0], runs.out_run), x_rows.dtype),
@@ -123,7 +123,7 @@ def triton_kernels(tiles: KernelTiles | None = None, *, compute_capability: int 
                        precision: lax.PrecisionLike) -> jax.Array:  # fmt: skip
         out_idx, in_idx, group_start = index
         num_groups, rows = out_idx.shape
-        mine = fitted("input_gradient", runs.out_run)
+        mine = fitted("input_gradient", runs, rows, dy_rows)
         p = call(
             "scatter", mine, group_start, out_idx.reshape(-1), entries, dy_rows,
             result=jax.ShapeDtypeStruct((entries.shape[0] * runs.out_size[0], runs.out_run), dy_rows.dtype),
@@ -132,7 +132,7 @@ def triton_kernels(tiles: KernelTiles | None = None, *, compute_capability: int 
             OUT_H=runs.out_size[0], OUT_RUN=runs.out_run, PRECISION=_precision(precision), **_tile_sizes(mine),
         )  # fmt: skip
         first, order = columns_by_source(in_idx, runs)
-        plain = (mine or Tiles()).fit(runs.length)
+        plain = (mine or Tiles()).fit(runs.length, rows, dy_rows.dtype.itemsize)
         sources = runs.geometry.in_channels * runs.phases
         return call(
             "collect", plain, first, order, in_idx.reshape(-1), p,
@@ -145,7 +145,7 @@ def triton_kernels(tiles: KernelTiles | None = None, *, compute_capability: int 
                         precision: lax.PrecisionLike) -> jax.Array:  # fmt: skip
         out_idx, in_idx, group_start = index
         rows, num_entries = out_idx.shape[1], in_idx.size
-        mine = fitted("weight_gradient", runs.out_run)
+        mine = fitted("weight_gradient", runs, rows, x_rows)
         chunks = cut_panels(group_start, num_entries, cols, _TUNED_COLUMNS if mine is None else mine.columns)
         num_chunks = chunks.group.shape[0]
         num_splits = count_splits(num_chunks, runs, 128 if mine is None else mine.positions)

@@ -215,11 +215,8 @@ def test_forward_and_weight_gradient(layer, block_shape, dtype, arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("layer", "block_shape", "dtype"), INPUT_GRADIENT_CASES, ids=case_name)
-def test_input_gradient(layer, block_shape, dtype, arch, request):
+def test_input_gradient(layer, block_shape, dtype, arch):
     geometry, _, size, _ = LAYERS[layer]
-    if (block_shape[0], dtype, arch) == (128, "float32", "sm_89"):
-        reason = "the default tiles ask for 104 KiB of shared memory, an L4 has 99; positions=64 fits"
-        request.applymarker(pytest.mark.xfail(raises=jax.errors.JaxRuntimeError, reason=reason, strict=True))
 
     def product(blocks, dy, index):
         return pallas_kernels().input_gradient(dy, blocks, index, geometry=geometry, input_size=(size, size))

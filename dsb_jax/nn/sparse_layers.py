@@ -22,7 +22,7 @@ from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from dsb_jax.distributions import LayerShape, to_blocks
-from dsb_jax.layout import BlockLayout, block_group, pack, random_layout, real_rows
+from dsb_jax.layout import BlockLayout, block_group, pack, random_layout
 from dsb_jax.ops import choose, sparse_conv, sparse_matmul
 from dsb_jax.ops.dense import conv_general_dilated, convolve
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, Choice, check_implementation, record
@@ -65,15 +65,10 @@ def _blocks_and_layout(
     def init(key: jax.Array) -> jax.Array:
         kernel = layer.kernel_init(key, (*shape.kernel_size, channels, shape.out), layer.param_dtype)
         fan_in = jnp.diff(layout.group_start)[block_group(layout)] * block_shape[1]
-        blocks = pack(kernel.reshape(-1, shape.out).T, layout) * real_rows(layout)
+        blocks = pack(kernel.reshape(-1, shape.out).T, layout)  # phantom rows read zero
         return (blocks * jnp.sqrt(shape.in_ / fan_in)[:, None, None]).astype(layer.param_dtype)
 
     return layer.param("blocks", init), layout
-
-
-def _tiles(choice: Choice) -> dict[str, Any]:
-    """The tile sizes of a choice as an argument, if it has any."""
-    return {} if choice.tiles is None else {"tiles": choice.tiles}
 
 
 class SparseDense(nn.Dense):
@@ -122,7 +117,7 @@ class SparseDense(nn.Dense):
         record(self.path, choice)
         y = sparse_matmul(
             x, blocks, layout, implementation=choice.implementation, feature_major=self.feature_major,
-            precision=self.precision, **_tiles(choice),
+            precision=self.precision, tiles=choice.tiles,
         )  # fmt: skip
         if self.has_variable("probes", "statistic"):
             flat_y, flat_x = (a if self.feature_major else a.reshape(-1, a.shape[-1]).T for a in (y, x))
@@ -186,7 +181,7 @@ class SparseConv(nn.Conv):
         record(self.path, choice)
         y = sparse_conv(
             x, blocks, layout, geometry=geometry, implementation=choice.implementation,
-            feature_major=self.feature_major, precision=self.precision, **_tiles(choice),
+            feature_major=self.feature_major, precision=self.precision, tiles=choice.tiles,
         )  # fmt: skip
         if self.has_variable("probes", "statistic"):
             statistic: Any = self.get_variable("probes", "statistic")

@@ -24,8 +24,21 @@ from dsb_jax.ops.partitioning import partitioned
 from dsb_jax.ops.xla import XLA
 from pallas_kernels import REFERENCE, ConvGeometry, Kernels, matmul_geometry
 from pallas_kernels.reference import Index
+from pallas_kernels.tiles import KernelTiles
 
-_KERNELS: dict[str, Kernels] = {"xla": partitioned(XLA), "reference": partitioned(REFERENCE)}
+
+@functools.lru_cache(maxsize=256)  # equal arguments give the same object, so nothing recompiles
+def _kernels(implementation: str, tiles: KernelTiles | None) -> Kernels:
+    """The kernels of an implementation; those of a GPU are imported when they are first used."""
+    if implementation == "pallas":
+        from pallas_kernels.pallas_gpu import pallas_kernels
+
+        return partitioned(pallas_kernels() if tiles is None else pallas_kernels(tiles))
+    if implementation == "triton":
+        from pallas_kernels.triton_gpu import triton_kernels
+
+        return partitioned(triton_kernels(tiles))
+    return partitioned({"xla": XLA, "reference": REFERENCE}[implementation])
 
 
 class _Static(NamedTuple):
@@ -119,6 +132,7 @@ def sparse_conv(
     implementation: str = "auto",
     feature_major: bool = False,
     precision: lax.PrecisionLike = None,
+    tiles: KernelTiles | None = None,
 ) -> Float[Array, "N OH OW out"]:
     """2-D convolution with shuffled-block weights.
 
@@ -127,24 +141,27 @@ def sparse_conv(
       blocks: [num_blocks, R, C].
       layout: where the blocks lie in `W[out, in]`, `in` in HWIO order.
       geometry: kernel size, strides, padding.
-      implementation: "auto", "xla", "dense" or "reference"; see `dsb_jax.ops.choose`.
+      implementation: "auto", "pallas", "triton", "xla", "dense" or "reference"; see `dsb_jax.ops.choose`.
       feature_major: activations come and go as [C, H, W, N], the form the kernels use, without a transpose.
       precision: as in `jax.lax.dot`.
+      tiles: tile sizes of the GPU kernels; None takes tuned ones if there are any.
 
     Returns:
       [N, OH, OW, out], or [out, OH, OW, N] if `feature_major`, in x's dtype.
 
     Raises:
       ValueError: if shapes do not fit or the implementation is unknown.
+      NotImplementedError: if the implementation asked for cannot serve the layer here.
     """
     _check(x, 0 if feature_major else 3, blocks, layout, geometry)
     height, width = x.shape[1:3]
     batch = x.shape[3 if feature_major else 0]
-    choice = choose(implementation, layout, geometry=geometry, input_size=(height, width), batch=batch)
+    choice = choose(implementation, layout, geometry=geometry, input_size=(height, width), batch=batch, dtype=x.dtype)
     if choice.implementation == "dense" or batch == 0:  # nothing to tile
         return dense_conv(x, blocks, layout, geometry=geometry, feature_major=feature_major, precision=precision)
     index = (layout.out_idx, layout.in_idx, layout.group_start)
-    static = _Static(_KERNELS[choice.implementation], geometry, layout.shape[0], (height, width), precision)
+    kernels = _kernels(choice.implementation, tiles or choice.tiles)
+    static = _Static(kernels, geometry, layout.shape[0], (height, width), precision)
     if not feature_major:
         x = x.transpose(3, 1, 2, 0)
     y = _product(static, x, blocks, index)
@@ -159,6 +176,7 @@ def sparse_matmul(
     implementation: str = "auto",
     feature_major: bool = False,
     precision: lax.PrecisionLike = None,
+    tiles: KernelTiles | None = None,
 ) -> Float[Array, "... out"]:
     """`x @ W^T` with shuffled-block weights: [..., in] -> [..., out], or [in, N] -> [out, N] if `feature_major`.
 
@@ -169,16 +187,17 @@ def sparse_matmul(
     if feature_major:
         x = x.reshape(x.shape[0], 1, 1, x.shape[1])
         y = sparse_conv(
-            x, blocks, layout, geometry=geometry, implementation=implementation, feature_major=True, precision=precision
-        )
+            x, blocks, layout, geometry=geometry, implementation=implementation, feature_major=True,
+            precision=precision, tiles=tiles,
+        )  # fmt: skip
         return y.reshape(y.shape[0], y.shape[3])
     lead = x.shape[:-1]
     flat = x.reshape(-1, x.shape[-1])
-    choice = choose(implementation, layout, geometry=geometry, input_size=(1, 1), batch=flat.shape[0])
+    choice = choose(implementation, layout, geometry=geometry, input_size=(1, 1), batch=flat.shape[0], dtype=x.dtype)
     if choice.implementation == "dense":
         return dense_matmul(x, blocks, layout, precision=precision)
     y = sparse_conv(
         flat[:, None, None, :], blocks, layout, geometry=geometry, implementation=choice.implementation,
-        precision=precision,
+        precision=precision, tiles=tiles or choice.tiles,
     )  # fmt: skip
     return y.reshape(*lead, layout.shape[0])
