@@ -181,6 +181,26 @@ def check_sizes(shape: tuple[int, int], block_shape: tuple[int, int], num_blocks
         )
 
 
+def check_arrays(layout: BlockLayout) -> None:
+    """Checks shapes and dtypes, which are known while a function is traced, too.
+
+    Raises:
+      ValueError: with the first array that does not belong to a matrix of the layout's shape.
+    """
+    (out, in_), (rows, cols) = layout.shape, layout.block_shape
+    groups = count_groups(out, rows)
+    for name, array, shape in (
+        ("out_idx", layout.out_idx, (groups, rows)),
+        ("in_idx", layout.in_idx, (layout.in_idx.shape[0] if layout.in_idx.ndim else 0, cols)),
+        ("group_start", layout.group_start, (groups + 1,)),
+    ):
+        if array.shape != shape or array.dtype != np.int32:
+            raise ValueError(
+                f"{name} is {array.dtype}{list(array.shape)}, expected int32{list(shape)} for a {out}x{in_} matrix "
+                f"of {rows}x{cols} blocks; the layout does not belong to this layer."
+            )
+
+
 def validate(layout: BlockLayout) -> None:
     """Checks a concrete layout on the host, before any of its indices is used.
 
@@ -189,18 +209,8 @@ def validate(layout: BlockLayout) -> None:
     """
     (out, in_), (rows, cols) = layout.shape, layout.block_shape
     out_idx, in_idx, start = (np.asarray(x) for x in (layout.out_idx, layout.in_idx, layout.group_start))
-    groups = count_groups(out, rows)
-    for name, array, shape in (
-        ("out_idx", out_idx, (groups, rows)),
-        ("in_idx", in_idx, (in_idx.shape[0] if in_idx.ndim else 0, cols)),
-        ("group_start", start, (groups + 1,)),
-    ):
-        if array.shape != shape or array.dtype != np.int32:
-            raise ValueError(
-                f"{name} is {array.dtype}{list(array.shape)}, expected int32{list(shape)} for a {out}x{in_} matrix "
-                f"of {rows}x{cols} blocks; the layout does not belong to this layer."
-            )
-    num_blocks = in_idx.shape[0]
+    check_arrays(layout)
+    groups, num_blocks = count_groups(out, rows), in_idx.shape[0]
     check_sizes((out, in_), (rows, cols), num_blocks)
     if not np.array_equal(np.sort(out_idx, axis=None), np.arange(groups * rows)):
         raise ValueError(f"out_idx is not a permutation of 0..{groups * rows - 1}; the layout is damaged.")

@@ -1,5 +1,6 @@
 """The contract of every implementation of the sparse product: what the dense product of the unpacked weights gives."""
 
+import dataclasses
 import functools
 
 import jax
@@ -210,3 +211,30 @@ def test_a_kernel_larger_than_its_input_is_refused():
         sparse_conv(jnp.zeros((1, 2, 4, 3)), jnp.zeros((3, 4, 3)), layout, geometry=ConvGeometry(3, (3, 3)))
     with pytest.raises(ValueError, match=r"x has 3 input channels and the kernel \(2, 2\) taps"):
         sparse_conv(jnp.zeros((1, 4, 4, 3)), jnp.zeros((3, 4, 3)), layout, geometry=ConvGeometry(3, (2, 2)))
+
+
+def broken(change):
+    layout = make_layout(0, (8, 12), (4, 3), (2, 1))
+    return dataclasses.replace(layout, **{name: edit(getattr(layout, name)) for name, edit in change.items()})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"in_idx": lambda a: a.at[0, 0].set(12)}, "in_idx holds 12, outside 0..11"),
+        ({"out_idx": lambda a: a.at[0, 0].set(99)}, "not a permutation"),
+        ({"group_start": lambda a: a.at[1].set(7)}, "group_start"),
+    ],
+)
+def test_wrong_indices_are_refused_before_a_kernel_runs(change, message):
+    with pytest.raises(ValueError, match=message):
+        sparse_matmul(jnp.zeros((2, 12)), jnp.zeros((3, 4, 3)), broken(change), implementation="xla")
+
+
+@pytest.mark.parametrize(
+    "change", [{"in_idx": lambda a: a.astype(jnp.int16)}, {"out_idx": lambda a: a.T}, {"group_start": lambda a: a[1:]}]
+)
+def test_layouts_of_the_wrong_shape_are_refused_while_traced(change):
+    call = jax.jit(lambda x, blocks, layout: sparse_matmul(x, blocks, layout, implementation="xla"))
+    with pytest.raises(ValueError, match="does not belong to this layer"):
+        call(jnp.zeros((2, 12)), jnp.zeros((3, 4, 3)), broken(change))

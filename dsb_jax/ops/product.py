@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dsb_jax.layout import BlockLayout
+from dsb_jax.layout import BlockLayout, check_arrays, validate
 from dsb_jax.ops.dense import dense_conv, dense_matmul
 from dsb_jax.ops.dispatch import choose
 from dsb_jax.ops.partitioning import partitioned
@@ -111,6 +111,12 @@ _weight_gradient.defvjp(_weight_gradient_fwd, _weight_gradient_bwd)
 
 
 def _check(x: jax.Array, channel_axis: int, blocks: jax.Array, layout: BlockLayout, geometry: ConvGeometry) -> None:
+    # A wrong index reads foreign memory on a GPU. Traced ones cannot be looked at; those of a train state were checked
+    # when it was restored, or come from this library.
+    if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(layout)):
+        check_arrays(layout)
+    else:
+        validate(layout)
     if blocks.shape != (layout.num_blocks, *layout.block_shape):
         raise ValueError(
             f"blocks has shape {blocks.shape}, but the layout holds {layout.num_blocks} blocks of "
