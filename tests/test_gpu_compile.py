@@ -12,6 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import PartitionSpec as P
 
+from dsb_jax.layout import BlockLayout
+from dsb_jax.ops import sparse_conv
 from pallas_kernels import ConvGeometry, matmul_geometry
 from pallas_kernels.aot import compile_for, find_gpu, unavailable
 from pallas_kernels.pallas_gpu import pallas_kernels
@@ -108,6 +110,32 @@ def test_four_gpus_gather_around_a_kernel_unless_mapped():
     for function, gathers in ((tiled_matmul, 1), (mapped, 0)):
         compiled = compile_for("sm_90", function, shape(256, 256), shape(256, 1024), specs=specs, devices=4)
         assert compiled.count("all-gather") == gathers
+
+
+@pytest.mark.parametrize("manner", ["jit", "shard_map"])
+def test_four_gpus_share_the_batch_of_a_layer(manner, monkeypatch):
+    """Forward and backward of a sparse convolution: one reduction, of the weight gradient, and no gathering."""
+    monkeypatch.setattr("dsb_jax.ops.dispatch.refusal", lambda *_: None)  # as on a machine with a GPU
+    geometry, block_shape, num_blocks = ConvGeometry(64, (3, 3), (1, 1), ((1, 1), (1, 1))), (32, 8), 14
+    index = shape(4, 32, dtype="int32"), shape(num_blocks, 8, dtype="int32"), shape(5, dtype="int32")
+
+    def gradients(blocks, x, index):
+        layout = BlockLayout(*index, (128, geometry.in_features), block_shape)
+
+        def loss(blocks, x):
+            y = sparse_conv(x, blocks, layout, geometry=geometry, implementation="pallas", feature_major=True)
+            return jnp.sum(y.astype(jnp.float32) ** 2)
+
+        d_blocks, dx = jax.grad(loss, (0, 1))(blocks, x)
+        return (jax.lax.psum(d_blocks, "batch") if manner == "shard_map" else d_blocks), dx
+
+    batch = P(None, None, None, "batch")
+    specs = P(), batch, P()
+    if manner == "shard_map":
+        gradients = jax.shard_map(gradients, in_specs=specs, out_specs=(P(), batch), check_vma=False)
+    arguments = shape(num_blocks, *block_shape), shape(64, 16, 16, 256), index
+    compiled = compile_for("sm_90", gradients, *arguments, specs=specs, devices=4)
+    assert (compiled.count("all-reduce"), compiled.count("all-gather")) == (1, 0)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -60,5 +60,8 @@ def gpu_topology(gpu: Gpu, devices: int) -> topologies.TopologyDescription:
         library = _compiler_library()
         if library is None:
             raise RuntimeError(unavailable()) from None
-        xla_bridge.register_plugin("cuda", library_path=str(library), priority=-1)
+        c_api = xla_bridge.register_plugin("cuda", library_path=str(library), priority=-1)
+        # What jax does when it finds a compiler by itself; custom_partitioning is made known to it so.
+        for callback in xla_bridge._plugin_callbacks:
+            callback(c_api=c_api)
         return topologies.get_topology_desc(platform="cuda", **options)
