@@ -19,6 +19,7 @@ from dsb_jax.ops.tuned import LayerSizes
 # and 32x8 blocks, feature-major) on a 2-core x86 CPU. Good to some 20 to 30 %.
 _DENSE_ACTIVATION = 8.1  # each element of the input and the output
 _DENSE_PRODUCT = 0.035  # each weight at each position
+_DENSE_PRODUCT_LARGE = 0.085  # the same where XLA's weight gradient of a convolution is slow, see `_slow_in_xla`
 _DENSE_WEIGHT = 9.1  # each weight of the unpacked kernel
 _SPARSE_ACTIVATION = 3.4  # each element of the input and the output
 _SPARSE_COPY = 1.3  # each column of a panel at each position: the gather
@@ -36,12 +37,23 @@ def _columns(layer: LayerSizes) -> float:
     return layer.density * math.prod(layer.shape) / layer.block_shape[0]
 
 
+def _slow_in_xla(layer: LayerSizes) -> bool:
+    """Whether XLA's weight gradient runs at a third of its rate on a CPU, as measured on 17 convolutions.
+
+    3x3 over 128 channels: 0.02 to 0.04 ns a product for outputs up to 14x14, 0.08 to 0.09 from 16x16 on; with 64
+    channels only where there is a stride.
+    """
+    large = layer.positions // layer.batch >= 200 and math.prod(layer.kernel_size) > 1
+    return large and (layer.out > 64 or max(layer.strides) > 1)
+
+
 def cpu_time_ratio(layer: LayerSizes) -> float:
     """Predicted training-step time of the `xla` product over that of the dense fallback, on a CPU."""
     activations, run, columns, rows = sum(_activations(layer)), layer.positions, _columns(layer), layer.block_shape[0]
     sparse = _SPARSE_ACTIVATION * activations + columns * run * (_SPARSE_COPY + rows * _SPARSE_PRODUCT)
     sparse += columns * rows * _SPARSE_WEIGHT
-    dense = _DENSE_ACTIVATION * activations + math.prod(layer.shape) * (run * _DENSE_PRODUCT + _DENSE_WEIGHT)
+    product = _DENSE_PRODUCT_LARGE if _slow_in_xla(layer) else _DENSE_PRODUCT
+    dense = _DENSE_ACTIVATION * activations + math.prod(layer.shape) * (run * product + _DENSE_WEIGHT)
     return sparse / dense
 
 
