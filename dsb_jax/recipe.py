@@ -171,12 +171,16 @@ def make_optimizer(recipe: Recipe) -> tuple[optax.GradientTransformation, optax.
 
 
 def reads_feature_major(model: nn.Module, recipe: Recipe) -> bool:
-    """Whether most sparse layers are computed by a shuffled-block product, which takes activations feature-major."""
+    """Whether shuffled-block products, which read feature-major, see most of the sparse layers' activations.
+
+    The others would have to transpose theirs, at a cost that grows with the activations, not with the weights.
+    """
     images = jax.ShapeDtypeStruct((recipe.batch_size, *recipe.image_shape), jnp.float32)
     with record_choices() as choices:
         jax.eval_shape(model.init, jax.random.key(0), images)
-    sparse = [choice.implementation != "dense" for choice in choices.values() if choice.reason != A_DENSE_LAYER]
-    return 2 * sum(sparse) > len(sparse)
+    sparse = [choice for choice in choices.values() if choice.reason != A_DENSE_LAYER]
+    products = sum(choice.elements for choice in sparse if choice.implementation != "dense")
+    return 2 * products > sum(choice.elements for choice in sparse)
 
 
 @functools.lru_cache(maxsize=32)

@@ -12,6 +12,7 @@ Initial weights are drawn by `kernel_init` as for the dense kernel and scaled by
 group, so that a variance-scaling initializer sees the fan-in that each output really has.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -178,7 +179,7 @@ class SparseConv(nn.Conv):
         choice = choose(
             self.implementation, layout, geometry=geometry, input_size=input_size, batch=batch, dtype=x.dtype
         )
-        record(self.path, choice)
+        record(self.path, choice, x.size + self.features * math.prod(geometry.output_size(*input_size)) * batch)
         y = sparse_conv(
             x, blocks, layout, geometry=geometry, implementation=choice.implementation,
             feature_major=self.feature_major, precision=self.precision, tiles=choice.tiles,

@@ -46,11 +46,13 @@ class Choice:
       implementation: its name, never "auto".
       reason: in a few words.
       tiles: tile sizes of the GPU kernels; None for their defaults, and for all other implementations.
+      elements: of the layer's input and output, filled in by what records the choice.
     """
 
     implementation: str
     reason: str
     tiles: KernelTiles | None = None
+    elements: int = dataclasses.field(default=0, compare=False)
 
 
 _recorder: contextvars.ContextVar[dict[tuple[str, ...], Choice] | None] = contextvars.ContextVar(
@@ -69,10 +71,10 @@ def record_choices() -> Iterator[dict[tuple[str, ...], Choice]]:
         _recorder.reset(token)
 
 
-def record(path: tuple[str, ...], choice: Choice) -> None:
+def record(path: tuple[str, ...], choice: Choice, elements: int = 0) -> None:
     """Called by a module while it is traced; does nothing outside of `record_choices`."""
     if (choices := _recorder.get()) is not None:
-        choices[path] = choice
+        choices[path] = dataclasses.replace(choice, elements=elements)
 
 
 def check_implementation(implementation: str) -> None:
