@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Int
 
-from dsb_jax.layout import BlockLayout, block_group, block_rows, real_rows
+from dsb_jax.layout import BlockLayout, block_group, block_rows, real_rows, row_places
 from dsb_jax.methods.base import LayerReport, Method
 from dsb_jax.ops.probes import make_probe
 from dsb_jax.train import Loss, cross_entropy, forward, step_key
@@ -34,8 +34,8 @@ def origins(old: BlockLayout, new: BlockLayout) -> Int[Array, "num_blocks R C"]:
     by its place in the panel of that row's group: `[num_groups, in]` integers.
     """
     rows, cols = old.block_shape
-    size, num_columns = old.out_idx.size, old.in_idx.size
-    place = jnp.zeros(size, jnp.int32).at[old.out_idx.reshape(-1)].set(jnp.arange(size, dtype=jnp.int32))
+    num_columns = old.in_idx.size
+    place = row_places(old.out_idx)
     column = jnp.full((old.num_groups, old.shape[1]), -1, jnp.int32)
     numbers = jnp.arange(num_columns, dtype=jnp.int32).reshape(old.in_idx.shape)
     column = column.at[block_group(old)[:, None], old.in_idx].set(numbers)

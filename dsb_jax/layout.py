@@ -97,10 +97,21 @@ def num_active(shape: tuple[int, int], block_shape: tuple[int, int], num_blocks:
     return stored - ragged * cols * (rows - shape[0] % rows)
 
 
+def groups_of_blocks(group_start: Int[Array, "num_groups+1"], num_blocks: int) -> Int[Array, "num_blocks"]:
+    """The group of each block, from where the groups begin."""
+    ids = jnp.arange(num_blocks, dtype=jnp.int32)
+    return jnp.searchsorted(group_start, ids, side="right", method="compare_all").astype(jnp.int32) - 1
+
+
 def block_group(layout: BlockLayout) -> Int[Array, "num_blocks"]:
     """The group of each block."""
-    ids = jnp.arange(layout.num_blocks, dtype=jnp.int32)
-    return jnp.searchsorted(layout.group_start, ids, side="right", method="compare_all").astype(jnp.int32) - 1
+    return groups_of_blocks(layout.group_start, layout.num_blocks)
+
+
+def row_places(out_idx: Int[Array, "num_groups R"]) -> Int[Array, "rows"]:
+    """Where each row is in the order of the groups: the inverse permutation of `out_idx`, flattened."""
+    order = jnp.arange(out_idx.size, dtype=jnp.int32)
+    return jnp.zeros(out_idx.size, jnp.int32).at[out_idx.reshape(-1)].set(order)
 
 
 def block_rows(layout: BlockLayout) -> Int[Array, "num_blocks R"]:
@@ -159,7 +170,7 @@ def random_layout(
     orders = jax.vmap(lambda k: jax.random.permutation(k, in_))(jax.random.split(col_key, groups))
     orders = orders[:, : in_ // cols * cols].reshape(groups, in_ // cols, cols).astype(jnp.int32)
     ids = jnp.arange(num_blocks, dtype=jnp.int32)
-    group = jnp.searchsorted(group_start, ids, side="right").astype(jnp.int32) - 1
+    group = groups_of_blocks(group_start, num_blocks)
     in_idx = orders[group, ids - group_start[group]]
     return BlockLayout(out_idx.reshape(groups, rows), in_idx, group_start, (out, in_), (rows, cols))
 

@@ -17,8 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.runs import Runs, power_of_two, quotient, remainder
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.runs import Runs, quotient, remainder
+from pallas_kernels.tiles import Tiles, padded_rows
 
 
 def load_inputs(x_ref, in_idx_ref, k, end, row, positions, runs: Runs):
@@ -36,34 +36,55 @@ def load_inputs(x_ref, in_idx_ref, k, end, row, positions, runs: Runs):
     return plgpu.load(x_ref.at[runs.row(source, height)[:, None], at], mask=mask, other=0)
 
 
-def load_rows(ref, k, end, rows_per_group: int, padded_rows: int):
+def load_rows(ref, k, end, rows: int):
     """Panel columns `k` of `entries`: [k, padded R]."""
-    r = lax.broadcasted_iota(jnp.int32, (1, padded_rows), 1)
-    mask = (k < end)[:, None] & (r < rows_per_group)
+    r = lax.broadcasted_iota(jnp.int32, (1, padded_rows(rows)), 1)
+    mask = (k < end)[:, None] & (r < rows)
     return plgpu.load(ref.at[k[:, None], r], mask=mask, other=0)
+
+
+def locate(tile, length: int, positions: int):
+    """Tile number -> row, and the positions of the tile in a row of `length`."""
+    per_row = pl.cdiv(length, positions)
+    return quotient(tile, per_row), remainder(tile, per_row) * positions + jnp.arange(positions, dtype=jnp.int32)
+
+
+def own_part(start_ref, num_groups: int, cols: int, runs: Runs, tiles: Tiles):
+    """What this program owns: group, output row, positions, and the panel columns `begin` to `end` of the group.
+
+    Programs of consecutive numbers own different groups of the same positions.
+    """
+    program = pl.program_id(0)
+    group = remainder(program, num_groups)
+    row, positions = locate(quotient(program, num_groups), runs.out_run, tiles.positions)
+    return group, row, positions, start_ref[group] * cols, start_ref[group + 1] * cols
+
+
+def load_targets(out_idx_ref, group, rows: int, out: int):
+    """The output rows of a group: [padded R]; `out` beyond R."""
+    r = jnp.arange(padded_rows(rows), dtype=jnp.int32)
+    return plgpu.load(out_idx_ref.at[group * rows + r], mask=r < rows, other=out)
+
+
+def at_outputs(ref, targets, row, positions, runs: Runs, out: int):
+    """Where a group's outputs are at positions of output row `row`, and which exist: [padded R, positions]."""
+    mask = (targets < out)[:, None] & (positions < runs.out_run)[None, :]
+    return ref.at[(targets * runs.out_size[0] + row)[:, None], positions[None, :]], mask
 
 
 def _kernel(start_ref, out_idx_ref, in_idx_ref, entries_ref, x_ref, y_ref, *, runs, tiles, num_groups, rows, cols, out,
             precision):  # fmt: skip
-    padded_rows, per_row = max(16, power_of_two(rows)), pl.cdiv(runs.out_run, tiles.positions)
-    program = pl.program_id(0)
-    group, tile = remainder(program, num_groups), quotient(program, num_groups)
-    row, first = quotient(tile, per_row), remainder(tile, per_row) * tiles.positions
-    positions = first + jnp.arange(tiles.positions, dtype=jnp.int32)
-    begin, end = start_ref[group] * cols, start_ref[group + 1] * cols
+    group, row, positions, begin, end = own_part(start_ref, num_groups, cols, runs, tiles)
 
     def step(i, acc):
         k = begin + i * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
         inputs = load_inputs(x_ref, in_idx_ref, k, end, row, positions, runs)
-        weights = load_rows(entries_ref, k, end, rows, padded_rows)
+        weights = load_rows(entries_ref, k, end, rows)
         return acc + jnp.dot(weights.T, inputs, precision=precision, preferred_element_type=jnp.float32)
 
-    acc = jnp.zeros((padded_rows, tiles.positions), jnp.float32)
+    acc = jnp.zeros((padded_rows(rows), tiles.positions), jnp.float32)
     acc = lax.fori_loop(0, quotient(end - begin + tiles.columns - 1, tiles.columns), step, acc)
-    r = jnp.arange(padded_rows, dtype=jnp.int32)
-    target = plgpu.load(out_idx_ref.at[group * rows + r], mask=r < rows, other=out)
-    mask = (target < out)[:, None] & (positions < runs.out_run)[None, :]
-    where = y_ref.at[(target * runs.out_size[0] + row)[:, None], positions[None, :]]
+    where, mask = at_outputs(y_ref, load_targets(out_idx_ref, group, rows, out), row, positions, runs, out)
     plgpu.store(where, acc.astype(y_ref.dtype), mask=mask)
 
 

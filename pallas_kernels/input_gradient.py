@@ -16,8 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.forward import load_rows
-from pallas_kernels.runs import Runs, power_of_two, quotient, remainder
+from pallas_kernels.forward import at_outputs, load_rows, load_targets, locate, own_part
+from pallas_kernels.runs import Runs, quotient, remainder
 from pallas_kernels.tiles import Tiles
 
 COLLECTED = 16  # panel columns that the second pass adds in one step
@@ -25,21 +25,13 @@ COLLECTED = 16  # panel columns that the second pass adds in one step
 
 def _scatter_kernel(start_ref, out_idx_ref, entries_ref, dy_ref, p_ref, *, runs, tiles, num_groups, rows, cols, out,
                     precision):  # fmt: skip
-    padded_rows, per_row = max(16, power_of_two(rows)), pl.cdiv(runs.out_run, tiles.positions)
-    program = pl.program_id(0)
-    group, tile = remainder(program, num_groups), quotient(program, num_groups)
-    row, first = quotient(tile, per_row), remainder(tile, per_row) * tiles.positions
-    positions = first + jnp.arange(tiles.positions, dtype=jnp.int32)
-    begin, end = start_ref[group] * cols, start_ref[group + 1] * cols
-    r = jnp.arange(padded_rows, dtype=jnp.int32)
-    source = plgpu.load(out_idx_ref.at[group * rows + r], mask=r < rows, other=out)
-    mask = (source < out)[:, None] & (positions < runs.out_run)[None, :]
-    where = dy_ref.at[(source * runs.out_size[0] + row)[:, None], positions[None, :]]
+    group, row, positions, begin, end = own_part(start_ref, num_groups, cols, runs, tiles)
+    where, mask = at_outputs(dy_ref, load_targets(out_idx_ref, group, rows, out), row, positions, runs, out)
     d_rows = plgpu.load(where, mask=mask, other=0)
 
     def step(i, carry):
         k = begin + i * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
-        weights = load_rows(entries_ref, k, end, rows, padded_rows)
+        weights = load_rows(entries_ref, k, end, rows)
         partial = jnp.dot(weights, d_rows, precision=precision, preferred_element_type=jnp.float32)
         target = p_ref.at[(k * runs.out_size[0] + row)[:, None], positions[None, :]]
         inside = (k < end)[:, None] & (positions < runs.out_run)[None, :]
@@ -53,8 +45,7 @@ def _collect_kernel(first_ref, order_ref, in_idx_ref, p_ref, dx_ref, *, runs, ti
     per_row = pl.cdiv(runs.length, tiles.positions)
     program = pl.program_id(0)
     target, tile = quotient(program, runs.height * per_row), remainder(program, runs.height * per_row)
-    row, start = quotient(tile, per_row), remainder(tile, per_row) * tiles.positions
-    positions = start + jnp.arange(tiles.positions, dtype=jnp.int32)
+    row, positions = locate(tile, runs.length, tiles.positions)
     begin, end = first_ref[target], first_ref[target + 1]
     stride = runs.geometry.strides[0]
 

@@ -144,8 +144,3 @@ def output_rows(dy: jax.Array, runs: Runs) -> jax.Array:
 def entries_of(blocks: jax.Array) -> jax.Array:
     """blocks[num_blocks, R, C] -> [num_blocks * C, R]: one row for each column of a panel."""
     return blocks.transpose(0, 2, 1).reshape(-1, blocks.shape[1])
-
-
-def power_of_two(size: int) -> int:
-    """The least power of two that is at least `size`."""
-    return 1 << (size - 1).bit_length()

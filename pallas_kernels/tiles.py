@@ -10,6 +10,16 @@ import dataclasses
 _MOST_ROW_BYTES = 256
 
 
+def power_of_two(size: int) -> int:
+    """The least power of two that is at least `size`."""
+    return 1 << (size - 1).bit_length()
+
+
+def padded_rows(rows: int) -> int:
+    """Rows of a group as a kernel holds them: a power of two that tensor cores take."""
+    return max(16, power_of_two(rows))
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """Tile sizes of one kernel; all but `num_stages` are powers of two.
@@ -42,7 +52,7 @@ class Tiles:
           rows: R.
           itemsize: bytes of an activation; at 4 and R = 128 the L4 holds half of the usual tile.
         """
-        widest = max(16, 1 << (positions - 1).bit_length())
+        widest = max(16, power_of_two(positions))
         if rows * itemsize > _MOST_ROW_BYTES:
             widest = min(widest, 64)
         return dataclasses.replace(self, positions=min(self.positions, widest))

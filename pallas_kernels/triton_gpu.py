@@ -17,11 +17,12 @@ from jax import lax
 
 from pallas_kernels.input_gradient import COLLECTED, columns_by_source
 from pallas_kernels.interface import Kernels
-from pallas_kernels.over_runs import RunKernels, over_runs
-from pallas_kernels.runs import Runs, power_of_two
-from pallas_kernels.tiles import KernelTiles, Tiles
+from pallas_kernels.over_runs import RunKernels, is_exact, over_runs
+from pallas_kernels.runs import Runs
+from pallas_kernels.tiles import KernelTiles, Tiles, padded_rows
 from pallas_kernels.weight_gradient import count_splits, cut_panels
 
+_INPUT_PRECISION = {True: "ieee", False: "tf32"}
 _TUNED_COLUMNS = 32  # of the weight gradient: its chunks are cut beforehand
 
 
@@ -71,11 +72,6 @@ def _call(name: str, tiles: Tiles | None, *arrays: jax.Array, result: jax.ShapeD
     )  # fmt: skip
 
 
-def _precision(precision: lax.PrecisionLike) -> str:
-    highest = precision in (lax.Precision.HIGHEST, "highest", "float32")
-    return "ieee" if highest else "tf32"
-
-
 def _input_sizes(runs: Runs) -> dict[str, int]:
     geometry = runs.geometry
     return {
@@ -115,8 +111,8 @@ def triton_kernels(tiles: KernelTiles | None = None, *, compute_capability: int 
             "forward", mine, group_start, out_idx.reshape(-1), in_idx.reshape(-1), entries, x_rows,
             result=jax.ShapeDtypeStruct((out * runs.out_size[0], runs.out_run), x_rows.dtype),
             grid=lambda meta: (num_groups * runs.out_size[0] * -(-runs.out_run // meta["POSITIONS"]),),
-            NUM_GROUPS=num_groups, R=rows, PADDED_R=max(16, power_of_two(rows)), COLS=cols, OUT=out,
-            PRECISION=_precision(precision), **_input_sizes(runs), **_tile_sizes(mine),
+            NUM_GROUPS=num_groups, R=rows, PADDED_R=padded_rows(rows), COLS=cols, OUT=out,
+            PRECISION=_INPUT_PRECISION[is_exact(precision)], **_input_sizes(runs), **_tile_sizes(mine),
         )  # fmt: skip
 
     def input_gradient(dy_rows: jax.Array, entries: jax.Array, index: Any, *, runs: Runs, cols: int, out: int,
@@ -128,8 +124,9 @@ def triton_kernels(tiles: KernelTiles | None = None, *, compute_capability: int 
             "scatter", mine, group_start, out_idx.reshape(-1), entries, dy_rows,
             result=jax.ShapeDtypeStruct((entries.shape[0] * runs.out_size[0], runs.out_run), dy_rows.dtype),
             grid=lambda meta: (num_groups * runs.out_size[0] * -(-runs.out_run // meta["POSITIONS"]),),
-            NUM_GROUPS=num_groups, R=rows, PADDED_R=max(16, power_of_two(rows)), COLS=cols, OUT=out,
-            OUT_H=runs.out_size[0], OUT_RUN=runs.out_run, PRECISION=_precision(precision), **_tile_sizes(mine),
+            NUM_GROUPS=num_groups, R=rows, PADDED_R=padded_rows(rows), COLS=cols, OUT=out,
+            OUT_H=runs.out_size[0], OUT_RUN=runs.out_run, PRECISION=_INPUT_PRECISION[is_exact(precision)],
+            **_tile_sizes(mine),
         )  # fmt: skip
         first, order = columns_by_source(in_idx, runs)
         plain = (mine or Tiles()).fit(runs.length, rows, dy_rows.dtype.itemsize)
@@ -153,7 +150,7 @@ def triton_kernels(tiles: KernelTiles | None = None, *, compute_capability: int 
             "weight_gradient", mine, *chunks, out_idx.reshape(-1), in_idx.reshape(-1), x_rows, dy_rows,
             result=jax.ShapeDtypeStruct((num_splits * num_entries, rows), jnp.float32),
             grid=(num_chunks * num_splits,), NUM_CHUNKS=num_chunks, NUM_SPLITS=num_splits, NUM_ENTRIES=num_entries,
-            R=rows, PADDED_R=max(16, power_of_two(rows)), OUT=out, PRECISION=_precision(precision),
+            R=rows, PADDED_R=padded_rows(rows), OUT=out, PRECISION=_INPUT_PRECISION[is_exact(precision)],
             **_input_sizes(runs), **_tile_sizes(mine),
         )  # fmt: skip
         return parts.reshape(num_splits, num_entries, rows).sum(axis=0)

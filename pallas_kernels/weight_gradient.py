@@ -19,9 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.forward import load_inputs
-from pallas_kernels.runs import Runs, power_of_two, quotient, remainder
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.forward import at_outputs, load_inputs, load_targets, locate
+from pallas_kernels.runs import Runs, quotient, remainder
+from pallas_kernels.tiles import Tiles, padded_rows
 
 PROGRAMS = 512  # wanted at least: about four for each multiprocessor of a large GPU
 MOST_SPLITS = 32
@@ -57,29 +57,26 @@ def count_splits(num_chunks: int, runs: Runs, positions: int) -> int:
 
 def _kernel(group_ref, begin_ref, end_ref, out_idx_ref, in_idx_ref, x_ref, dy_ref, d_ref, *, runs, tiles, rows, out,
             num_chunks, num_splits, num_entries, precision):  # fmt: skip
-    padded_rows, per_row = max(16, power_of_two(rows)), pl.cdiv(runs.out_run, tiles.positions)
-    num_tiles = runs.out_size[0] * per_row
+    num_tiles = runs.out_size[0] * pl.cdiv(runs.out_run, tiles.positions)
     program = pl.program_id(0)
     chunk, split = remainder(program, num_chunks), quotient(program, num_chunks)
     group, begin, end = group_ref[chunk], begin_ref[chunk], end_ref[chunk]
     k = begin + jnp.arange(tiles.columns, dtype=jnp.int32)
-    r = jnp.arange(padded_rows, dtype=jnp.int32)
-    source = plgpu.load(out_idx_ref.at[group * rows + r], mask=r < rows, other=out)
+    targets = load_targets(out_idx_ref, group, rows, out)
     each = pl.cdiv(num_tiles, num_splits)
     first = split * each
     last = jnp.where(end > begin, jnp.minimum(first + each, num_tiles), first)
 
     def step(t, acc):
-        row = quotient(t, per_row)
-        positions = remainder(t, per_row) * tiles.positions + jnp.arange(tiles.positions, dtype=jnp.int32)
+        row, positions = locate(t, runs.out_run, tiles.positions)
         inputs = load_inputs(x_ref, in_idx_ref, k, end, row, positions, runs)
-        mask = (source < out)[:, None] & (positions < runs.out_run)[None, :]
-        where = dy_ref.at[(source * runs.out_size[0] + row)[:, None], positions[None, :]]
+        where, mask = at_outputs(dy_ref, targets, row, positions, runs, out)
         d_rows = plgpu.load(where, mask=mask, other=0)
         return acc + jnp.dot(inputs, d_rows.T, precision=precision, preferred_element_type=jnp.float32)
 
-    acc = jnp.zeros((tiles.columns, padded_rows), jnp.float32)
+    acc = jnp.zeros((tiles.columns, padded_rows(rows)), jnp.float32)
     acc = lax.fori_loop(first, jnp.maximum(first, last), step, acc)
+    r = jnp.arange(padded_rows(rows), dtype=jnp.int32)
     mask = (k < end)[:, None] & (r < rows)[None, :]
     plgpu.store(d_ref.at[(split * num_entries + k)[:, None], r[None, :]], acc, mask=mask)
 

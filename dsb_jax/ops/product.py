@@ -10,6 +10,7 @@ that are sharded over the batch (`dsb_jax.ops.partitioning`).
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -129,6 +130,14 @@ def _check(x: jax.Array, channel_axis: int, blocks: jax.Array, layout: BlockLayo
         )
 
 
+def _convolve(static: _Static, x: jax.Array, blocks: jax.Array, layout: BlockLayout, feature_major: bool) -> jax.Array:
+    """The product by kernels, of activations in either order."""
+    index = (layout.out_idx, layout.in_idx, layout.group_start)
+    if feature_major:
+        return _product(static, x, blocks, index)
+    return _product(static, x.transpose(3, 1, 2, 0), blocks, index).transpose(3, 1, 2, 0)
+
+
 def sparse_conv(
     x: Float[Array, "N H W C"],
     blocks: Float[Array, "num_blocks R C_block"],
@@ -165,13 +174,9 @@ def sparse_conv(
     choice = choose(implementation, layout, geometry=geometry, input_size=(height, width), batch=batch, dtype=x.dtype)
     if choice.implementation == "dense" or batch == 0:  # nothing to tile
         return dense_conv(x, blocks, layout, geometry=geometry, feature_major=feature_major, precision=precision)
-    index = (layout.out_idx, layout.in_idx, layout.group_start)
     kernels = _kernels(choice.implementation, tiles or choice.tiles)
     static = _Static(kernels, geometry, layout.shape[0], (height, width), precision)
-    if not feature_major:
-        x = x.transpose(3, 1, 2, 0)
-    y = _product(static, x, blocks, index)
-    return y if feature_major else y.transpose(3, 1, 2, 0)
+    return _convolve(static, x, blocks, layout, feature_major)
 
 
 def sparse_matmul(
@@ -189,21 +194,18 @@ def sparse_matmul(
     Arguments and errors as in `sparse_conv`.
     """
     geometry = matmul_geometry(layout.shape[1])
-    _check(x, 0 if feature_major else -1, blocks, layout, geometry)
     if feature_major:
-        x = x.reshape(x.shape[0], 1, 1, x.shape[1])
         y = sparse_conv(
-            x, blocks, layout, geometry=geometry, implementation=implementation, feature_major=True,
+            x[:, None, None, :], blocks, layout, geometry=geometry, implementation=implementation, feature_major=True,
             precision=precision, tiles=tiles,
         )  # fmt: skip
         return y.reshape(y.shape[0], y.shape[3])
-    lead = x.shape[:-1]
-    flat = x.reshape(-1, x.shape[-1])
-    choice = choose(implementation, layout, geometry=geometry, input_size=(1, 1), batch=flat.shape[0], dtype=x.dtype)
-    if choice.implementation == "dense":
+    _check(x, -1, blocks, layout, geometry)
+    batch = math.prod(x.shape[:-1])
+    choice = choose(implementation, layout, geometry=geometry, input_size=(1, 1), batch=batch, dtype=x.dtype)
+    if choice.implementation == "dense" or batch == 0:  # nothing to tile
         return dense_matmul(x, blocks, layout, precision=precision)
-    y = sparse_conv(
-        flat[:, None, None, :], blocks, layout, geometry=geometry, implementation=choice.implementation,
-        precision=precision, tiles=tiles or choice.tiles,
-    )  # fmt: skip
-    return y.reshape(*lead, layout.shape[0])
+    kernels = _kernels(choice.implementation, tiles or choice.tiles)
+    static = _Static(kernels, geometry, layout.shape[0], (1, 1), precision)
+    y = _convolve(static, x.reshape(batch, 1, 1, x.shape[-1]), blocks, layout, feature_major=False)
+    return y.reshape(*x.shape[:-1], layout.shape[0])

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsb_jax.layout import groups_of_blocks, row_places
 from pallas_kernels.interface import ConvGeometry, Kernels
 from pallas_kernels.reference import Index
 
@@ -85,18 +86,17 @@ def _pieces(index: Index, columns: int) -> _Pieces:
     num_blocks, num_groups = in_idx.shape[0], group_start.shape[0] - 1
     mean = num_blocks / num_groups
     piece = max(1, math.ceil(mean / max(1, round(mean * columns / PIECE_COLUMNS))))
-    counts = jnp.diff(group_start)
-    ends = jnp.cumsum(-(-counts // piece))
+    counts = -(-jnp.diff(group_start) // piece)
+    ends = jnp.cumsum(counts)
+    firsts = ends - counts
     most = (num_blocks + num_groups * (piece - 1)) // piece
     ids = jnp.arange(most, dtype=jnp.int32)
     group = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
     group = jnp.minimum(group, num_groups - 1)
-    first_piece = (ends - (-(-counts // piece)))[group]
-    block = (group_start[group] + (ids - first_piece) * piece)[:, None] + jnp.arange(piece, dtype=jnp.int32)[None]
+    block = (group_start[group] + (ids - firsts[group]) * piece)[:, None] + jnp.arange(piece, dtype=jnp.int32)[None]
     valid = (block < group_start[group + 1][:, None]) & (ids < ends[-1])[:, None]
-    ids = jnp.arange(num_blocks, dtype=jnp.int32)
-    of = jnp.searchsorted(group_start, ids, side="right", method="compare_all").astype(jnp.int32) - 1
-    place = (ends - (-(-counts // piece)))[of] * piece + ids - group_start[of]
+    of = groups_of_blocks(group_start, num_blocks)
+    place = firsts[of] * piece + jnp.arange(num_blocks, dtype=jnp.int32) - group_start[of]
     return _Pieces(group, jnp.where(valid, block, 0), valid, place, ends[-1])
 
 
@@ -195,7 +195,7 @@ def forward(x: jax.Array, blocks: jax.Array, index: Index, *, out: int, geometry
     masked = jnp.where(pieces.valid[:, :, None, None], blocks[pieces.blocks], 0).astype(x.dtype)
     weights = masked.transpose(0, 2, 1, 3).reshape(masked.shape[0], rows, -1)
     tiles = _to_tiles(x, geometry, tiling)
-    place = jnp.zeros(out_idx.size, jnp.int32).at[out_idx.reshape(-1)].set(jnp.arange(out_idx.size, dtype=jnp.int32))
+    place = row_places(out_idx)
 
     def tile(at: _At, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         y, buffer = carry
