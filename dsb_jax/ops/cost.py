@@ -19,7 +19,9 @@ from dsb_jax.ops.tuned import LayerSizes
 # and 32x8 blocks, feature-major) on a 2-core x86 CPU. Good to some 20 to 30 %.
 _DENSE_ACTIVATION = 8.1  # each element of the input and the output
 _DENSE_PRODUCT = 0.035  # each weight at each position
-_DENSE_PRODUCT_LARGE = 0.085  # the same where XLA's weight gradient of a convolution is slow, see `_slow_in_xla`
+# The same where XLA's weight gradient is slow, see `_slow_in_xla`: 3x3 over 64 and 128 channels at 16x16 and 32x32 took
+# 0.05 to 0.09 on one machine, 0.03 to 0.05 on another, and the sparse product 0.7 to 0.9 of dense on both.
+_DENSE_PRODUCT_LARGE = 0.06
 _DENSE_WEIGHT = 9.1  # each weight of the unpacked kernel
 _SPARSE_ACTIVATION = 3.4  # each element of the input and the output
 _SPARSE_COPY = 1.3  # each column of a panel at each position: the gather
@@ -38,13 +40,8 @@ def _columns(layer: LayerSizes) -> float:
 
 
 def _slow_in_xla(layer: LayerSizes) -> bool:
-    """Whether XLA's weight gradient runs at a third of its rate on a CPU, as measured on 17 convolutions.
-
-    3x3 over 128 channels: 0.02 to 0.04 ns a product for outputs up to 14x14, 0.08 to 0.09 from 16x16 on; with 64
-    channels only where there is a stride.
-    """
-    large = layer.positions // layer.batch >= 200 and math.prod(layer.kernel_size) > 1
-    return large and (layer.out > 64 or max(layer.strides) > 1)
+    """Whether XLA's weight gradient of a convolution is slow on a CPU: over many positions for each image."""
+    return layer.positions // layer.batch >= 200 and math.prod(layer.kernel_size) > 1
 
 
 def cpu_time_ratio(layer: LayerSizes) -> float:
