@@ -33,19 +33,9 @@ class RunKernels(NamedTuple):
     weight_gradient: Callable[..., jax.Array]
 
 
-MOST_EXACT_ROWS = 64  # float32 in IEEE arithmetic needs the registers that tensor cores spare; beyond, they spill
-
-
-def is_exact(precision: lax.PrecisionLike) -> bool:
-    """Whether float32 is to be multiplied in IEEE arithmetic, not in TF32."""
-    return precision in (lax.Precision.HIGHEST, "highest", "float32")
-
-
 def _check(name: str, dtype: jnp.dtype, index: Index, out: int, runs: Runs, precision: lax.PrecisionLike) -> None:
     block_shape, shape = (index[0].shape[1], index[1].shape[1]), (out, runs.geometry.in_features)
-    reason = unservable(dtype, block_shape, shape, runs.geometry, (runs.height, runs.width), runs.batch)
-    if reason is None and dtype == jnp.float32 and is_exact(precision) and block_shape[0] > MOST_EXACT_ROWS:
-        reason = f"float32 at highest precision with R={block_shape[0]}, more than {MOST_EXACT_ROWS}"
+    reason = unservable(dtype, block_shape, shape, runs.geometry, (runs.height, runs.width), runs.batch, precision)
     if reason is not None:
         raise NotImplementedError(f"no {name} kernel for {reason}; choose implementation='dense'.")
 

@@ -17,7 +17,8 @@ from jax import lax
 
 from pallas_kernels.input_gradient import COLLECTED, columns_by_source
 from pallas_kernels.interface import Kernels
-from pallas_kernels.over_runs import RunKernels, is_exact, over_runs
+from pallas_kernels.limits import is_exact
+from pallas_kernels.over_runs import RunKernels, over_runs
 from pallas_kernels.runs import Runs
 from pallas_kernels.tiles import KernelTiles, Tiles, padded_rows
 from pallas_kernels.weight_gradient import count_splits, cut_panels

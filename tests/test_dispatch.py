@@ -118,6 +118,17 @@ def test_what_the_kernels_cannot_serve_falls_through_to_dense():
     assert on_h200("auto", layout_of(0.02), batch=2048, dtype="float64") == Choice("dense", "dtype float64")
 
 
+@pytest.mark.parametrize("precision", ["highest", jax.lax.Precision.HIGHEST, ("default", "float32")])
+def test_float32_at_highest_precision_falls_through_to_dense_above_64_rows(precision):
+    layout, sizes = layout_of(0.02, block_shape=(128, 4)), {"batch": 2048, "dtype": "float32"}
+    assert on_h200("auto", layout, **sizes).implementation == "pallas"
+    exact = Choice("dense", "float32 at highest precision with R=128, more than 64")
+    assert on_h200("auto", layout, **sizes, precision=precision) == exact
+    assert on_h200("auto", layout, **{**sizes, "dtype": "bfloat16"}, precision=precision).implementation == "pallas"
+    with jax.default_matmul_precision("highest"):
+        assert on_h200("auto", layout, **sizes) == exact
+
+
 @pytest.mark.parametrize(
     ("implementation", "backend", "rows", "words"),
     [

@@ -114,6 +114,7 @@ class SparseDense(nn.Dense):
             input_size=(1, 1),
             batch=x.size // in_features,
             dtype=x.dtype,
+            precision=self.precision,
         )
         record(self.path, choice)
         y = sparse_matmul(
@@ -177,8 +178,9 @@ class SparseConv(nn.Conv):
             x = x.reshape(-1, *x.shape[-3:])
         input_size, batch = (x.shape[1], x.shape[2]), x.shape[3 if self.feature_major else 0]
         choice = choose(
-            self.implementation, layout, geometry=geometry, input_size=input_size, batch=batch, dtype=x.dtype
-        )
+            self.implementation, layout, geometry=geometry, input_size=input_size, batch=batch, dtype=x.dtype,
+            precision=self.precision,
+        )  # fmt: skip
         record(self.path, choice, x.size + self.features * math.prod(geometry.output_size(*input_size)) * batch)
         y = sparse_conv(
             x, blocks, layout, geometry=geometry, implementation=choice.implementation,

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import jax
+from jax import lax
 
 from dsb_jax.layout import BlockLayout
 from dsb_jax.ops import tuned
@@ -83,7 +84,7 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(f"implementation={implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}.")
 
 
-def refusal(implementation: str, layer: LayerSizes, backend: str) -> str | None:
+def refusal(implementation: str, layer: LayerSizes, backend: str, precision: lax.PrecisionLike = None) -> str | None:
     """Why an implementation cannot compute a layer on a backend of jax, with the cure; None if it can.
 
     Raises:
@@ -96,7 +97,9 @@ def refusal(implementation: str, layer: LayerSizes, backend: str) -> str | None:
     missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
     if implementation == "triton" and missing:
         return f"{missing[-1]} is not installed; pip install '.[triton]', or use pallas"
-    limit = unservable(layer.dtype, layer.block_shape, layer.shape, layer.geometry, layer.input_size, layer.batch)
+    limit = unservable(
+        layer.dtype, layer.block_shape, layer.shape, layer.geometry, layer.input_size, layer.batch, precision
+    )
     return limit and f"{limit}; use auto or dense"
 
 
@@ -108,6 +111,7 @@ def choose(
     input_size: tuple[int, int],
     batch: int,
     dtype: Any = "float32",
+    precision: lax.PrecisionLike = None,
     backend: str | None = None,
     device_kind: str | None = None,
 ) -> Choice:
@@ -120,6 +124,7 @@ def choose(
       input_size: height and width of the input; (1, 1) for a linear layer.
       batch: N.
       dtype: of activations and blocks.
+      precision: of the products, as in `jax.lax.dot`.
       backend: "cpu", "gpu", ...; by default that of this process.
       device_kind: the device's name, such as "NVIDIA H200"; by default that of this process' first device.
 
@@ -136,8 +141,8 @@ def choose(
         device_kind = device_kind or jax.devices()[0].device_kind
     device_kind = device_kind or ("cpu" if backend == "cpu" else "an unknown device")
     if implementation == "auto":
-        return _choose(layer, backend, device_kind)
-    if why := refusal(implementation, layer, backend):
+        return _choose(layer, backend, device_kind, precision)
+    if why := refusal(implementation, layer, backend, precision):
         raise NotImplementedError(f"implementation={implementation!r} cannot compute a layer of {layer}: {why}.")
     return Choice(implementation, "asked for", _tuned_tiles(implementation, layer, device_kind))
 
@@ -150,24 +155,31 @@ def predicted_time_ratio(layer: LayerSizes, backend: str, device_kind: str) -> f
     return None if facts is None else gpu_time_ratio(layer, facts)
 
 
-def _choose(layer: LayerSizes, backend: str, device_kind: str) -> Choice:
+def _choose(layer: LayerSizes, backend: str, device_kind: str, precision: lax.PrecisionLike) -> Choice:
     """What "auto" takes, by the tuned tables before the cost model."""
     predicted = predicted_time_ratio(layer, backend, device_kind)
     if predicted is None:
         return Choice("dense", f"no sparse kernel for {device_kind if backend == 'gpu' else backend}")
     if (found := tuned.lookup(layer, device_kind)) is not None:
-        return _from_table(found, layer, predicted, backend, device_kind)
+        return _from_table(found, layer, predicted, backend, device_kind, precision)
     on_gpu = backend == "gpu"
     implementation = "pallas" if on_gpu else "xla"
     reason = f"predicted {predicted:.2f} of the dense time" + (f" on {device_kind}" if on_gpu else "")
     if predicted >= CLEAR_WIN:
         return Choice("dense", reason)
-    if why := refusal(implementation, layer, backend):
+    if why := refusal(implementation, layer, backend, precision):
         return Choice("dense", why.split(";")[0])
     return Choice(implementation, reason)
 
 
-def _from_table(found: tuned.Found, layer: LayerSizes, predicted: float, backend: str, device_kind: str) -> Choice:
+def _from_table(
+    found: tuned.Found,
+    layer: LayerSizes,
+    predicted: float,
+    backend: str,
+    device_kind: str,
+    precision: lax.PrecisionLike,
+) -> Choice:
     """The fastest measured implementation that can compute the layer and beats dense.
 
     Of a layer measured nearby, the ratio is scaled by what the cost model says of the difference.
@@ -184,7 +196,7 @@ def _from_table(found: tuned.Found, layer: LayerSizes, predicted: float, backend
         if result.implementation == "dense":
             continue
         ratio = result.seconds / dense_s * scale
-        if why := refusal(result.implementation, layer, backend):
+        if why := refusal(result.implementation, layer, backend, precision):
             skipped = skipped or f"; {result.implementation}: {why.split(';')[0]}"
             continue
         if ratio < margin:

@@ -171,7 +171,10 @@ def sparse_conv(
     _check(x, 0 if feature_major else 3, blocks, layout, geometry)
     height, width = x.shape[1:3]
     batch = x.shape[3 if feature_major else 0]
-    choice = choose(implementation, layout, geometry=geometry, input_size=(height, width), batch=batch, dtype=x.dtype)
+    choice = choose(
+        implementation, layout, geometry=geometry, input_size=(height, width), batch=batch, dtype=x.dtype,
+        precision=precision,
+    )  # fmt: skip
     if choice.implementation == "dense" or batch == 0:  # nothing to tile
         return dense_conv(x, blocks, layout, geometry=geometry, feature_major=feature_major, precision=precision)
     kernels = _kernels(choice.implementation, tiles or choice.tiles)
@@ -202,7 +205,9 @@ def sparse_matmul(
         return y.reshape(y.shape[0], y.shape[3])
     _check(x, -1, blocks, layout, geometry)
     batch = math.prod(x.shape[:-1])
-    choice = choose(implementation, layout, geometry=geometry, input_size=(1, 1), batch=batch, dtype=x.dtype)
+    choice = choose(
+        implementation, layout, geometry=geometry, input_size=(1, 1), batch=batch, dtype=x.dtype, precision=precision
+    )
     if choice.implementation == "dense" or batch == 0:  # nothing to tile
         return dense_matmul(x, blocks, layout, precision=precision)
     kernels = _kernels(choice.implementation, tiles or choice.tiles)
