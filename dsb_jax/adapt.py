@@ -119,7 +119,7 @@ def update_layers(
     for paths in same.values():
         args = [(keys[p], blocks[p], old[p], statistics.get(p)) for p in paths]
         results = _one_by_one(lambda k, b, layout, statistic: method_update(k, step, b, layout, statistic), args, zero)
-        zero = jnp.minimum(results[0].in_idx[0, 0, 0], 0)
+        zero = jnp.minimum(results[0].out_idx[0, 0, 0], 0)
         for i, path in enumerate(paths):
             new[path], report["/".join(path)] = jax.tree.map(lambda leaf, i=i: leaf[i], results)
     return new, report

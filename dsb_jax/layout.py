@@ -26,6 +26,7 @@ that the number of real weights is a constant of the layer, whatever the topolog
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,8 @@ class BlockLayout:
 
     Attributes:
       out_idx: int32[num_groups, R], the rows of each group; together a permutation of `range(num_groups * R)`.
-      in_idx: int32[num_blocks, C], the input columns of each block; distinct within a group.
+      in_idx: uint16[num_blocks, C] (int32 if in > 65536; int32 always serves), the input columns of each block;
+        distinct within a group.
       group_start: int32[num_groups + 1]; the blocks of group g are `group_start[g]:group_start[g + 1]`.
       shape: `(out, in)`, static.
       block_shape: `(R, C)`, static.
@@ -66,8 +68,18 @@ class BlockLayout:
         return num_active(self.shape, self.block_shape, self.num_blocks)
 
     @property
+    def index(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`(out_idx, in_idx, group_start)`, all int32, as array-level implementations take them."""
+        return self.out_idx, self.in_idx.astype(jnp.int32), self.group_start
+
+    @property
     def density(self) -> float:
         return self.num_active / (self.shape[0] * self.shape[1])
+
+
+def column_dtype(num_columns: int) -> Any:
+    """The dtype that column indices are stored in: 2 bytes where they serve, for they are most of a layout's bytes."""
+    return np.uint16 if num_columns <= 2**16 else np.int32
 
 
 def count_groups(out: int, rows_per_group: int) -> int:
@@ -171,7 +183,7 @@ def random_layout(
     orders = orders[:, : in_ // cols * cols].reshape(groups, in_ // cols, cols).astype(jnp.int32)
     ids = jnp.arange(num_blocks, dtype=jnp.int32)
     group = groups_of_blocks(group_start, num_blocks)
-    in_idx = orders[group, ids - group_start[group]]
+    in_idx = orders[group, ids - group_start[group]].astype(column_dtype(in_))
     return BlockLayout(out_idx.reshape(groups, rows), in_idx, group_start, (out, in_), (rows, cols))
 
 
@@ -200,15 +212,20 @@ def check_arrays(layout: BlockLayout) -> None:
     """
     (out, in_), (rows, cols) = layout.shape, layout.block_shape
     groups = count_groups(out, rows)
-    for name, array, shape in (
-        ("out_idx", layout.out_idx, (groups, rows)),
-        ("in_idx", layout.in_idx, (layout.in_idx.shape[0] if layout.in_idx.ndim else 0, cols)),
-        ("group_start", layout.group_start, (groups + 1,)),
+    for name, array, shape, dtypes in (
+        ("out_idx", layout.out_idx, (groups, rows), (np.int32,)),
+        (
+            "in_idx",
+            layout.in_idx,
+            (layout.in_idx.shape[0] if layout.in_idx.ndim else 0, cols),
+            (column_dtype(in_), np.int32),
+        ),
+        ("group_start", layout.group_start, (groups + 1,), (np.int32,)),
     ):
-        if array.shape != shape or array.dtype != np.int32:
+        if array.shape != shape or array.dtype not in dtypes:
             raise ValueError(
-                f"{name} is {array.dtype}{list(array.shape)}, expected int32{list(shape)} for a {out}x{in_} matrix "
-                f"of {rows}x{cols} blocks; the layout does not belong to this layer."
+                f"{name} is {array.dtype}{list(array.shape)}, expected {np.dtype(dtypes[0])}{list(shape)} for a "
+                f"{out}x{in_} matrix of {rows}x{cols} blocks; the layout does not belong to this layer."
             )
 
 

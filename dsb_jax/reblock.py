@@ -30,7 +30,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsb_jax.drop import select_largest
-from dsb_jax.layout import BlockLayout, check_sizes, count_groups, groups_of_blocks, num_active, pack, ragged_blocks
+from dsb_jax.layout import (
+    BlockLayout,
+    check_sizes,
+    column_dtype,
+    count_groups,
+    groups_of_blocks,
+    num_active,
+    pack,
+    ragged_blocks,
+)
 
 # Measured on recorded, planted and random scores: doubling both changed no retained score by 0.001.
 _SWAP_ROUNDS = 4
@@ -285,7 +294,7 @@ def _cut_columns(
     ids = jnp.arange(num_blocks, dtype=jnp.int32)
     group = groups_of_blocks(group_start, num_blocks)
     order = order.reshape(groups, slots, cols).astype(jnp.int32)
-    in_idx = order[group, ids - group_start[group]]
+    in_idx = order[group, ids - group_start[group]].astype(column_dtype(shape[1]))
     return BlockLayout(jnp.asarray(out_idx, jnp.int32), in_idx, group_start, shape, block_shape)
 
 

@@ -138,7 +138,7 @@ class _Subject:
         num_blocks = layer.num_blocks(sparsity, block_shape)
         sizes: dict[str, Any] = {"shape": (layer.out, layer.in_features), "block_shape": block_shape}
         layout = jax.jit(functools.partial(random_layout, num_blocks=num_blocks, **sizes))(key)
-        index = (layout.out_idx, layout.in_idx, layout.group_start)
+        index = layout.index
         operands = Operands(self.x, jax.random.normal(key, (num_blocks, *block_shape), bench.dtype), index, self.dy)
         tiles: dict[str, Any] = {}
 

@@ -83,7 +83,7 @@ class Example:
         self.x = jax.random.normal(x_key, (layer.in_channels, *layer.input_size, layer.batch), dtype)
         blocks = jax.random.normal(block_key, (layer.num_blocks, *layer.block_shape))
         self.blocks = (blocks * (layer.density * layer.shape[1]) ** -0.5).astype(dtype)  # outputs of order one
-        self.index = (self.layout.out_idx, self.layout.in_idx, self.layout.group_start)
+        self.index = self.layout.index
 
     def training_pass(self, implementation: str, tiles: KernelTiles | None) -> Call:
         """Forward and backward: y, gradients of x and of the blocks.

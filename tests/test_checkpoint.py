@@ -383,7 +383,7 @@ def test_metrics_that_are_damaged(run):
     ("field", "index", "value", "words"),
     [
         ("in_idx", (0, 0), 128 * 9, r"in_idx holds 1152, outside 0..1151"),
-        ("in_idx", (0, 0), -1, r"in_idx holds -1"),
+        ("in_idx", (0, 0), 65535, r"in_idx holds 65535"),
         ("in_idx", (0, 1), "repeat", r"in_idx repeats a column"),
         ("out_idx", (0, 0), 128, r"out_idx is not a permutation"),
         ("group_start", 1, 1000, r"group_start=.*does not cut"),

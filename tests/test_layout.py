@@ -150,6 +150,16 @@ def test_a_pytree_of_integers():
     assert shapes.in_idx.shape == layout.in_idx.shape
 
 
+@pytest.mark.parametrize(("columns", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.int32)])
+def test_columns_take_two_bytes_where_they_fit(columns, dtype):
+    layout = random_layout(jax.random.key(0), (2, columns), block_shape=(2, columns), num_blocks=1)
+    validate(layout)
+    assert layout.in_idx.dtype == dtype
+    assert [array.dtype for array in layout.index] == [np.int32] * 3
+    np.testing.assert_array_equal(np.sort(layout.index[1][0]), np.arange(columns))  # the last column, too
+    validate(dataclasses.replace(layout, in_idx=layout.index[1]))  # as given by hand
+
+
 def test_packing_is_differentiable_and_keeps_dtypes():
     layout = make_layout(0, (10, 12), (4, 3), (2, 0, 1))
     blocks = jax.random.normal(jax.random.key(0), (3, 4, 3))
@@ -178,9 +188,9 @@ def put(index, value):
     [
         ("out_idx", lambda a: a[:-1], r"out_idx is int32\[2, 4\], expected int32\[3, 4\] for a 12x12 matrix"),
         ("out_idx", lambda a: a.astype(np.int16), r"out_idx is int16\[3, 4\], expected int32"),
-        ("in_idx", lambda a: a[:, :2], r"in_idx is int32\[5, 2\], expected int32\[5, 3\]"),
-        ("in_idx", lambda a: a.astype(np.float32), r"in_idx is float32\[5, 3\], expected int32"),
-        ("in_idx", lambda a: a[0, 0], r"in_idx is int32\[\], expected int32\[0, 3\]"),
+        ("in_idx", lambda a: a[:, :2], r"in_idx is int32\[5, 2\], expected uint16\[5, 3\]"),
+        ("in_idx", lambda a: a.astype(np.float32), r"in_idx is float32\[5, 3\], expected uint16"),
+        ("in_idx", lambda a: a[0, 0], r"in_idx is int32\[\], expected uint16\[0, 3\]"),
         ("group_start", lambda a: a[1:], r"group_start is int32\[3\], expected int32\[4\]"),
         ("in_idx", lambda a: a[:0], r"num_blocks=0 does not fit .*; give 1 to 12"),
         ("out_idx", lambda a: put((0, 0), a[1, 1])(a), r"out_idx is not a permutation of 0\.\.11"),

@@ -27,7 +27,7 @@ _NHWC = (("NHWC", "HWIO", "NHWC"), lax.conv_dimension_numbers((1,) * 4, (1,) * 4
 def _runs(layout: BlockLayout) -> jax.Array:
     """int32[num_blocks, C, 2]: where the run of R weights of each block column begins in `[in, num_groups * R]`."""
     first = jnp.broadcast_to(block_group(layout)[:, None] * layout.block_shape[0], layout.in_idx.shape)
-    return jnp.stack([layout.in_idx, first], axis=-1)
+    return jnp.stack([layout.in_idx.astype(jnp.int32), first], axis=-1)
 
 
 @jax.custom_vjp

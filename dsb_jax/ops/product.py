@@ -132,10 +132,9 @@ def _check(x: jax.Array, channel_axis: int, blocks: jax.Array, layout: BlockLayo
 
 def _convolve(static: _Static, x: jax.Array, blocks: jax.Array, layout: BlockLayout, feature_major: bool) -> jax.Array:
     """The product by kernels, of activations in either order."""
-    index = (layout.out_idx, layout.in_idx, layout.group_start)
     if feature_major:
-        return _product(static, x, blocks, index)
-    return _product(static, x.transpose(3, 1, 2, 0), blocks, index).transpose(3, 1, 2, 0)
+        return _product(static, x, blocks, layout.index)
+    return _product(static, x.transpose(3, 1, 2, 0), blocks, layout.index).transpose(3, 1, 2, 0)
 
 
 def sparse_conv(
