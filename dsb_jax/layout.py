@@ -111,6 +111,9 @@ def num_active(shape: tuple[int, int], block_shape: tuple[int, int], num_blocks:
 
 def groups_of_blocks(group_start: Int[Array, "num_groups+1"], num_blocks: int) -> Int[Array, "num_blocks"]:
     """The group of each block, from where the groups begin."""
+    if num_blocks * group_start.shape[0] > 2**22:  # of single weights; comparing each with all takes too long there
+        groups = jnp.arange(group_start.shape[0] - 1, dtype=jnp.int32)
+        return jnp.repeat(groups, jnp.diff(group_start), total_repeat_length=num_blocks)
     ids = jnp.arange(num_blocks, dtype=jnp.int32)
     return jnp.searchsorted(group_start, ids, side="right", method="compare_all").astype(jnp.int32) - 1
 
@@ -185,6 +188,23 @@ def random_layout(
     group = groups_of_blocks(group_start, num_blocks)
     in_idx = orders[group, ids - group_start[group]].astype(column_dtype(in_))
     return BlockLayout(out_idx.reshape(groups, rows), in_idx, group_start, (out, in_), (rows, cols))
+
+
+def layout_of_positions(active: Bool[Array, "out in"], count: int) -> BlockLayout:
+    """The layout of 1x1 blocks at the `count` True positions: values and indices, a compressed sparse row matrix.
+
+    `count` is static, and must be the number of True values.
+    """
+    out, in_ = active.shape
+    flat = jnp.nonzero(active.reshape(-1), size=count, fill_value=0)[0]  # in the order of rows
+    ends = jnp.cumsum(active.sum(axis=1, dtype=jnp.int32))
+    return BlockLayout(
+        jnp.arange(out, dtype=jnp.int32)[:, None],
+        (flat % in_).astype(column_dtype(in_))[:, None],
+        jnp.concatenate([jnp.zeros(1, jnp.int32), ends]).astype(jnp.int32),
+        (out, in_),
+        (1, 1),
+    )
 
 
 def check_sizes(shape: tuple[int, int], block_shape: tuple[int, int], num_blocks: int) -> None:

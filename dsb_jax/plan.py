@@ -67,6 +67,15 @@ class SparsityPlan:
         return 1 - sum(self.num_active(layer) for layer in layers) / size if size else 0.0
 
 
+def unstructured(plan: SparsityPlan) -> SparsityPlan:
+    """The plan with as many single weights in each layer, stored as 1x1 blocks, as its blocks hold."""
+    layers = tuple(
+        layer if layer.num_blocks is None else dataclasses.replace(layer, num_blocks=plan.num_active(layer))
+        for layer in plan.layers
+    )
+    return SparsityPlan(layers, (1, 1))
+
+
 def find_layers(params: Mapping[str, Any]) -> dict[Path, LayerShape]:
     """The linear layers and 2-D convolutions of a dense model: every `kernel` of rank 2 or 4 among its params."""
     layers = {}

@@ -5,6 +5,7 @@ A recipe goes to JSON and back without loss, so that a checkpoint can hold the o
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,12 @@ import optax
 from flax import linen as nn
 
 from dsb_jax import methods, models
+from dsb_jax.distributions import LayerShape
 from dsb_jax.methods import Method
 from dsb_jax.nn import SparseConv, SparseDense
 from dsb_jax.ops.dense import conv_general_dilated
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, check_implementation, record_choices
-from dsb_jax.plan import KEEP_DENSE, MIN_BLOCKS, SparsityPlan, find_layers, make_plan
+from dsb_jax.plan import KEEP_DENSE, MIN_BLOCKS, Path, SparsityPlan, find_layers, make_plan, unstructured
 from dsb_jax.train import Loss, smoothed_cross_entropy
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -153,7 +155,10 @@ def make_method(recipe: Recipe) -> Method:
             granularity=recipe.granularity,
             min_group_blocks=recipe.min_group_blocks,
         )
-    return {"ssb": methods.ssb, "dense": methods.dense}[recipe.method]()
+    if recipe.method in ("rigl", "set"):
+        adaptive = {"rigl": methods.rigl, "set": methods.set_}[recipe.method]
+        return adaptive(update_end_step=max(recipe.update_end_step, 1), alpha=recipe.drop_fraction)
+    return {"ssb": methods.ssb, "dense": methods.dense, "small_dense": methods.small_dense}[recipe.method]()
 
 
 def make_optimizer(recipe: Recipe) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -168,6 +173,31 @@ def make_optimizer(recipe: Recipe) -> tuple[optax.GradientTransformation, optax.
         return optax.adamw(schedule, weight_decay=recipe.weight_decay), schedule
     sgd = optax.sgd(schedule, momentum=recipe.momentum or None)
     return optax.chain(optax.add_decayed_weights(recipe.weight_decay), sgd), schedule
+
+
+def equal_width(
+    create: Callable[..., nn.Module], image_shape: tuple[int, int, int], make: Callable[..., SparsityPlan]
+) -> float:
+    """The width multiplier at which the dense model has about as many weights as the sparse model of the plan stores.
+
+    Widths are whole numbers, so the nearest that bisection finds; weights of linear layers and convolutions count.
+    """
+
+    def layers(width: float) -> dict[Path, LayerShape]:
+        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        return find_layers(jax.eval_shape(create(width_multiplier=width).init, jax.random.key(0), images)["params"])
+
+    plan = make(layers(1.0))
+    wanted = sum(plan.num_active(layer) for layer in plan.layers)
+
+    def excess(width: float) -> int:
+        return sum(shape.size for shape in layers(width).values()) - wanted
+
+    low, high = 1 / 64, 1.0
+    for _ in range(10):  # to a thousandth of the width
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
+    return min((low, high), key=lambda width: abs(excess(width)))
 
 
 def reads_feature_major(model: nn.Module, recipe: Recipe) -> bool:
@@ -197,19 +227,23 @@ def assemble(recipe: Recipe) -> Assembly:
         models.create, recipe.model, num_classes=recipe.num_classes, dtype=jnp.dtype(recipe.dtype),
         dropout_rate=recipe.dropout_rate,
     )  # fmt: skip
+    make = functools.partial(
+        make_plan,
+        sparsity=recipe.sparsity,
+        distribution=recipe.distribution,
+        block_shape=recipe.block_shape,
+        keep_dense=recipe.keep_dense,
+        min_blocks=recipe.min_blocks,
+    )
     plan = None
+    if method.equal_width:
+        create = functools.partial(create, width_multiplier=equal_width(create, recipe.image_shape, make))
     model = create(conv=conv)
     if method.sparse:
         images = jax.ShapeDtypeStruct((1, *recipe.image_shape), jnp.float32)
-        params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-        plan = make_plan(
-            find_layers(params),
-            sparsity=recipe.sparsity,
-            distribution=recipe.distribution,
-            block_shape=recipe.block_shape,
-            keep_dense=recipe.keep_dense,
-            min_blocks=recipe.min_blocks,
-        )
+        plan = make(find_layers(jax.eval_shape(model.init, jax.random.key(0), images)["params"]))
+        if method.unstructured:
+            plan = unstructured(plan)
         sparse: dict[str, Any] = {"plan": plan, "implementation": recipe.implementation, "init_layout": method.init}
         create = functools.partial(
             create, conv=functools.partial(SparseConv, **sparse), dense=functools.partial(SparseDense, **sparse)

@@ -6,6 +6,9 @@ from dsb_jax.methods.dense import dense as dense
 from dsb_jax.methods.dsb import GRANULARITIES as GRANULARITIES
 from dsb_jax.methods.dsb import GROW as GROW
 from dsb_jax.methods.dsb import dsb as dsb
+from dsb_jax.methods.rigl import rigl as rigl
+from dsb_jax.methods.set import set_ as set_
+from dsb_jax.methods.small_dense import small_dense as small_dense
 from dsb_jax.methods.ssb import ssb as ssb
 
-METHODS = ("dsb", "ssb", "dense")
+METHODS = ("dsb", "ssb", "rigl", "set", "dense", "small_dense")

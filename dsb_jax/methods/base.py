@@ -36,6 +36,8 @@ class Method(NamedTuple):
       update: `(key, step, blocks, layout, statistic) -> (BlockLayout, LayerReport)`, or None if the topology never
         changes. It must be jit-able, keep every static size, and hold no more than one layer in dense form.
       statistic: which probe of `dsb_jax.ops.probes` the update needs, or None for none.
+      unstructured: layers store single weights, blocks of 1x1, as many as the plan's blocks hold.
+      equal_width: whether a dense model is made narrower, until it has as many weights as the sparse one would have.
     """
 
     name: str
@@ -43,3 +45,5 @@ class Method(NamedTuple):
     init: Callable[..., BlockLayout] | None
     update: Callable[..., tuple[BlockLayout, LayerReport]] | None
     statistic: str | None
+    unstructured: bool = False
+    equal_width: bool = False
