@@ -78,11 +78,14 @@ def with_default_interval(recipe: Recipe) -> Recipe:
     )
 
 
+def default_values(dataset: str) -> dict[str, Any]:
+    """Values of all fields of a recipe for a data set: those of `Recipe`, for photographs with `PHOTOGRAPHS`."""
+    return dataclasses.asdict(Recipe()) | {"dataset": dataset} | ({} if dataset == "digits" else PHOTOGRAPHS)
+
+
 def recipe_from_flags() -> Recipe:
     """The recipe of the parsed flags; sizes that depend on the data set are filled in by `experiments.run`."""
-    values = dataclasses.asdict(Recipe())
-    if FLAGS.dataset != "digits":
-        values |= PHOTOGRAPHS
+    values = default_values(FLAGS.dataset)
     for name in values:
         if name in FLAGS and FLAGS[name].value is not None:
             values[name] = FLAGS[name].value

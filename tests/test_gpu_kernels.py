@@ -51,7 +51,7 @@ def kernels(name):
 
 def passes(implementation, x, blocks, dy, layout, geometry, precision):
     """Output and both gradients in float32, the gradient of phantom weights as it is."""
-    index = (layout.out_idx, layout.in_idx, layout.group_start)
+    index = layout.index
 
     @jax.jit
     def run(x, blocks, dy, index):

@@ -101,7 +101,7 @@ def test_conv_equals_the_dense_one(name, implementation):
 def test_kernels_at_array_level(name, kernels):
     """`Kernels`: feature-major arrays and an index in, arrays out, phantom weights never read."""
     x, blocks, layout, dy, geometry = conv_case(name)
-    index = (layout.out_idx, layout.in_idx, layout.group_start)
+    index = layout.index
     poisoned = jnp.where(real_rows(layout), blocks, 1e30)
     x, dy = x.transpose(3, 1, 2, 0), dy.transpose(3, 1, 2, 0)
 

@@ -133,7 +133,7 @@ def test_vmap_over_activations_alone_is_one_call_on_a_larger_batch(case):
         return REFERENCE.forward(x, blocks, index, **static)
 
     kernels = partitioned(REFERENCE._replace(forward=forward))
-    index = (layout.out_idx, layout.in_idx, layout.group_start)
+    index = layout.index
     call = functools.partial(kernels.forward, index=index, out=12, geometry=GEOMETRY, precision=None)
     x = jnp.stack([x.transpose(3, 1, 2, 0)] * 3)
     y = jax.vmap(lambda x: call(x, blocks))(x)
@@ -147,7 +147,7 @@ def test_one_device_runs_the_bare_kernel(name, case):
     """Nothing is left of the rules for vmap and for many devices."""
     x, blocks, layout = case
     x, dy = x.transpose(3, 1, 2, 0), jnp.ones((12, 3, 4, 6))
-    index = (layout.out_idx, layout.in_idx, layout.group_start)
+    index = layout.index
     operands, static = {
         "forward": ((x, blocks), {"out": 12}),
         "input_gradient": ((dy, blocks), {"input_size": (5, 5)}),

@@ -46,7 +46,7 @@ def make(case, dtype, layout=None):
 
 
 def all_three(kernels, geometry, layout, x, blocks, dy):
-    index = layout.out_idx, layout.in_idx, layout.group_start
+    index = layout.index
     return (
         kernels.forward(x, blocks, index, out=layout.shape[0], geometry=geometry),
         kernels.input_gradient(dy, blocks, index, geometry=geometry, input_size=x.shape[1:3]),
@@ -124,14 +124,14 @@ def test_refuses_what_it_cannot_serve(change, message):
     rows = change.get("rows", 16)
     layout = random_layout(jax.random.key(0), (256, 8), block_shape=(rows, 4), num_blocks=1)
     x = jnp.zeros((8, 1, 1, 8), change.get("dtype", jnp.float32))
-    index = layout.out_idx, layout.in_idx, layout.group_start
+    index = layout.index
     with pytest.raises(NotImplementedError, match=message):
         KERNELS.forward(x, jnp.zeros((1, rows, 4)), index, out=256, geometry=matmul_geometry(8))
 
 
 def test_refuses_more_elements_than_it_can_address():
     layout = random_layout(jax.random.key(0), (16, 4096), block_shape=(16, 4), num_blocks=1)
-    index = layout.out_idx, layout.in_idx, layout.group_start
+    index = layout.index
     forward = functools.partial(KERNELS.forward, index=index, out=16, geometry=matmul_geometry(4096))
     with pytest.raises(NotImplementedError, match="elements"):
         jax.eval_shape(forward, jax.ShapeDtypeStruct((4096, 1, 1, 2**20), jnp.bfloat16), jnp.zeros((1, 16, 4)))
