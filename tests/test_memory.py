@@ -74,13 +74,15 @@ def total(memory):
 
 
 def test_the_state_is_three_times_the_weights_that_exist():
-    """Weights and two moments, and indices under 7 % of the weights."""
+    """Weights and two moments, and at 0.9 indices under 7 % of the weights."""
     for depth, sparsity in ((12, 0.9), (12, 0.95)):
         state = abstract_state(Stack(depth, 1 - sparsity))
         weights = weight_bytes(state)
         assert weights == pytest.approx((1 - sparsity) * depth * DENSE_LAYER, rel=0.01)
         indices = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.topology))
-        assert indices < 0.07 * weights
+        # in_idx takes 2 bytes for R weights of 4; rows and starts are those of any matrix, whatever its density.
+        assert indices < 0.032 * weights + depth * 4 * (WIDTH + WIDTH // 16 + 1)
+        assert sparsity > 0.9 or indices < 0.07 * weights
         assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state)) == 2 * weights + 4
 
 
