@@ -191,12 +191,12 @@ def check_workdir(workdir: str | os.PathLike[str], recipe: Recipe, *, resume: bo
     elif (root / RECIPE_FILE).exists():
         saved = _read_recipe(root / RECIPE_FILE, "Give another --workdir.")
     else:
-        foreign = next((file for file in root.rglob("*") if not file.is_dir()), None)
+        draft = root / f".{RECIPE_FILE}"  # of a run that was killed while it noted its recipe
+        foreign = next((file for file in root.rglob("*") if not file.is_dir() and file != draft), None)
         if foreign is None:
             return None
-        raise CheckpointError(
-            f"{root} holds {str(foreign.relative_to(root))!r} but no run of dsb_jax; give a new or empty --workdir."
-        )
+        name = str(foreign.relative_to(root))
+        raise CheckpointError(f"{root} holds {name!r} but no run of dsb_jax; give a new or empty --workdir.")
     for field in dataclasses.fields(Recipe):
         old, new = getattr(saved, field.name), getattr(recipe, field.name)
         if old != new and field.name not in RESUMABLE_FIELDS:

@@ -1,0 +1,237 @@
+"""Grids of runs as plain data: what a sweep runs, under which names, by which commands.
+
+A *cell* is a recipe without its seed, given by the settings in which it differs from the defaults of its data set; a
+*run* is a cell with a seed. Settings without effect on a method are left out, so that two parts of a grid that ask for
+the same run ask for it once: `dense` has no sparsity, only `dsb` has a growth criterion.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsb_jax import models
+from dsb_jax.recipe import Recipe, check_recipe, make_method
+from experiments.flags import default_values, parse_block_shape
+
+ALL_METHODS = ("dense", "small_dense", "ssb", "set", "rigl", "topkast", "dsb")
+SPARSITIES = (0.8, 0.9, 0.95)
+
+# Names of a recipe's fields -> the values to combine. Each part of a grid is a product; `common` holds for all parts.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Hours on two cores: what the methods and the settings of dsb are worth at equal sparsity.
+    "digits": {
+        "seeds": (0, 1, 2, 3, 4),
+        "common": {"dataset": "digits", "model": "convnet"},
+        "parts": (
+            {"method": ALL_METHODS, "sparsity": SPARSITIES},
+            {"method": ("dsb",), "sparsity": SPARSITIES, "block_aware_drop": (False,)},
+            {"method": ("dsb",), "sparsity": (0.9,), "grow": ("norm", "block_gradient", "gradient", "random")},
+            {"method": ("dsb",), "sparsity": (0.9,), "granularity": ("panel_column",)},
+            {"method": ("dsb", "ssb"), "sparsity": SPARSITIES, "block_shape": ("16x16", "32x8", "64x4")},
+        ),
+    },
+    # A small network and few epochs: hours on two cores.
+    "cifar10_small": {
+        "seeds": (0,),
+        "common": {"dataset": "cifar10", "model": "wrn-10-2", "epochs": 6, "distribution": "erk"},
+        "parts": ({"method": ("dense", "ssb", "rigl", "dsb"), "sparsity": (0.9,)},),
+    },
+    # The paper's protocol (Recipe's docstring) and its Figures 14 and 15: for GPUs. Dropout is the WRN's.
+    "cifar_full": {
+        "seeds": (0, 1, 2),
+        "common": {"epochs": 160, "distribution": "erk", "dtype": "bfloat16"},
+        "parts": tuple(
+            {"model": (model,), "dropout_rate": (dropout,), "dataset": ("cifar10", "cifar100"), **part}
+            for model, dropout in (("wrn-22-2", 0.3), ("resnet18", 0.0), ("vgg16", 0.0))
+            for part in (
+                {"method": ALL_METHODS, "sparsity": SPARSITIES},
+                {"method": ("dsb",), "sparsity": SPARSITIES, "block_aware_drop": (False,)},
+            )
+        ),
+    },
+}
+
+# Filled in from the data set when a run begins, hence not part of a cell.
+FROM_DATA = ("image_shape", "num_classes", "total_steps")
+_FIRST = ("dataset", "model", "method", "sparsity", "block_shape")  # in names by their values alone
+_OF_SPARSITY = ("sparsity", "distribution", "block_shape", "keep_dense", "min_blocks")
+_OF_ADAPTING = ("drop_fraction", "update_interval", "update_end_fraction", "adapt_batch_size")
+_OF_DSB = ("grow", "granularity", "block_aware_drop", "min_group_blocks")
+
+
+def _without_effect(settings: Mapping[str, Any]) -> set[str]:
+    """Names of the settings that the method does not look at."""
+    method = settings["method"]
+    idle: set[str] = set()
+    if method != "dsb":
+        idle.update(_OF_DSB)
+    elif settings.get("granularity") == "panel_column":
+        idle.add("block_aware_drop")
+    if method in ("dense", "small_dense", "ssb"):
+        idle.update(_OF_ADAPTING)
+    if method == "dense":
+        idle.update(_OF_SPARSITY)
+    return idle
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Run:
+    """A cell and a seed; `settings` are sorted (name, value) pairs of recipe fields, seed excluded."""
+
+    settings: tuple[tuple[str, Any], ...]
+    seed: int
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe, but for what depends on the data (`FROM_DATA`)."""
+        values = dict(self.settings)
+        return Recipe(**{**default_values(values["dataset"]), **values, "seed": self.seed})
+
+    @property
+    def cell(self) -> str:
+        """Readable and unique: digits-convnet-dsb-0.9-16x16-grow=norm."""
+        values = dict(self.settings)
+        first = [_text(values[name]) for name in _FIRST if name in values]
+        return "-".join(first + [f"{name}={_text(value)}" for name, value in self.settings if name not in _FIRST])
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder."""
+        return f"{self.cell}-seed{self.seed}"
+
+    def arguments(self) -> list[str]:
+        """Flags of `experiments.train` that make this run."""
+        return [_flag(name, value) for name, value in (*self.settings, ("seed", self.seed))]
+
+    def matches(self, recipe: Mapping[str, Any]) -> bool:
+        """Whether a summary's recipe is this run's, up to what depends on the data."""
+        own = self.recipe.to_json()
+        unknown = set(FROM_DATA)
+        if own["dataset"] != "digits" and "update_interval" not in dict(self.settings):
+            unknown.add("update_interval")  # shorter in a short run, see experiments/flags.py
+        return {k: v for k, v in own.items() if k not in unknown} == {
+            k: v for k, v in recipe.items() if k not in unknown
+        }
+
+
+def _text(value: Any) -> str:
+    """A value as a flag writes it: 0.9, 16x16, a,b."""
+    if isinstance(value, tuple):
+        return ("x" if all(isinstance(v, int) for v in value) else ",").join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _flag(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no{name}"
+    # repr, not :g, which rounds: the recipe in the summary must be this one to the last digit.
+    return f"--{name}={value!r}" if isinstance(value, float) else f"--{name}={_text(value)}"
+
+
+def parse_value(name: str, text: Any) -> Any:
+    """Text of a flag -> value of the recipe's field; values that are no text are taken as they are.
+
+    Raises:
+      ValueError: if there is no such field, it is not for a user to set, or the text is no value of its type.
+    """
+    defaults = dataclasses.asdict(Recipe())
+    if name not in defaults or name in (*FROM_DATA, "seed"):
+        known = ", ".join(field for field in defaults if field not in (*FROM_DATA, "seed"))
+        raise ValueError(f"{name!r} is not a setting of the runs; choose of {known}.")
+    default = defaults[name]
+    if not isinstance(text, str):
+        return float(text) if isinstance(default, float) else text
+    if name == "block_shape":
+        return parse_block_shape(text)
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{name}={text!r} is neither true nor false.")
+        return text.lower() == "true"
+    if isinstance(default, tuple):
+        return tuple(filter(None, text.split(",")))
+    try:
+        return type(default)(text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r} is not a number; give such as {default}.") from None
+
+
+def make_run(settings: Mapping[str, Any], seed: int) -> Run:
+    """The run of these settings (text or values), without those that are defaults or have no effect."""
+    values = {"dataset": "digits", "method": "dsb"} | {k: parse_value(k, v) for k, v in settings.items()}
+    defaults = default_values(values["dataset"])
+    idle = _without_effect(values)
+    kept = {name: defaults[name] for name in _FIRST} | values
+    kept = {k: v for k, v in kept.items() if k not in idle and (k in _FIRST or v != defaults[k])}
+    return Run(tuple(sorted(kept.items())), seed)
+
+
+def expand(
+    parts: Iterable[Mapping[str, Sequence[Any]]],
+    *,
+    seeds: Sequence[int],
+    common: Mapping[str, Any],
+    override: Mapping[str, Any] | None = None,
+) -> list[Run]:
+    """All runs of the products, each once: every cell with the first seed, then every cell with the second, ...
+
+    `common` is set where a part does not say otherwise, `override` whatever it says.
+    """
+    runs: dict[Run, None] = {}
+    cells = [
+        {**common, **dict(zip(part, values, strict=True)), **(override or {})}
+        for part in parts
+        for values in itertools.product(*part.values())
+    ]
+    for seed, cell in itertools.product(seeds, cells):
+        runs.setdefault(make_run(cell, seed))
+    return list(runs)
+
+
+def preset_runs(name: str, *, override: Mapping[str, Any] | None = None) -> list[Run]:
+    """The runs of a preset, with `override` set for all of them.
+
+    Raises:
+      ValueError: if there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r} is unknown; choose one of {', '.join(PRESETS)}.")
+    preset = PRESETS[name]
+    return expand(preset["parts"], seeds=preset["seeds"], common=preset["common"], override=override)
+
+
+def select(runs: Iterable[Run], allowed: Mapping[str, Sequence[Any]]) -> list[Run]:
+    """The runs whose recipe has one of the allowed values in every field named; fields without effect let pass.
+
+    Raises:
+      ValueError: if none is left.
+    """
+    wanted = {name: [v if name == "seed" else parse_value(name, v) for v in vs] for name, vs in allowed.items()}
+
+    def fits(run: Run) -> bool:
+        idle = _without_effect(dict(run.settings))
+        return all(name in idle or getattr(run.recipe, name) in values for name, values in wanted.items())
+
+    chosen = [run for run in runs if fits(run)]
+    if not chosen:
+        given = ", ".join(f"{name} in {list(values)}" for name, values in allowed.items())
+        raise ValueError(f"no run of the grid has {given}; --dry_run without these flags lists the grid.")
+    return chosen
+
+
+def check_runs(runs: Iterable[Run]) -> None:
+    """Raises ValueError for the first method, model or other value that cannot be, before anything is trained."""
+    seen: set[tuple[tuple[str, Any], ...]] = set()
+    for run in runs:
+        if run.settings not in seen:
+            seen.add(run.settings)
+            recipe = run.recipe
+            check_recipe(recipe)
+            make_method(recipe)
+            models.create(recipe.model, num_classes=recipe.num_classes, dropout_rate=recipe.dropout_rate)
+
+
+def workdir(root: Path, run: Run) -> Path:
+    """Where a run lives."""
+    return root / run.name

@@ -1,0 +1,281 @@
+"""A grid of runs, each on its own and resumable; at the end a table of mean and standard deviation over the seeds.
+
+    python -m experiments.sweep --preset=digits --root=DIR
+    python -m experiments.sweep --root=DIR --methods=dsb,ssb --sparsities=0.8,0.9 --seeds=0,1,2 --set=epochs=8
+
+    ROOT/NAME/               the workdir of a run (experiments/run.py), named by its settings
+    ROOT/NAME.failure.txt    how its last attempt failed: command, exit code, end of the output
+    ROOT/table.json          one row for each cell
+
+Every run is a process of its own, `python -m experiments.train --resume`. What has finished is skipped, what was
+interrupted goes on from its last checkpoint to the same bits: stopped anywhere, by whatever, and started again with the
+same command, a sweep ends with the same table. Sweeps may share a root: a run that another one holds is left for last.
+"""
+
+import collections
+import contextlib
+import fcntl
+import json
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from absl import flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from experiments import grid, program
+from experiments.grid import Run, workdir
+from experiments.outcomes import finished, make_rows, outcome_table
+from experiments.run import write_atomically
+
+FLAGS = flags.FLAGS
+
+TAIL_LINES = 40  # of a failed run's output that are kept
+
+# Flag of lists -> field of the recipe. With a preset they select from it, without one they are the grid.
+AXES = {
+    "datasets": "dataset",
+    "models": "model",
+    "methods": "method",
+    "sparsities": "sparsity",
+    "block_shapes": "block_shape",
+    "grow": "grow",
+    "granularities": "granularity",
+    "block_aware_drop": "block_aware_drop",
+}
+
+Command = Callable[[Run], list[str]]
+
+
+def define_flags() -> None:
+    """Flags of this program."""
+    flags.DEFINE_string("root", None, "Folder of the sweep.", required=True)
+    flags.DEFINE_string("preset", None, f"A named grid: {', '.join(grid.PRESETS)}.")
+    for name, field in AXES.items():
+        flags.DEFINE_list(name, None, f"Values of {field}: the grid, or what to select from the preset.")
+    flags.DEFINE_list("seeds", None, "Seeds: of the grid (by default 0), or what to select from the preset.")
+    flags.DEFINE_multi_string("set", [], "NAME=VALUE of the recipe for all runs, such as epochs=8; may be repeated.")
+    flags.DEFINE_string("data_dir", None, "Where tfds finds data sets.")
+    flags.DEFINE_bool("dry_run", False, "Print the commands of what is left instead of running them.")
+
+
+def runs_from_flags() -> list[Run]:
+    """The grid that the flags ask for.
+
+    Raises:
+      ValueError: if a flag cannot be, or nothing is left.
+    """
+    override: dict[str, Any] = {}
+    for text in FLAGS.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"set={text!r} is not NAME=VALUE; write such as --set=epochs=8.")
+        override[name] = value
+    for field in set(override) & {field for axis, field in AXES.items() if FLAGS[axis].value}:
+        raise ValueError(f"{field} is given by --set and by a list; give one of them.")
+    try:
+        seeds = None if FLAGS.seeds is None else [int(text) for text in FLAGS.seeds]
+    except ValueError:
+        raise ValueError(f"seeds={','.join(FLAGS.seeds)} are not all integers; give such as 0,1,2.") from None
+    axes: dict[str, Any] = {field: FLAGS[axis].value for axis, field in AXES.items() if FLAGS[axis].value}
+    if FLAGS.preset is None:
+        runs = grid.expand([axes], seeds=seeds or [0], common={}, override=override)
+    else:
+        allowed = axes if seeds is None else {**axes, "seed": seeds}
+        runs = grid.select(grid.preset_runs(FLAGS.preset, override=override), allowed)
+    grid.check_runs(runs)
+    return runs
+
+
+def train_command(root: Path, data_dir: str | None) -> Command:
+    """Run -> the command that makes it."""
+    where = [] if data_dir is None else [f"--data_dir={data_dir}"]
+    return lambda run: [
+        sys.executable, "-m", "experiments.train", *run.arguments(), *where, f"--workdir={workdir(root, run)}",
+        "--resume",
+    ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def _lock(root: Path, run: Run, *, wait: bool) -> Iterator[IO[str] | None]:
+    """Holds a run, or yields None if another process does. The lock passes to the run's own process with the file.
+
+    So it outlives a sweep that was killed without a chance to end its run: the next sweep leaves that run alone until
+    it ends by itself.
+    """
+    path = root / ".locks" / run.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield None
+            return
+        yield file
+
+
+class Estimate:
+    """The time that is left: for each run the median of those that took data set, model and method, else of all."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[str, ...], list[float]] = collections.defaultdict(list)
+
+    def add(self, run: Run, seconds: float) -> None:
+        """Notes what a run took."""
+        for key in (self._key(run), ()):
+            self._seconds[key].append(seconds)
+
+    def left(self, runs: Sequence[Run], running_s: float = 0.0) -> float | None:
+        """Seconds for `runs`, of which the first has been running for `running_s`; None before anything is known."""
+        if not self._seconds:
+            return None
+        each = [statistics.median(self._seconds.get(self._key(run)) or self._seconds[()]) for run in runs]
+        return sum(each) - min(running_s, each[0]) if each else 0.0
+
+    @staticmethod
+    def _key(run: Run) -> tuple[str, ...]:
+        recipe = run.recipe
+        return recipe.dataset, recipe.model, recipe.method
+
+
+def format_seconds(seconds: float | None) -> str:
+    """4000.0 -> '1 h 07 min'; '?' for None."""
+    if seconds is None:
+        return "?"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Sweep:
+    """Makes the runs that are left, one after another."""
+
+    def __init__(self, root: Path, runs: Sequence[Run], command: Command, console: Console) -> None:
+        self.root, self.runs, self.command, self.console = root, runs, command, console
+        self.estimate = Estimate()
+        self.left: list[Run] = []
+        for run in runs:
+            summary = finished(root, run)
+            if summary is None:
+                self.left.append(run)
+            elif not summary.get("resumed_at_step"):  # the time of a resumed run is that of its last part
+                self.estimate.add(run, summary["train_time_s"])
+        self.failed: list[Run] = []
+        self.bar = Progress(
+            MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"), TimeElapsedColumn(),
+            TextColumn("about {task.fields[left]} left"), console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+
+    def make(self) -> list[Run]:
+        """Makes what is left; returns the runs that failed."""
+        done = len(self.runs) - len(self.left)
+        self.task = self.bar.add_task("", total=len(self.runs), completed=done, left="?")
+        with self.bar:
+            for wait in (False, True):
+                for run in list(self.left):
+                    with _lock(self.root, run, wait=wait) as lock:
+                        if lock is not None:
+                            self._make_one(run, lock)
+                if self.left and not wait:
+                    self.console.print(f"waiting for {len(self.left)} runs that other processes hold")
+        return self.failed
+
+    def _make_one(self, run: Run, lock: IO[str]) -> None:
+        begin = time.perf_counter()
+        code, output = 0, ""
+        if finished(self.root, run) is None:  # another sweep may have made it since
+            code, output = self._train(run, lock)
+        seconds = time.perf_counter() - begin
+        self.left.remove(run)
+        summary = finished(self.root, run)
+        note = self.root / f"{run.name}.failure.txt"
+        if summary is not None:
+            note.unlink(missing_ok=True)
+            self.estimate.add(run, seconds)
+            outcome = f"{summary['test_accuracy']:.2%} in {format_seconds(seconds)}"
+        else:
+            self.failed.append(run)
+            cause = f"exit code {code}" if code else "it wrote no summary of this recipe"
+            write_atomically(note, f"{shlex.join(self.command(run))}\n{cause}\n\n{output}")
+            outcome = f"[red]failed[/red] ({cause}): {note}"
+        self.bar.advance(self.task)
+        left = format_seconds(self.estimate.left(self.left))
+        self.console.print(f"{run.name}: {outcome}; {len(self.left)} left, about {left}", soft_wrap=True)
+
+    def _train(self, run: Run, lock: IO[str]) -> tuple[int, str]:
+        """Exit code and end of the output of a run's process, which is ended if this one is."""
+        begin = time.perf_counter()
+        with tempfile.TemporaryFile("w+", errors="replace") as output:
+            # A group of its own: Ctrl-C reaches it through us, once, and not in the middle of its own clean-up.
+            child = subprocess.Popen(
+                self.command(run), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                pass_fds=(lock.fileno(),), process_group=0,
+            )  # fmt: skip
+            try:
+                while child.poll() is None:
+                    order = [run, *(other for other in self.left if other is not run)]
+                    left = format_seconds(self.estimate.left(order, time.perf_counter() - begin))
+                    self.bar.update(self.task, description=run.name, left=left)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(timeout=1)
+            finally:
+                if child.poll() is None:
+                    child.terminate()
+                    try:
+                        child.wait(timeout=20)
+                    except subprocess.TimeoutExpired:
+                        child.kill()
+                        child.wait()
+            output.seek(0)
+            return child.returncode, "\n".join(output.read().splitlines()[-TAIL_LINES:]) + "\n"
+
+
+def _stop(signum: int, frame: Any) -> None:
+    raise SystemExit(128 + signum)  # through the clean-up, which ends the run's process
+
+
+def main() -> None:
+    """Flags -> library calls."""
+    console = program.console()
+    runs, root = runs_from_flags(), Path(FLAGS.root)
+    command = train_command(root, FLAGS.data_dir)
+    sweep = Sweep(root, runs, command, console)
+    cells = len({run.settings for run in runs})
+    left = format_seconds(sweep.estimate.left(sweep.left))
+    console.print(f"{len(runs)} runs of {cells} cells: {len(runs) - len(sweep.left)} done, {len(sweep.left)} left, "
+                  f"about {left}")  # fmt: skip
+    if FLAGS.dry_run:
+        for run in sweep.left:
+            console.print(shlex.join(command(run)), soft_wrap=True, highlight=False, markup=False)
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
+    try:
+        failed = sweep.make()
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; the same command goes on")
+        raise SystemExit(130) from None
+    rows = make_rows(root, runs)
+    write_atomically(root / "table.json", json.dumps({"rows": rows}, indent=1) + "\n")
+    console.print(outcome_table(rows))
+    console.print(f"written: {root}/table.json")
+    if failed:
+        console.print(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again:")
+        for run in failed:
+            console.print(f"  {root / run.name}.failure.txt", soft_wrap=True)
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    define_flags()
+    program.start(main)
