@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dsb_jax import checkpoint, data
+from dsb_jax import checkpoint, data, flops, models
 from dsb_jax.adapt import Report, adapt_step
 from dsb_jax.recipe import Assembly, Recipe, assemble
 from dsb_jax.schedules import update_due
@@ -289,6 +289,7 @@ def summarize(
         "train_loss": trains[-1]["loss"],
         **measure_sparsity(assembly, state),
         "bytes": count_bytes(state),
+        "flops": measure_flops(recipe, assembly),
         "adaptations": len(adapts),
         "accepted_growth": sum(e["accepted"] for e in adapts) / max(1, sum(e["requested"] for e in adapts))
         if adapts
@@ -303,6 +304,22 @@ def summarize(
                      "optax": optax.__version__},
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
     }  # fmt: skip
+
+
+def measure_flops(recipe: Recipe, assembly: Assembly) -> dict[str, float]:
+    """`train_ratio` and `inference_ratio`: operations against the dense model of the recipe, see `dsb_jax.flops`."""
+    share = flops.share_of_adaptations(
+        total_steps=recipe.total_steps, update_interval=recipe.update_interval,
+        update_end_step=recipe.update_end_step, batch_size=recipe.batch_size, adapt_batch_size=recipe.adapt_batch_size,
+    )  # fmt: skip
+    return flops.measure(
+        assembly.model,
+        assembly.plan,
+        models.create(recipe.model, num_classes=recipe.num_classes),
+        recipe.image_shape,
+        statistic=assembly.method.statistic,
+        adapt_share=share,
+    )
 
 
 def measure_sparsity(assembly: Assembly, state: TrainState) -> dict[str, Any]:

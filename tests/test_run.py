@@ -69,6 +69,8 @@ def test_the_summary_holds_what_is_promised(finished):
     assert 0 < summary["accepted_growth"] <= 1
     assert 0 <= summary["collateral"] < 1
     assert 0.1 < summary["exploration"] < 1
+    # Training costs more than inference for 5 adaptations in 30 steps, each with one dense weight gradient.
+    assert 0.1 < summary["flops"]["inference_ratio"] < summary["flops"]["train_ratio"] < 0.3
     assert summary["adaptations"] == 5  # steps 4, 8, ..., 20 of 30, T_end = 24
     assert Recipe.from_json(summary["recipe"]) == recipe
 
