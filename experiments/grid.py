@@ -15,7 +15,7 @@ from dsb_jax import models
 from dsb_jax.recipe import Recipe, check_recipe, make_method
 from experiments.flags import default_values, parse_block_shape
 
-ALL_METHODS = ("dense", "small_dense", "ssb", "set", "rigl", "topkast", "dsb")
+ALL_METHODS = ("dense", "small_dense", "ssb", "set", "rigl", "dsb")
 SPARSITIES = (0.8, 0.9, 0.95)
 
 # Names of a recipe's fields -> the values to combine. Each part of a grid is a product; `common` holds for all parts.
