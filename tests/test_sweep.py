@@ -61,7 +61,7 @@ def test_the_digits_preset_runs_shared_cells_once():
     runs = grid.preset_runs("digits")
     # dense once for all sparsities; the parts share dsb at 16x16 with each other, ssb at 16x16, block_gradient at 0.9
     cells = {run.settings for run in runs}
-    assert len(cells) == (1 + 6 * 3) + 3 + 3 + 1 + 2 * 2 * 3
+    assert len(cells) == (1 + 5 * 3) + 3 + 3 + 1 + 2 * 2 * 3
     assert len(runs) == 5 * len(cells)
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)  # the whole grid with one seed comes first
 
