@@ -22,7 +22,7 @@ from dsb_jax.layout import BlockLayout, block_group, block_rows, real_rows, row_
 from dsb_jax.methods.base import LayerReport, Method
 from dsb_jax.ops.probes import make_probe
 from dsb_jax.train import Loss, cross_entropy, forward, step_key
-from dsb_jax.train_state import Path, TrainState, layouts, leaf_at, with_layouts
+from dsb_jax.train_state import Path, TrainState, kept_beside, layouts, leaf_at, with_layouts
 
 Report = dict[str, LayerReport]
 
@@ -105,30 +105,46 @@ def update_layers(
     blocks: Mapping[Path, jax.Array],
     old: Mapping[Path, BlockLayout],
     statistics: Mapping[Path, Any],
-) -> tuple[dict[Path, BlockLayout], Report]:
-    """New layouts and report of every layer. Layers of one signature share one compiled loop."""
-    method_update = method.update
+) -> tuple[dict[Path, BlockLayout], Report, dict[Path, Any]]:
+    """New layouts, report, and what `method.exchange` returns for every layer (statistics are what is kept then).
+
+    Layers of one signature share one compiled loop.
+    """
+    method_update, exchange = method.update, method.exchange
     assert method_update is not None
+
+    def update(key: jax.Array, blocks: jax.Array, layout: BlockLayout, statistic: Any) -> Any:
+        layout_and_report = method_update(key, step, blocks, layout, statistic)
+        return *layout_and_report, exchange and exchange(blocks, layout, layout_and_report[0], statistic)
+
     same: dict[tuple[Any, ...], list[Path]] = {}
     for path in old:
         same.setdefault(_signature(blocks[path], old[path]), []).append(path)
     new: dict[Path, BlockLayout] = {}
     report: Report = {}
+    exchanged: dict[Path, Any] = {}
     keys = dict(zip(old, jax.random.split(key, max(len(old), 1)), strict=False))
     zero = jnp.minimum(step, 0)
     for paths in same.values():
         args = [(keys[p], blocks[p], old[p], statistics.get(p)) for p in paths]
-        results = _one_by_one(lambda k, b, layout, statistic: method_update(k, step, b, layout, statistic), args, zero)
+        results = _one_by_one(update, args, zero)
         zero = jnp.minimum(results[0].out_idx[0, 0, 0], 0)
         for i, path in enumerate(paths):
-            new[path], report["/".join(path)] = jax.tree.map(lambda leaf, i=i: leaf[i], results)
-    return new, report
+            new[path], report["/".join(path)], swapped = jax.tree.map(lambda leaf, i=i: leaf[i], results)
+            if swapped is not None:
+                exchanged[path] = swapped
+    return new, report, exchanged
 
 
 def repack_state(
-    state: TrainState, new: Mapping[Path, BlockLayout], optimizer: optax.GradientTransformation
+    state: TrainState,
+    new: Mapping[Path, BlockLayout],
+    optimizer: optax.GradientTransformation,
+    exchanged: Mapping[Path, Any] | None = None,
 ) -> TrainState:
     """Repacks the blocks and every block-shaped leaf of the optimizer state, for any optax optimizer.
+
+    Where something is `exchanged`, (blocks, what is kept beside) by layer, these are the blocks.
 
     Raises:
       NotImplementedError: if the optimizer keeps a state for blocks that has another shape than they have.
@@ -150,14 +166,20 @@ def repack_state(
             )
         return _take(leaf, origin[path[:-1]])
 
+    def place(leaf: Any, name: str) -> Any:
+        layer = tuple(name.split("/"))[:-1]
+        return (
+            exchanged[layer][0] if exchanged and layer in exchanged and name.endswith("/blocks") else move(leaf, name)
+        )
+
     names = jax.tree_util.tree_map_with_path(lambda path, _: "/".join(key.key for key in path), state.params)
     return TrainState(
-        params=jax.tree.map(move, state.params, names),
+        params=jax.tree.map(place, state.params, names),
         batch_stats=state.batch_stats,
         opt_state=optax.tree_utils.tree_map_params(
             optimizer, move, state.opt_state, names, is_leaf=lambda node: isinstance(node, optax.MaskedNode)
         ),
-        topology=with_layouts(state.topology, new),
+        topology=with_layouts(state.topology, new, {path: beside for path, (_, beside) in (exchanged or {}).items()}),
         step=state.step,
         key=state.key,
     )
@@ -204,5 +226,7 @@ def adapt_step(
         statistics = measure(state, images, labels, model=model, kind=method.statistic, loss=loss)
     blocks = {path: leaf_at(state.params, (*path, "blocks")) for path in old}
     key = jax.random.fold_in(step_key(state), 1)  # apart from the key of the training step
-    new, report = update_layers(method, key, state.step, blocks, old, statistics)
-    return repack_state(state, new, optimizer), report
+    if method.exchange is not None:
+        statistics = {path: kept_beside(state.topology, path) for path in old}
+    new, report, exchanged = update_layers(method, key, state.step, blocks, old, statistics)
+    return repack_state(state, new, optimizer, exchanged), report

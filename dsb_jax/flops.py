@@ -5,7 +5,7 @@ dense forward product, takes per training step
 
     forward          d
     input gradient   d
-    weight gradient  d, and for Top-KAST d + M (Jayakumar et al. 2020: the backward set is larger than the forward one)
+    weight gradient  d; Top-KAST has d + M/N (Jayakumar et al. 2020: more weights have a gradient)
 
 of which the dense model takes 1 + 1 + 1. An adaptation runs on `adapt_batch_size` images of a batch, every
 `update_interval` steps until `update_end_step`, and is spread over all steps. It takes by what the method measures
@@ -107,7 +107,7 @@ def count_sparse(
     *,
     statistic: str | None = None,
     adapt_share: float = 0.0,
-    extra_gradient: float = 0.0,
+    backward_factor: float = 1.0,
 ) -> dict[Path, LayerFlops]:
     """Every layer of a plan with the weights that it stores.
 
@@ -116,14 +116,15 @@ def count_sparse(
       positions: as `find_positions` gives them.
       statistic: what adaptations measure, a name of `STATISTIC_PRODUCTS`; None for nothing.
       adapt_share: images that adaptations run on over images trained on, see `share_of_adaptations`.
-      extra_gradient: M of Top-KAST over the layer's size: the share of weights that have gradients but are not active.
+      backward_factor: weights that have a gradient over active ones, more than 1 for Top-KAST.
 
     Raises:
       ValueError: if a share is not in [0, 1], or the statistic is unknown.
     """
-    for name, value in (("adapt_share", adapt_share), ("extra_gradient", extra_gradient)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} is not a share; give 0 to 1.")
+    if not 0 <= adapt_share <= 1:
+        raise ValueError(f"adapt_share={adapt_share} is not a share; give 0 to 1.")
+    if not backward_factor >= 1:
+        raise ValueError(f"backward_factor={backward_factor} is below 1; active weights have a gradient.")
     if statistic is not None and statistic not in STATISTIC_PRODUCTS:
         raise ValueError(f"statistic={statistic!r} is unknown; choose one of {', '.join(STATISTIC_PRODUCTS)}.")
     counted = {}
@@ -131,7 +132,7 @@ def count_sparse(
         dense = float(layer.shape.size * positions[layer.path])
         density = plan.num_active(layer) / layer.shape.size
         sparse = layer.num_blocks is not None
-        gradient = min(1.0, density + extra_gradient) if sparse else 1.0
+        gradient = min(1.0, density * backward_factor) if sparse else 1.0
         adaptation = 0.0
         if statistic is not None:
             adaptation = adapt_share * (2 * density + (STATISTIC_PRODUCTS[statistic] if sparse else 0.0))

@@ -26,6 +26,9 @@ OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "step", "constant")
 DTYPES = ("float32", "bfloat16")
 
+# Fields added after the first release of checkpoints. Their defaults must stay what was done before there was a choice.
+_YOUNGER = ("backward_factor",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -38,6 +41,7 @@ class Recipe:
     Attributes:
       image_shape, num_classes: of the data; filled in from the data set.
       update_end_fraction: T_end as a fraction of all training steps.
+      backward_factor: of Top-KAST, weights that have a gradient over active ones.
       adapt_batch_size: images of the batch that an adaptation measures its statistics on, at most.
       keep_dense: patterns of paths that stay dense, see `dsb_jax.plan`.
       learning_rate_schedule: "cosine" to zero, "step" (times 0.1 at 50 % and 75 %), or "constant".
@@ -61,6 +65,7 @@ class Recipe:
     drop_fraction: float = 0.3
     update_interval: int = 40
     update_end_fraction: float = 0.75
+    backward_factor: float = 2.0
     adapt_batch_size: int = 32
     epochs: int = 24
     total_steps: int = 1056
@@ -87,14 +92,13 @@ class Recipe:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Recipe":
-        """The inverse of `to_json`.
+        """The inverse of `to_json`. Fields that are younger than the JSON have their defaults, as it was then.
 
         Raises:
-          ValueError: if a name is unknown or missing.
+          ValueError: if a name is unknown, or one is missing that always was there.
         """
         names = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != names:
-            odd = sorted(set(values) ^ names)
+        if odd := sorted((set(values) ^ names) - (set(_YOUNGER) - set(values))):
             raise ValueError(f"the recipe has unknown or missing fields {odd}; it was made by another version.")
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**fields)
@@ -158,6 +162,8 @@ def make_method(recipe: Recipe) -> Method:
     if recipe.method in ("rigl", "set"):
         adaptive = {"rigl": methods.rigl, "set": methods.set_}[recipe.method]
         return adaptive(update_end_step=max(recipe.update_end_step, 1), alpha=recipe.drop_fraction)
+    if recipe.method == "topkast":
+        return methods.topkast(backward_factor=recipe.backward_factor)
     return {"ssb": methods.ssb, "dense": methods.dense, "small_dense": methods.small_dense}[recipe.method]()
 
 
@@ -245,6 +251,8 @@ def assemble(recipe: Recipe) -> Assembly:
         if method.unstructured:
             plan = unstructured(plan)
         sparse: dict[str, Any] = {"plan": plan, "implementation": recipe.implementation, "init_layout": method.init}
+        if method.store is not None:
+            sparse |= {"store": method.store, "exploration": recipe.weight_decay}
         create = functools.partial(
             create, conv=functools.partial(SparseConv, **sparse), dense=functools.partial(SparseDense, **sparse)
         )

@@ -7,24 +7,38 @@ import jax
 import numpy as np
 
 from dsb_jax.layout import BlockLayout
-from dsb_jax.train_state import Path, TrainState, layouts
+from dsb_jax.train_state import Path, TrainState, kept_beside, layouts
 
 
-def active_positions(layout: BlockLayout) -> np.ndarray:
-    """int64[num_active]: flat positions `row * in + column` of the real weights, on the host."""
+def active_positions(layout: BlockLayout, forward_mask: jax.Array | None = None) -> np.ndarray:
+    """int64[num_active]: flat positions `row * in + column` of the real weights, on the host.
+
+    With a `forward_mask` (Top-KAST) those that the layer computes with.
+    """
     out_idx, in_idx, start = (np.asarray(a) for a in (layout.out_idx, layout.in_idx, layout.group_start))
     rows = out_idx[np.repeat(np.arange(layout.num_groups), np.diff(start))]
     flat = rows[:, :, None].astype(np.int64) * layout.shape[1] + in_idx[:, None, :]
-    return flat[np.broadcast_to(rows[:, :, None] < layout.shape[0], flat.shape)]
+    active = rows[:, :, None] < layout.shape[0]
+    if forward_mask is not None:
+        active &= np.asarray(forward_mask)
+    return flat[np.broadcast_to(active, flat.shape)]
+
+
+def _positions(state: TrainState) -> dict[Path, np.ndarray]:
+    masks = {path: kept_beside(state.topology, path).get("forward_mask") for path in layouts(state.topology)}
+    return {path: active_positions(layout, masks[path]) for path, layout in layouts(state.topology).items()}
 
 
 def count_active(state: TrainState) -> dict[Path, int]:
     """Distinct active positions of each sparse layer, counted from its index arrays."""
-    return {path: np.unique(active_positions(layout)).size for path, layout in layouts(state.topology).items()}
+    return {path: np.unique(positions).size for path, positions in _positions(state).items()}
 
 
 def count_bytes(state: TrainState) -> dict[str, int]:
-    """Bytes held by the arrays of `params`, `opt_state` and `topology`, and by the gradient of `params`."""
+    """Bytes held by the arrays of `params`, `opt_state` and `topology`, and by the gradient of `params`.
+
+    Weights that are kept beside a layout (Top-KAST's reserve) count as params.
+    """
 
     def nbytes(tree: Any) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -32,11 +46,12 @@ def count_bytes(state: TrainState) -> dict[str, int]:
     # The gradient has the structure of what is differentiated; nothing of it is stored between steps.
     gradient = jax.eval_shape(jax.grad(lambda p: sum(leaf.astype("float32").sum() for leaf in jax.tree.leaves(p))),
                               state.params)  # fmt: skip
+    reserve = nbytes([kept_beside(state.topology, path).get("reserve", ()) for path in layouts(state.topology)])
     return {
-        "params": nbytes(state.params),
+        "params": nbytes(state.params) + reserve,
         "grads": nbytes(gradient),
         "opt_state": nbytes(state.opt_state),
-        "topology": nbytes(state.topology),
+        "topology": nbytes(state.topology) - reserve,
     }
 
 
@@ -52,10 +67,11 @@ class Explored:
 
     def update(self, state: TrainState) -> None:
         """Adds what is active now."""
+        active = _positions(state)
         for path, layout in layouts(state.topology).items():
             name, size = "/".join(path), layout.shape[0] * layout.shape[1]
             now = np.zeros(size, bool)
-            now[active_positions(layout)] = True
+            now[active[path]] = True
             packed = np.packbits(now)
             self.bits[name] = packed | self.bits[name] if name in self.bits else packed
             self._sizes[name] = size

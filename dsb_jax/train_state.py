@@ -23,7 +23,7 @@ class TrainState:
       params: floats. A sparse layer holds `blocks[num_blocks, R, C]` where a dense one holds `kernel`.
       batch_stats: running statistics of batch norm.
       opt_state: of any optax optimizer; moments of blocks have the shape of blocks.
-      topology: {..., layer: {"layout": BlockLayout}}, integers.
+      topology: {..., layer: {"layout": BlockLayout}}, integers; with Top-KAST also what a layer keeps beside it.
       step: int32[], training steps done.
       key: uint32[2], the data of the run's PRNG key; steps derive theirs by folding in `step`.
     """
@@ -61,16 +61,28 @@ def create_train_state(
 def layouts(topology: Mapping[str, Any]) -> dict[Path, BlockLayout]:
     """Path of each sparse layer -> its layout."""
     leaves = jax.tree_util.tree_leaves_with_path(topology, is_leaf=lambda leaf: isinstance(leaf, BlockLayout))
-    return {tuple(key.key for key in path[:-1]): leaf for path, leaf in leaves}
+    return {tuple(key.key for key in path[:-1]): leaf for path, leaf in leaves if isinstance(leaf, BlockLayout)}
 
 
-def with_layouts(topology: Mapping[str, Any], new: Mapping[Path, BlockLayout]) -> Any:
-    """The topology with some layouts replaced."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: new.get(tuple(key.key for key in path[:-1]), leaf),
-        topology,
-        is_leaf=lambda leaf: isinstance(leaf, BlockLayout),
-    )
+def kept_beside(topology: Mapping[str, Any], path: Path) -> dict[str, jax.Array]:
+    """What a sparse layer keeps beside its layout: nothing, or by name what its method needs."""
+    return {name: value for name, value in leaf_at(topology, path).items() if not isinstance(value, BlockLayout)}
+
+
+def with_layouts(
+    topology: Mapping[str, Any],
+    new: Mapping[Path, BlockLayout],
+    beside: Mapping[Path, Mapping[str, jax.Array]] | None = None,
+) -> Any:
+    """The topology with some layouts replaced, and what is kept beside them."""
+
+    def replaced(path: tuple[Any, ...], leaf: Any) -> Any:
+        *layer, name = (key.key for key in path)
+        if isinstance(leaf, BlockLayout):
+            return new.get(tuple(layer), leaf)
+        return (beside or {}).get(tuple(layer), {}).get(name, leaf)
+
+    return jax.tree_util.tree_map_with_path(replaced, topology, is_leaf=lambda leaf: isinstance(leaf, BlockLayout))
 
 
 def leaf_at(tree: Any, path: Path) -> Any:
@@ -92,7 +104,8 @@ def dense_params(state: TrainState) -> Any:
             return tree
         converted = {name: convert(value, (*path, name)) for name, value in tree.items()}
         if "blocks" in converted:
-            converted["kernel"] = unpack(converted.pop("blocks"), found[path]).T
+            blocks = jnp.where(kept_beside(state.topology, path).get("forward_mask", True), converted.pop("blocks"), 0)
+            converted["kernel"] = unpack(blocks, found[path]).T
         return converted
 
     found = layouts(state.topology)

@@ -52,6 +52,7 @@ def define() -> None:
     flags.DEFINE_bool("block_aware_drop", True, "Drop only weights whose loss can free structure.")
     flags.DEFINE_integer("min_group_blocks", 0, "Blocks that every row group keeps when re-blocking.")
     flags.DEFINE_float("drop_fraction", 0.3, "Share of the weights dropped at the first adaptation, in [0, 1].")
+    flags.DEFINE_float("backward_factor", 2.0, "Of topkast: weights that have a gradient over active ones, at least 1.")
     flags.DEFINE_integer("update_interval", None, "Steps between adaptations; by default 100, fewer in a short run.")
     flags.DEFINE_integer("adapt_batch_size", 32, "Images of a batch that an adaptation measures on, at most.")
     flags.DEFINE_float("update_end_fraction", None, "Adaptations end after this fraction of all steps.")

@@ -15,7 +15,7 @@ from dsb_jax import models
 from dsb_jax.recipe import Recipe, check_recipe, make_method
 from experiments.flags import default_values, parse_block_shape
 
-ALL_METHODS = ("dense", "small_dense", "ssb", "set", "rigl", "dsb")
+ALL_METHODS = ("dense", "small_dense", "ssb", "set", "rigl", "topkast", "dsb")
 SPARSITIES = (0.8, 0.9, 0.95)
 
 # Names of a recipe's fields -> the values to combine. Each part of a grid is a product; `common` holds for all parts.
@@ -71,6 +71,10 @@ def _without_effect(settings: Mapping[str, Any]) -> set[str]:
         idle.add("block_aware_drop")
     if method in ("dense", "small_dense", "ssb"):
         idle.update(_OF_ADAPTING)
+    if method == "topkast":
+        idle.update(("drop_fraction", "adapt_batch_size"))
+    else:
+        idle.add("backward_factor")
     if method == "dense":
         idle.update(_OF_SPARSITY)
     return idle
@@ -108,6 +112,10 @@ class Run:
     def matches(self, recipe: Mapping[str, Any]) -> bool:
         """Whether a summary's recipe is this run's, up to what depends on the data."""
         own = self.recipe.to_json()
+        try:
+            recipe = Recipe.from_json(dict(recipe)).to_json()  # with the fields that are younger than the summary
+        except ValueError:
+            return False
         unknown = set(FROM_DATA)
         if own["dataset"] != "digits" and "update_interval" not in dict(self.settings):
             unknown.add("update_interval")  # shorter in a short run, see experiments/flags.py

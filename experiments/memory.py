@@ -8,6 +8,7 @@ N is the number of weights of the sparse layers in dense form, d their density. 
               weights   gradients    weights   gradients
     dsb       Nd        Nd           Nd        Nd
     rigl      Nd        Nd           Nd        N
+    topkast   N         Nd + M       N         -
 
 Weights, gradients and moments are those of the layers that the plan makes sparse, as in the paper; what stays dense
 beside them (stem, head, norms) is reported apart, `dense_rest_bytes`. Gradients of the training step have the shapes of
@@ -30,7 +31,7 @@ from dsb_jax import methods
 from dsb_jax.adapt import adapt_step, measure
 from dsb_jax.recipe import Assembly, Recipe, assemble
 from dsb_jax.train import train_step
-from dsb_jax.train_state import TrainState, create_train_state, layouts, leaf_at
+from dsb_jax.train_state import TrainState, create_train_state, kept_beside, layouts, leaf_at
 from experiments import program, timing
 from experiments.flags import parse_block_shape
 
@@ -78,16 +79,19 @@ def account(recipe: Recipe) -> list[dict[str, Any]]:
         sparse = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params) if path[-1].key == "kernel"]
         dense_weights = active = sum(leaf.size for leaf in sparse)
     weights = nbytes(sparse)
-    # Every moment of a weight has the weight's shape.
+    # Gradients and moments are those of what is differentiated; a reserve of weights (Top-KAST) has none.
+    reserve = nbytes([kept_beside(state.topology, path).get("reserve", ()) for path in held])
     moments = (nbytes(state.opt_state) // nbytes(state.params)) * weights
     common: dict[str, Any] = {
         "method": recipe.method, "model": recipe.model, "sparsity": recipe.sparsity, "optimizer": recipe.optimizer,
-        "weights_bytes": weights, "moments_bytes": moments, "index_bytes": nbytes(state.topology),
-        "index_share": nbytes(state.topology) / weights, "dense_rest_bytes": nbytes(state.params) - weights,
-        "formula_weights_bytes": 4 * active,
+        "weights_bytes": weights + reserve, "moments_bytes": moments, "index_bytes": nbytes(state.topology) - reserve,
+        "index_share": (nbytes(state.topology) - reserve) / (weights + reserve),
+        "dense_rest_bytes": nbytes(state.params) - weights,
+        "formula_weights_bytes": 4 * (dense_weights if recipe.method == "topkast" else active),
     }  # fmt: skip
+    backward = min(assembly.method.backward_factor * active, dense_weights)  # Nd + M
     rows: list[dict[str, Any]] = [
-        {**common, "phase": "training", "gradients_bytes": weights, "formula_gradients_bytes": 4 * active}
+        {**common, "phase": "training", "gradients_bytes": weights, "formula_gradients_bytes": round(4 * backward)}
     ]
     if assembly.method.update is not None:
         statistics = 0

@@ -319,6 +319,7 @@ def measure_flops(recipe: Recipe, assembly: Assembly) -> dict[str, float]:
         recipe.image_shape,
         statistic=assembly.method.statistic,
         adapt_share=share,
+        backward_factor=assembly.method.backward_factor,
     )
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from dsb_jax.ops import record_choices
 from dsb_jax.recipe import Assembly, Recipe
-from dsb_jax.train_state import TrainState, layouts, leaf_at
+from dsb_jax.train_state import TrainState, kept_beside, layouts, leaf_at
 from experiments.run import measure_sparsity
 
 
@@ -36,11 +36,14 @@ def layer_table(recipe: Recipe, assembly: Assembly, state: TrainState) -> Table:
     # With a plan every layer records what it chose, in the order of the forward pass.
     paths = list(choices) if assembly.plan else _kernels(state.params)
     reasons = {layer.path: layer.reason for layer in assembly.plan.layers} if assembly.plan else {}
+    layers = assembly.plan.sparse_layers if assembly.plan else ()
+    densities = {layer.path: assembly.plan.num_active(layer) / layer.shape.size for layer in layers if assembly.plan}
     for path in paths:
         params = leaf_at(state.params, path)
         layout = found.get(path)
         weights = params["kernel" if layout is None else "blocks"]
-        nbytes = weights.nbytes + (0 if layout is None else sum(a.nbytes for a in jax.tree.leaves(layout)))
+        kept = () if layout is None else (layout, kept_beside(state.topology, path))
+        nbytes = weights.nbytes + sum(a.nbytes for a in jax.tree.leaves(kept))
         if layout is None:
             out = weights.shape[-1]
             row = (f"{out} x {weights.size // out}", "1", "-", f"dense ({reasons.get(path, 'dense model')})")
@@ -48,7 +51,7 @@ def layer_table(recipe: Recipe, assembly: Assembly, state: TrainState) -> Table:
             choice = choices[path]
             row = (
                 f"{layout.shape[0]} x {layout.shape[1]}",
-                f"{layout.density:.4f}",
+                f"{densities[path]:.4f}",
                 str(layout.num_blocks),
                 f"{choice.implementation} ({choice.reason})",
             )

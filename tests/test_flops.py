@@ -48,11 +48,11 @@ def test_what_an_adaptation_adds(statistic, of_conv, of_head):
 
 
 def test_topkast_has_gradients_of_more_weights():
-    conv, head = conv_and_head(extra_gradient=0.1)
+    conv, head = conv_and_head(backward_factor=1.4)
     assert conv.weight_gradient == pytest.approx(0.35 * CONV)
     assert conv.train_ratio == pytest.approx((0.25 + 0.25 + 0.35) / 3)
     assert head.weight_gradient == HEAD
-    assert conv_and_head(extra_gradient=0.9)[0].weight_gradient == CONV  # never more than all
+    assert conv_and_head(backward_factor=5)[0].weight_gradient == CONV  # never more than all
 
 
 def test_the_whole_model_by_hand():
@@ -73,7 +73,7 @@ def test_the_share_of_adaptations():
     assert share == pytest.approx(7 / 100)
 
 
-@pytest.mark.parametrize("how", [{"adapt_share": 1.5}, {"extra_gradient": -0.1}, {"statistic": "magic"}])
+@pytest.mark.parametrize("how", [{"adapt_share": 1.5}, {"backward_factor": 0.9}, {"statistic": "magic"}])
 def test_impossible_costs_are_refused(how):
     with pytest.raises(ValueError, match=f"{next(iter(how))}="):
         flops.count_sparse(PLAN, POSITIONS, **how)

@@ -38,6 +38,10 @@ def test_table_three(results):
         assert row["weights_bytes"] + row["dense_rest_bytes"] < 0.15 * dense["weights_bytes"]
         assert row["deviation_weights"] == row["deviation_gradients"] == 0
         assert (row["index_share"] < 0.07) == (method in ("dsb", "ssb"))
+    row = results["topkast", "training"]
+    assert row["weights_bytes"] == 4 * (64 * 288 + 128 * 576 + 128 * 1152) == row["formula_weights_bytes"]  # N
+    assert row["gradients_bytes"] == row["moments_bytes"] == 2 * active == row["formula_gradients_bytes"]  # Nd + M
+    assert results["topkast", "adaptation"]["gradients_bytes"] == 0
     assert ("ssb", "adaptation") not in results  # it never adapts
     # The convnet's sparse layers are 64x288, 128x576 and 128x1152: N of them all, and one of R rows each.
     positions = 64 * 288 + 128 * 576 + 128 * 1152

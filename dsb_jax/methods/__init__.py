@@ -10,5 +10,6 @@ from dsb_jax.methods.rigl import rigl as rigl
 from dsb_jax.methods.set import set_ as set_
 from dsb_jax.methods.small_dense import small_dense as small_dense
 from dsb_jax.methods.ssb import ssb as ssb
+from dsb_jax.methods.topkast import topkast as topkast
 
-METHODS = ("dsb", "ssb", "rigl", "set", "dense", "small_dense")
+METHODS = ("dsb", "ssb", "rigl", "set", "topkast", "dense", "small_dense")

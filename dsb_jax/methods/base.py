@@ -7,6 +7,8 @@ import jax
 
 from dsb_jax.layout import BlockLayout
 
+Beside = dict[str, jax.Array]  # what a layer keeps beside its layout, by name
+
 
 class LayerReport(NamedTuple):
     """What one adaptation did to one layer; scalars.
@@ -37,6 +39,11 @@ class Method(NamedTuple):
         changes. It must be jit-able, keep every static size, and hold no more than one layer in dense form.
       statistic: which probe of `dsb_jax.ops.probes` the update needs, or None for none.
       unstructured: layers store single weights, blocks of 1x1, as many as the plan's blocks hold.
+      store: `(weights[out, in], num_active) -> (BlockLayout, blocks, Beside)` for a layer that keeps more than its
+        active weights: how it holds a first draw of all of them; or None. `init` is not asked then.
+      exchange: with `store`, `(blocks, old, new, Beside) -> (blocks, Beside)` after an update from layout `old` to
+        `new`: what is kept changes places. The `update` gets what is kept as its `statistic`.
+      backward_factor: weights that have a gradient over those that the layer computes with.
       equal_width: whether a dense model is made narrower, until it has as many weights as the sparse one would have.
     """
 
@@ -47,3 +54,6 @@ class Method(NamedTuple):
     statistic: str | None
     unstructured: bool = False
     equal_width: bool = False
+    store: Callable[..., tuple[BlockLayout, jax.Array, Beside]] | None = None
+    exchange: Callable[..., tuple[jax.Array, Beside]] | None = None
+    backward_factor: float = 1.0

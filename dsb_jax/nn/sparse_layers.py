@@ -24,8 +24,9 @@ from jaxtyping import Array, Float
 
 from dsb_jax.distributions import LayerShape, to_blocks
 from dsb_jax.layout import BlockLayout, block_group, pack, random_layout
+from dsb_jax.nn.forward_set import forward_set
 from dsb_jax.ops import choose, sparse_conv, sparse_matmul
-from dsb_jax.ops.dense import conv_general_dilated, convolve
+from dsb_jax.ops.dense import add_bias, conv_general_dilated, convolve
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, Choice, check_implementation, record
 from dsb_jax.ops.probes import observe
 from dsb_jax.plan import SparsityPlan
@@ -55,8 +56,10 @@ def _num_blocks(layer: "SparseDense | SparseConv", shape: LayerShape) -> tuple[i
 def _blocks_and_layout(
     layer: Any, shape: LayerShape, num_blocks: int, block_shape: tuple[int, int], channels: int
 ) -> tuple[jax.Array, BlockLayout]:
-    """The layer's parameter and topology, drawn at initialization."""
+    """The layer's parameter and topology, drawn at initialization; the blocks as the layer computes with them."""
     matrix = (shape.out, shape.in_)
+    if layer.store is not None:
+        return _stored(layer, shape, num_blocks, channels)
     layout = layer.variable(
         "topology",
         "layout",
@@ -72,6 +75,27 @@ def _blocks_and_layout(
     return layer.param("blocks", init), layout
 
 
+def _stored(layer: Any, shape: LayerShape, num_active: int, channels: int) -> tuple[jax.Array, BlockLayout]:
+    """As `_blocks_and_layout` for a layer that keeps more weights than it computes with (Top-KAST).
+
+    All weights are drawn together, as dense ones, because their magnitudes decide on the first topology.
+    """
+    drawn: list[Any] = []
+
+    def draw(key: jax.Array) -> Any:
+        kernel = layer.kernel_init(key, (*shape.kernel_size, channels, shape.out), layer.param_dtype)
+        return layer.store(kernel.reshape(-1, shape.out).T, num_active)
+
+    if not layer.has_variable("topology", "layout"):
+        drawn.append(draw(layer.make_rng("params")))
+        for name, value in drawn[0][2].items():
+            layer.variable("topology", name, lambda value=value: value)
+    layout = layer.variable("topology", "layout", lambda: drawn[0][0]).value
+    blocks = layer.param("blocks", lambda key: (drawn[0] if drawn else draw(key))[1])
+    penalty = layer.exploration * (shape.size / num_active - 1)  # the optimizer's weight decay is the 1
+    return forward_set(blocks, layer.get_variable("topology", "forward_mask"), penalty), layout
+
+
 class SparseDense(nn.Dense):
     """`nn.Dense` with shuffled-block weights.
 
@@ -83,6 +107,8 @@ class SparseDense(nn.Dense):
       implementation: "auto", "pallas", "triton", "xla", "dense" or "reference"; see `dsb_jax.ops.dispatch`.
       feature_major: inputs and outputs are [in, N] and [out, N].
       init_layout: `(key, shape, *, block_shape, num_blocks) -> BlockLayout`, the first topology.
+      store: of a method that keeps more than the active weights, `Method.store`; instead of `init_layout`.
+      exploration: with `store`, the weight decay of active weights, from which that of the others follows.
     """
 
     density: float | None = None
@@ -92,6 +118,8 @@ class SparseDense(nn.Dense):
     implementation: str = "auto"
     feature_major: bool = False
     init_layout: Callable[..., BlockLayout] = random_layout
+    store: Callable[..., Any] | None = None
+    exploration: float = 0.0
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "... in"]) -> Float[Array, "... out"]:
@@ -118,7 +146,7 @@ class SparseDense(nn.Dense):
         )
         record(self.path, choice)
         y = sparse_matmul(
-            x, blocks, layout, implementation=choice.implementation, feature_major=self.feature_major,
+            x, blocks, layout, bias=bias, implementation=choice.implementation, feature_major=self.feature_major,
             precision=self.precision, tiles=choice.tiles,
         )  # fmt: skip
         if self.has_variable("probes", "statistic"):
@@ -128,9 +156,7 @@ class SparseDense(nn.Dense):
                 geometry=matmul_geometry(in_features), feature_major=True,
             )[:, 0, 0, :]  # fmt: skip
             y = flat_y if self.feature_major else flat_y.T.reshape(y.shape)
-        if bias is None:
-            return y
-        return y + jnp.expand_dims(bias, 1 if self.feature_major else range(y.ndim - 1))
+        return y
 
 
 class SparseConv(nn.Conv):
@@ -146,6 +172,8 @@ class SparseConv(nn.Conv):
     implementation: str = "auto"
     feature_major: bool = False
     init_layout: Callable[..., BlockLayout] = random_layout
+    store: Callable[..., Any] | None = None
+    exploration: float = 0.0
     conv_general_dilated: Any = staticmethod(conv_general_dilated)  # of a layer that stays dense
 
     @nn.compact
@@ -167,7 +195,7 @@ class SparseConv(nn.Conv):
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
             x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
             y = convolve(x, kernel, geometry=geometry, feature_major=True, precision=self.precision)
-            return y if bias is None else y + bias[:, None, None, None]
+            return add_bias(y, bias, 0)
         self._refuse_what_is_not_served(kernel_size)
         geometry, x = self._geometry(inputs, kernel_size, channels)
         blocks, layout = _blocks_and_layout(self, shape, num_blocks, block_shape, channels)
@@ -183,14 +211,12 @@ class SparseConv(nn.Conv):
         )  # fmt: skip
         record(self.path, choice, x.size + self.features * math.prod(geometry.output_size(*input_size)) * batch)
         y = sparse_conv(
-            x, blocks, layout, geometry=geometry, implementation=choice.implementation,
+            x, blocks, layout, geometry=geometry, bias=bias, implementation=choice.implementation,
             feature_major=self.feature_major, precision=self.precision, tiles=choice.tiles,
         )  # fmt: skip
         if self.has_variable("probes", "statistic"):
             statistic: Any = self.get_variable("probes", "statistic")
             y = observe(y, x, statistic, layout, geometry=geometry, feature_major=self.feature_major)
-        if bias is not None:
-            y = y + jnp.expand_dims(bias, (1, 2, 3) if self.feature_major else (0, 1, 2))
         return y if self.feature_major else y.reshape(*lead, *y.shape[1:])
 
     def _refuse_what_is_not_served(self, kernel_size: tuple[int, ...]) -> None:

@@ -1,0 +1,208 @@
+"""Top-KAST: what is stored where, an update by hand, and training equal to the dense weights of the paper."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsb_jax import checkpoint
+from dsb_jax.adapt import adapt_step
+from dsb_jax.layout import pack, to_mask, unpack, validate
+from dsb_jax.methods import topkast
+from dsb_jax.methods.topkast import join
+from dsb_jax.nn import SparseConv, SparseDense
+from dsb_jax.nn.forward_set import forward_set
+from dsb_jax.recipe import Recipe, assemble
+from dsb_jax.telemetry import active_positions, count_active, count_bytes
+from dsb_jax.train import train_step
+from dsb_jax.train_state import create_train_state, dense_params, kept_beside, layouts
+from experiments import run as runs
+
+OUT, IN, ACTIVE = 7, 12, 20
+METHOD = topkast(backward_factor=1.5)
+law = settings(max_examples=6)
+
+
+@pytest.fixture(scope="module")
+def store():
+    return jax.jit(METHOD.store, static_argnums=1)
+
+
+@pytest.fixture(scope="module")
+def move():
+    def both(blocks, layout, beside):
+        new, report = METHOD.update(jax.random.key(0), jnp.int32(0), blocks, layout, beside)
+        return new, report, METHOD.exchange(blocks, layout, new, beside)
+
+    return jax.jit(both)
+
+
+def largest(weights, count):
+    """bool[out, in]: the `count` of largest magnitude by numpy, ties by index."""
+    mask = np.zeros(weights.size, bool)
+    mask[np.argsort(-np.abs(weights).ravel(), kind="stable")[:count]] = True
+    return mask.reshape(weights.shape)
+
+
+def check(weights, layout, blocks, beside):
+    """That these are the sets A and B of the weights."""
+    validate(layout)
+    np.testing.assert_array_equal(to_mask(layout), largest(weights, 30))
+    np.testing.assert_array_equal(blocks, pack(jnp.asarray(weights), layout))
+    forward = np.asarray(unpack(beside["forward_mask"].astype(np.float32), layout)) > 0
+    np.testing.assert_array_equal(forward, largest(weights, ACTIVE))
+    assert beside["reserve"].shape == (OUT * IN - 30,)
+    np.testing.assert_array_equal(join(blocks, layout, beside["reserve"]), weights)
+    assert set(active_positions(layout, beside["forward_mask"])) == set(np.flatnonzero(forward))
+
+
+@law
+@given(seed=st.integers(0, 2**16), ties=st.booleans())
+def test_the_sets_and_that_nothing_is_lost(store, move, seed, ties):
+    rng = np.random.default_rng(seed)
+    weights = rng.integers(-3, 4, (OUT, IN)) if ties else rng.standard_normal((OUT, IN))
+    weights = weights.astype(np.float32)
+    layout, blocks, beside = store(jnp.asarray(weights), ACTIVE)
+    check(weights, layout, blocks, beside)
+    trained = blocks + rng.standard_normal(blocks.shape).astype(np.float32)  # those that have a gradient move
+    weights = np.array(join(trained, layout, beside["reserve"]))
+    new, report, (moved, kept) = move(trained, layout, beside)
+    check(weights, new, moved, kept)
+    was = np.asarray(unpack(beside["forward_mask"].astype(np.float32), layout)) > 0
+    entered = (largest(weights, ACTIVE) & ~was).sum()
+    assert report.requested == report.accepted == entered
+    assert report.turnover == pytest.approx(entered / ACTIVE)
+    assert report.collateral == 0
+    assert report.empty_groups == (~largest(weights, ACTIVE).any(axis=1)).sum()
+
+
+def test_an_update_by_hand():
+    method = topkast(backward_factor=2)
+    layout, blocks, beside = method.store(jnp.array([[5.0, -4.0, 1.0], [0.5, 3.0, -2.0]]), 2)
+    assert to_mask(layout).astype(int).tolist() == [[1, 1, 0], [0, 1, 1]]
+    assert blocks.ravel().tolist() == [5, -4, 3, -2]
+    assert beside["forward_mask"].ravel().tolist() == [True, True, False, False]
+    assert beside["reserve"].tolist() == [1, 0.5]
+    # Training wears 5 down to 0.7 and -2 to 0.1: 3 enters the forward set, and 1 the backward set from the reserve.
+    blocks = jnp.array([0.7, -4.0, 3.0, 0.1])[:, None, None]
+    new, report = method.update(jax.random.key(0), jnp.int32(7), blocks, layout, beside)
+    moved, kept = method.exchange(blocks, layout, new, beside)
+    assert to_mask(new).astype(int).tolist() == [[1, 1, 1], [0, 1, 0]]
+    assert moved.ravel().tolist() == pytest.approx([0.7, -4, 1, 3])
+    assert kept["forward_mask"].ravel().tolist() == [False, True, False, True]
+    assert kept["reserve"].tolist() == pytest.approx([0.5, 0.1])
+    assert [float(value) for value in report] == [1, 1, 0.5, 0, 0]
+
+
+def test_the_gradient_goes_through_and_the_penalty_is_added():
+    blocks, mask = jnp.array([[[2.0]], [[3.0]]]), jnp.array([[[True]], [[False]]])
+    y, backward = jax.vjp(lambda blocks: forward_set(blocks, mask, 0.5), blocks)
+    assert y.ravel().tolist() == [2, 0]
+    assert backward(jnp.array([[[10.0]], [[20.0]]]))[0].ravel().tolist() == [10, 20 + 0.5 * 3]
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (lambda **how: SparseDense(6, **how), (5, 9)),
+        (lambda **how: SparseConv(6, (3, 3), strides=2, **how), (3, 6, 6, 4)),
+    ],
+)
+def test_a_layer_computes_and_learns_as_the_dense_weights_would(layer, x):
+    x = jax.random.normal(jax.random.key(1), x)
+    sparse = layer(num_blocks=20, block_shape=(1, 1), store=METHOD.store, exploration=0.1)
+    variables = sparse.init(jax.random.key(0), x)
+    layout, beside = variables["topology"]["layout"], variables["topology"]
+    weights = join(variables["params"]["blocks"], layout, beside["reserve"])
+    dense = layer()
+    kernel = dense.init(jax.random.key(0), x)["params"]["kernel"]
+    forward = unpack(beside["forward_mask"].astype(jnp.float32), layout)
+    masked = (weights * forward).T.reshape(kernel.shape)
+    rest = {"bias": variables["params"]["bias"]}
+
+    def loss(module, params, **others):
+        return jnp.square(module.apply({"params": params, **others}, x) - 1).sum()
+
+    value, own = jax.value_and_grad(lambda p: loss(sparse, p, topology=variables["topology"]))(variables["params"])
+    wanted, gradient = jax.value_and_grad(lambda k: loss(dense, {"kernel": k, **rest}))(masked)
+    assert value == pytest.approx(float(wanted), rel=1e-5)
+    gradient = gradient.reshape(-1, 6).T + 0.1 * (layout.shape[0] * layout.shape[1] / 20 - 1) * weights * (1 - forward)
+    np.testing.assert_allclose(own["blocks"], pack(gradient, layout), rtol=2e-4, atol=2e-4)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = x.reshape(x.shape[0], -1)
+        x = SparseDense(8, num_blocks=40, block_shape=(1, 1), store=METHOD.store, exploration=1e-3, name="first")(x)
+        return nn.Dense(4)(nn.relu(x))
+
+
+def test_an_adaptation_moves_weights_and_moments_to_where_they_belong():
+    optimizer = assemble(Recipe()).optimizer
+    images, labels = jax.random.normal(jax.random.key(0), (8, 4, 4, 1)), jnp.arange(8) % 4
+    state = create_train_state(Net(), optimizer, jax.random.key(1), images)
+    reserve = np.asarray(state.topology["first"]["reserve"])
+    for _ in range(3):
+        state, _ = train_step(state, images, labels, model=Net(), optimizer=optimizer)
+    old = jax.device_get(state)
+    np.testing.assert_array_equal(old.topology["first"]["reserve"], reserve)  # it has no gradient
+    new, report = adapt_step(state, images, labels, model=Net(), method=METHOD, optimizer=optimizer)
+    new = jax.device_get(new)
+
+    def in_place(tree, state):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        found = [leaf for path, leaf in leaves if getattr(path[-1], "key", None) == "blocks"]
+        return [np.asarray(unpack(leaf, state.topology["first"]["layout"])) for leaf in found]
+
+    weights = [join(s.params["first"]["blocks"], s.topology["first"]["layout"], s.topology["first"]["reserve"])
+               for s in (old, new)]  # fmt: skip
+    np.testing.assert_array_equal(*weights)
+    stays = np.asarray(to_mask(old.topology["first"]["layout"]) & to_mask(new.topology["first"]["layout"]))
+    assert 0 < stays.sum() < 60
+    assert report["first"].accepted > 0
+    (before,), (after,) = in_place(old.opt_state, old), in_place(new.opt_state, new)
+    assert (before != 0).any()
+    np.testing.assert_array_equal(after, np.where(stays, before, 0))
+    kernel = dense_params(new)["first"]["kernel"]
+    assert (np.asarray(kernel) != 0).sum() == 40
+
+
+def test_equal_terms_and_the_account(tmp_path):
+    recipe = Recipe(method="topkast", total_steps=10, epochs=1)
+    assembly, state = runs.create(recipe)
+    other = assemble(Recipe(method="dsb"))
+    for layer in other.plan.sparse_layers:
+        wanted = other.plan.num_active(layer)
+        assert count_active(state)[layer.path] == wanted
+        assert layouts(state.topology)[layer.path].num_blocks == 2 * wanted
+    assert runs.measure_sparsity(assembly, state)["num_active"] == sum(count_active(state).values())
+    held = count_bytes(state)
+    weights = sum(layer.shape.size for layer in assembly.plan.layers)
+    assert 4 * weights < held["params"] < 4.05 * weights  # all of them, biases and norms beside
+    assert held["grads"] == held["opt_state"] - 4 < held["params"]  # the learning rate's step count beside the moments
+    with checkpoint.Checkpoints(tmp_path, recipe) as saver:
+        saver.save(state, test_accuracy=0.5)
+    restored = checkpoint.restore(tmp_path)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert set(kept_beside(restored.state.topology, ("conv_1",))) == {"forward_mask", "reserve"}
+
+
+def test_a_recipe_of_before_has_the_default():
+    values = json.loads(json.dumps(Recipe(method="ssb").to_json()))
+    del values["backward_factor"]
+    assert Recipe.from_json(values) == Recipe(method="ssb")
+    for wrong in ({**values, "magic": 1}, {k: v for k, v in values.items() if k != "sparsity"}):
+        with pytest.raises(ValueError, match="unknown or missing fields"):
+            Recipe.from_json(wrong)
+
+
+def test_a_backward_set_that_cannot_be():
+    with pytest.raises(ValueError, match=r"backward_factor=0\.5 is below 1; the backward set holds the forward set"):
+        topkast(backward_factor=0.5)
