@@ -1,0 +1,189 @@
+"""Where the time of dense training goes by layer, and what sparse layers make of it: the paper's A.1, and measured.
+
+    python -m experiments.layer_profile --models=wrn-22-2,resnet18,vgg16 --sparsities=0.5,0.8,0.9,0.95 --json=FILE
+
+The paper (appendix A.1, figures 12 and 13) does not time sparse training: it takes the layer-wise times of dense
+training and replaces those of convolutions and linear layers by the times of their sparse operations,
+
+    estimated_step_s = dense_step_s - sum of dense_s + sum of sparse_s        over the layers that are replaced.
+
+So does this program, and beside the estimate it says what the training step with these layers takes in fact
+(`measured_step_s`). The two differ by what a layer does to its neighbours: fusion, memory that is found warm or cold,
+the order of activations.
+
+Deviations from the paper: a layer's time is that of its forward and backward pass alone (the first without the gradient
+of the images) where the paper has a profiler's record of the whole step, so `layer_share`, the time of all convolutions
+and linear layers over that of the dense step, can exceed 1 for tiny models, of which calls are most of the time. Layers
+that the plan keeps dense are not replaced. The step includes the optimizer. No image is loaded or augmented.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from dsb_jax.ops import IMPLEMENTATIONS
+from dsb_jax.plan import DISTRIBUTIONS
+from dsb_jax.recipe import DTYPES, Recipe, assemble
+from experiments import program, timing
+from experiments.flags import parse_block_shape
+from experiments.training_times import DENSE, LayerTime, sparse_recipes, stepper, time_layers
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Flags of this program."""
+    flags.DEFINE_list("models", ["wrn-22-2", "resnet18", "vgg16"], "Of convnet, resnet18, vgg16, wrn-DEPTH-WIDTH.")
+    flags.DEFINE_list("sparsities", ["0.5", "0.8", "0.9", "0.95"], "Sparsities over the sparse layers.")
+    flags.DEFINE_enum("distribution", "uniform", sorted(DISTRIBUTIONS), "Densities over the layers.")
+    flags.DEFINE_string("block_shape", "16x16", "Rows x columns of a block.")
+    flags.DEFINE_integer("batch_size", 128, "Images in a step.", lower_bound=1)
+    flags.DEFINE_integer("image_size", 32, "Height and width of the images.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 7, "Turns; each times every rival once.", lower_bound=1)
+    flags.DEFINE_enum("implementation", "auto", IMPLEMENTATIONS, "Of the sparse products.")
+    flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the computation.")
+    flags.DEFINE_bool("all_layers", False, "Print the layers of every sparsity, not only of the highest.")
+    flags.DEFINE_string("json", None, "Write the results to this file.")
+
+
+def estimate(dense_step_s: float, layers: Sequence[LayerTime]) -> dict[str, float | None]:
+    """The paper's arithmetic.
+
+    Args:
+      dense_step_s: seconds of the whole dense training step.
+      layers: all linear layers and convolutions of the model; those without a sparse time are not replaced.
+
+    Returns:
+      `estimated_step_s`; `estimated_speedup`, dense over estimated, None if the estimate is not positive (layers that
+      take longer alone than the step around them); `layer_share`, the layers' part of the dense step.
+    """
+    replaced = [layer for layer in layers if layer.sparse_s is not None]
+    saved = math.fsum(layer.dense_s - (layer.sparse_s or 0.0) for layer in replaced)
+    estimated = dense_step_s - saved
+    return {
+        "estimated_step_s": estimated,
+        "estimated_speedup": dense_step_s / estimated if estimated > 0 else None,
+        "layer_share": math.fsum(layer.dense_s for layer in layers) / dense_step_s,
+    }
+
+
+def layer_row(layer: LayerTime) -> dict[str, Any]:
+    """One layer in the results; `sparse_s` and `speedup` are null if it stays dense."""
+    return {
+        "path": "/".join(layer.path), "shape": list(layer.shape), "input": list(layer.input_shape),
+        "num_blocks": layer.num_blocks, "dense_s": layer.dense_s, "sparse_s": layer.sparse_s,
+        "implementation": layer.implementation, "speedup": layer.speedup,
+    }  # fmt: skip
+
+
+def profile(dense: Recipe, sparsities: Sequence[str], distribution: str, rounds: int) -> list[dict[str, Any]]:
+    """Measures one model: an object for each sparsity.
+
+    Args:
+      dense: the recipe of the dense model.
+      sparsities: as text.
+      distribution: of the densities over the layers.
+      rounds: turns of the whole steps, and of each layer.
+
+    Raises:
+      ValueError: if a recipe cannot be.
+    """
+    recipes = sparse_recipes(dense, sparsities, distribution)
+    steps = timing.in_turns({DENSE: stepper(dense)} | {name: stepper(r) for name, r in recipes.items()}, rounds)
+    layers = time_layers(recipes, rounds, dense_layers=True)
+    dense_step_s = statistics.median(steps[DENSE])
+    return [
+        {
+            "model": dense.model,
+            "sparsity": recipe.sparsity,
+            "block_shape": "x".join(map(str, recipe.block_shape)),
+            "distribution": distribution,
+            "dense_step_s": dense_step_s,
+            **estimate(dense_step_s, layers[name]),
+            "measured_step_s": statistics.median(steps[name]),
+            "measured_speedup": timing.median_ratio(steps[DENSE], steps[name]),
+            "layers": [layer_row(layer) for layer in layers[name]],
+        }
+        for name, recipe in recipes.items()
+    ]
+
+
+def main() -> None:
+    """Flags -> library calls."""
+    console = program.console()
+    path = timing.results_path(FLAGS.json)
+    bases = [
+        Recipe(
+            dataset="random", image_shape=(FLAGS.image_size, FLAGS.image_size, 3), model=model, method="dense",
+            block_shape=parse_block_shape(FLAGS.block_shape), batch_size=FLAGS.batch_size, dtype=FLAGS.dtype,
+            implementation=FLAGS.implementation,
+        )
+        for model in FLAGS.models
+    ]  # fmt: skip
+    for base in bases:  # what cannot be is refused before the first measurement, which takes minutes
+        for recipe in sparse_recipes(base, FLAGS.sparsities, FLAGS.distribution).values():
+            assemble(recipe)
+    results: list[dict[str, Any]] = []
+    settings = {name: FLAGS[name].value for name in ("batch_size", "image_size", "dtype", "implementation", "rounds")}
+    for base in bases:
+        console.print(f"{base.model}: {len(FLAGS.sparsities) + 1} training steps, then layer by layer ...")
+        rows = profile(base, FLAGS.sparsities, FLAGS.distribution, FLAGS.rounds)
+        results += rows
+        show(console, rows, all_layers=FLAGS.all_layers)
+        if path is not None:
+            timing.write_results(path, settings, results)  # after each model, in case that the next is interrupted
+
+
+def show(console: Console, rows: list[dict[str, Any]], *, all_layers: bool) -> None:
+    """The tables of one model: steps, and the layers at the highest sparsity, or at all."""
+    console.print(step_table(rows))
+    highest = max(rows, key=lambda row: row["sparsity"])
+    for row in rows if all_layers else [highest]:
+        console.print(layer_table(row))
+
+
+def step_table(rows: list[dict[str, Any]]) -> Table:
+    """One row for each sparsity of a model."""
+    first = rows[0]
+    table = Table(
+        title=f"{first['model']}, blocks of {first['block_shape']}, {first['distribution']}: dense step "
+        f"{first['dense_step_s'] * 1e3:.1f} ms, {first['layer_share']:.0%} of it convolutions and linear layers"
+    )
+    for name in ("sparsity", "estimated step", "estimated speed-up", "measured step", "measured speed-up"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['sparsity']:g}", *_time_and_ratio(row["estimated_step_s"], row["estimated_speedup"]),
+            *_time_and_ratio(row["measured_step_s"], row["measured_speedup"]),
+        )  # fmt: skip
+    return table
+
+
+def layer_table(row: dict[str, Any]) -> Table:
+    """One row for each layer of a model at one sparsity."""
+    table = Table(title=f"{row['model']}, sparsity {row['sparsity']:g}: forward and backward of each layer alone")
+    for name in ("layer", "out x in", "input", "blocks", "dense", "of the step", "sparse", "speed-up", "chosen"):
+        table.add_column(name, justify="left" if name in ("layer", "chosen") else "right")
+    for layer in row["layers"]:
+        stays = layer["sparse_s"] is None
+        table.add_row(
+            layer["path"], "x".join(map(str, layer["shape"])), "x".join(map(str, layer["input"])),
+            "-" if stays else str(layer["num_blocks"]), f"{layer['dense_s'] * 1e3:.2f} ms",
+            f"{layer['dense_s'] / row['dense_step_s']:.1%}", *_time_and_ratio(layer["sparse_s"], layer["speedup"]),
+            "stays dense" if stays else layer["implementation"],
+        )  # fmt: skip
+    return table
+
+
+def _time_and_ratio(seconds: float | None, ratio: float | None) -> tuple[str, str]:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f} ms", "-" if ratio is None else f"{ratio:.2f}x"
+
+
+if __name__ == "__main__":
+    define_flags()
+    program.start(main)

@@ -1,0 +1,215 @@
+"""What the training benchmarks time: a whole training step, and each linear layer or convolution alone.
+
+A layer's time is that of its forward and backward pass at the input it meets in the model. Backward gives the gradients
+of weights and input; the first layer reads the images, whose gradient no training computes, and none is timed.
+"""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsb_jax.nn import SparseConv, SparseDense
+from dsb_jax.ops import record_choices
+from dsb_jax.plan import Path
+from dsb_jax.recipe import Assembly, Recipe, assemble
+from dsb_jax.train import train_step
+from experiments import run as runs
+from experiments import timing
+
+DENSE = "dense"  # the name of the dense rival, beside those of the recipes
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTime:
+    """One layer of a model at one sparsity.
+
+    Attributes:
+      path: of the module in the model.
+      shape: `(out, in)` of its weight matrix; a convolution's is flattened.
+      input_shape: `[N, H, W, C]` or `[N, C]`, whatever order of activations the model has.
+      num_blocks: that it holds; None if it stays dense.
+      dense: seconds of the dense layer, round by round.
+      sparse: of the sparse layer, in the same rounds; None if it stays dense.
+      implementation: what computes it, "dense" if it stays dense.
+    """
+
+    path: Path
+    shape: tuple[int, int]
+    input_shape: tuple[int, ...]
+    num_blocks: int | None
+    dense: Sequence[float]
+    sparse: Sequence[float] | None
+    implementation: str
+
+    @property
+    def dense_s(self) -> float:
+        """The median."""
+        return statistics.median(self.dense)
+
+    @property
+    def sparse_s(self) -> float | None:
+        """The median; None if the layer stays dense."""
+        return None if self.sparse is None else statistics.median(self.sparse)
+
+    @property
+    def speedup(self) -> float | None:
+        """Dense over sparse, the median over the rounds; None if the layer stays dense."""
+        return None if self.sparse is None else timing.median_ratio([*self.dense], [*self.sparse])
+
+
+def sparse_recipes(dense: Recipe, sparsities: Sequence[str], distribution: str) -> dict[str, Recipe]:
+    """The sparse rivals of a dense recipe, by their sparsity as text.
+
+    Raises:
+      ValueError: if a sparsity is not a number.
+    """
+    try:
+        values = [float(text) for text in sparsities]
+    except ValueError:
+        raise ValueError(f"sparsities={','.join(sparsities)} are not all numbers; give such as 0.8,0.9.") from None
+    return {
+        str(value): dataclasses.replace(dense, method="dsb", sparsity=value, distribution=distribution)
+        for value in values
+    }
+
+
+def stepper(recipe: Recipe) -> Callable[[], Any]:
+    """A call that makes one training step on fixed random images, carrying its state along."""
+    assembly, state = runs.create(recipe)
+    image_key, label_key = jax.random.split(jax.random.key(recipe.seed))
+    images = jax.random.normal(image_key, (recipe.batch_size, *recipe.image_shape))
+    labels = jax.random.randint(label_key, (recipe.batch_size,), 0, recipe.num_classes)
+    held = [state]
+
+    def step() -> Any:
+        held[0], metrics = train_step(
+            held[0], images, labels, model=assembly.model, optimizer=assembly.optimizer, loss=assembly.loss
+        )
+        return held[0].step, metrics
+
+    return step
+
+
+def find_inputs(recipe: Recipe, assembly: Assembly) -> dict[Path, tuple[nn.Module, tuple[int, ...]]]:
+    """Path of each linear layer and convolution of a sparse model -> (module, its input as [N, H, W, C] or [N, C]).
+
+    Seen while the model is traced, in the order of the forward pass.
+    """
+    seen: dict[Path, tuple[nn.Module, tuple[int, ...]]] = {}
+
+    def watch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if context.method_name == "__call__" and isinstance(context.module, SparseConv | SparseDense):
+            shape = args[0].shape
+            if context.module.feature_major:
+                shape = (shape[-1], *shape[1:-1], shape[0])
+            seen.setdefault(context.module.path, (context.module, shape))
+        return call(*args, **kwargs)
+
+    images = jax.ShapeDtypeStruct((recipe.batch_size, *recipe.image_shape), jnp.float32)
+    with nn.intercept_methods(watch):
+        jax.eval_shape(assembly.model.init, jax.random.key(0), images)
+    return seen
+
+
+def layer_rivals(
+    modules: Mapping[str, Any],
+    shape: tuple[int, ...],
+    counts: Mapping[str, int | None],
+    recipe: Recipe,
+    *,
+    input_gradient: bool = True,
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """Forward and backward of one layer for each number of blocks (None: dense), and what "auto" chose for it.
+
+    Each takes its input in the order of activations that its model has: feature-major or not.
+
+    Args:
+      modules: by the name of the rival.
+      shape: of the input, [N, H, W, C] or [N, C].
+      counts: number of blocks by the name of the rival.
+      recipe: gives block shape and dtype.
+      input_gradient: whether backward computes the gradient of the input, too.
+
+    Returns:
+      Calls that return output and gradients, and names of implementations, both by the name of the rival.
+    """
+    key = jax.random.key(0)
+    x = jax.random.normal(key, shape, jnp.dtype(recipe.dtype))
+    calls: dict[str, Callable[[], Any]] = {}
+    chosen: dict[str, str] = {}
+    for name, count in counts.items():
+        clone = modules[name].clone(
+            parent=None, name=None, plan=None, block_shape=recipe.block_shape, num_blocks=count
+        )  # fmt: skip
+        given = jnp.moveaxis(x, (0, -1), (-1, 0)) if clone.feature_major else x
+        with record_choices() as choices:
+            variables = clone.init(key, given)
+        chosen[name] = choices[()].implementation
+        rest = {k: v for k, v in variables.items() if k != "params"}
+
+        def both(params: Any, x: jax.Array, clone: Any = clone, rest: Any = rest) -> Any:
+            def apply(params: Any, x: jax.Array) -> Any:
+                return clone.apply({"params": params, **rest}, x)
+
+            if input_gradient:
+                y, backward = jax.vjp(apply, params, x)
+            else:
+                y, backward = jax.vjp(lambda params: apply(params, x), params)
+            return y, backward(y)
+
+        calls[name] = functools.partial(jax.jit(both), variables["params"], given)
+    return calls, chosen
+
+
+def time_layers(
+    recipes: Mapping[str, Recipe], rounds: int, *, dense_layers: bool = False
+) -> dict[str, list[LayerTime]]:
+    """Times of the layers of every recipe; the recipes differ in sparsity alone.
+
+    Dense and all sparsities of a layer take turns; layers of equal sizes are measured once.
+
+    Args:
+      recipes: of sparse models, by name.
+      rounds: turns that each layer takes.
+      dense_layers: time the layers that stay dense, too.
+
+    Returns:
+      By the name of the recipe: its layers in the order of the forward pass.
+    """
+    assemblies = {name: assemble(recipe) for name, recipe in recipes.items()}
+    plans = {name: a.plan for name, a in assemblies.items() if a.plan is not None}
+    first = next(iter(recipes))
+    inputs = {name: find_inputs(recipe, assemblies[name]) for name, recipe in recipes.items()}
+    measured: dict[Any, Any] = {}
+    rows: dict[str, list[LayerTime]] = {name: [] for name in recipes}
+    for position, (path, (module, shape)) in enumerate(inputs[first].items()):
+        layers = {name: plan[path] for name, plan in plans.items()}
+        counts = {name: layer.num_blocks for name, layer in layers.items() if layer.num_blocks is not None}
+        if not counts and not dense_layers:
+            continue
+        sizes = layers[first].shape
+        how = tuple(str(getattr(module, name, None)) for name in ("strides", "padding", "use_bias"))
+        same = (shape, sizes, tuple(counts.items()), how, position == 0)
+        if same not in measured:
+            modules: dict[str, Any] = {DENSE: module.clone(feature_major=False)}
+            modules |= {name: inputs[name][path][0] for name in counts}
+            calls, chosen = layer_rivals(
+                modules, shape, {DENSE: None, **counts}, recipes[first], input_gradient=position > 0
+            )
+            measured[same] = timing.in_turns(calls, rounds), chosen
+        times, chosen = measured[same]
+        for name in recipes:
+            if name in counts or dense_layers:
+                rows[name].append(
+                    LayerTime(
+                        path, (sizes.out, sizes.in_), shape, counts.get(name), times[DENSE], times.get(name),
+                        chosen.get(name, DENSE),
+                    )
+                )  # fmt: skip
+    return rows
