@@ -306,13 +306,19 @@ def retained_score(score: Float[Array | np.ndarray, "out in"], layout: BlockLayo
     return jnp.where(total > 0, pack(score, layout).sum() / jnp.where(total > 0, total, 1), 1.0)
 
 
-def _check(shape: tuple[int, int], block_shape: tuple[int, int], num_blocks: int, min_group_blocks: int) -> None:
-    check_sizes(shape, block_shape, num_blocks)
+def most_group_blocks(shape: tuple[int, int], block_shape: tuple[int, int], num_blocks: int) -> int:
+    """How many blocks every row group can have at the same time: the largest `min_group_blocks`."""
     groups, ragged = count_groups(shape[0], block_shape[0]), ragged_blocks(shape, block_shape, num_blocks)
     # The ragged group has a number of its own; the others share what is left.
-    each = num_blocks // groups if ragged is None else min(ragged, (num_blocks - ragged) // (groups - 1))
-    if not 0 <= min_group_blocks <= each:
+    return num_blocks // groups if ragged is None else min(ragged, (num_blocks - ragged) // (groups - 1))
+
+
+def _check(shape: tuple[int, int], block_shape: tuple[int, int], num_blocks: int, min_group_blocks: int) -> None:
+    check_sizes(shape, block_shape, num_blocks)
+    most = most_group_blocks(shape, block_shape, num_blocks)
+    if not 0 <= min_group_blocks <= most:
         raise ValueError(
-            f"min_group_blocks={min_group_blocks} cannot be met: {num_blocks} blocks over {groups} row groups leave "
-            f"{each} for each; give 0 to {each} or more blocks."
+            f"min_group_blocks={min_group_blocks} cannot be met: {num_blocks} blocks over "
+            f"{count_groups(shape[0], block_shape[0])} row groups leave {most} for each; give 0 to {most} or more "
+            "blocks."
         )

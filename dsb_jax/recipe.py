@@ -27,7 +27,7 @@ SCHEDULES = ("cosine", "step", "constant")
 DTYPES = ("float32", "bfloat16")
 
 # Fields added after the first release of checkpoints. Their defaults must stay what was done before there was a choice.
-_YOUNGER = ("backward_factor",)
+_YOUNGER = ("backward_factor", "growth_score", "regroup_interval")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Recipe:
     granularity: str = "block"
     block_aware_drop: bool = True
     min_group_blocks: int = 0
+    growth_score: float = 1.0
+    regroup_interval: int | None = None
     drop_fraction: float = 0.3
     update_interval: int = 40
     update_end_fraction: float = 0.75
@@ -158,6 +160,8 @@ def make_method(recipe: Recipe) -> Method:
             block_aware_drop=recipe.block_aware_drop,
             granularity=recipe.granularity,
             min_group_blocks=recipe.min_group_blocks,
+            growth_score=recipe.growth_score,
+            regroup_interval=recipe.regroup_interval,
         )
     if recipe.method in ("rigl", "set"):
         adaptive = {"rigl": methods.rigl, "set": methods.set_}[recipe.method]
@@ -219,14 +223,20 @@ def reads_feature_major(model: nn.Module, recipe: Recipe) -> bool:
     return 2 * products > sum(choice.elements for choice in sparse)
 
 
-@functools.lru_cache(maxsize=32)
 def assemble(recipe: Recipe) -> Assembly:
-    """Builds model, plan, method, optimizer and loss. Equal recipes give the same objects, so nothing recompiles.
+    """Builds model, plan, method, optimizer and loss.
+
+    Recipes that are equal but for the seed give the same objects, so nothing recompiles.
 
     Raises:
       ValueError: for a value that cannot be, with the value and the cure.
     """
     check_recipe(recipe)
+    return _assemble(dataclasses.replace(recipe, seed=0))
+
+
+@functools.lru_cache(maxsize=32)
+def _assemble(recipe: Recipe) -> Assembly:
     method = make_method(recipe)
     conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
     create = functools.partial(

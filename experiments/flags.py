@@ -51,6 +51,8 @@ def define() -> None:
     flags.DEFINE_enum("granularity", None, GRANULARITIES, "What dsb drops and grows.")
     flags.DEFINE_bool("block_aware_drop", True, "Drop only weights whose loss can free structure.")
     flags.DEFINE_integer("min_group_blocks", 0, "Blocks that every row group keeps when re-blocking.")
+    flags.DEFINE_float("growth_score", 1.0, "Score of grown positions over the mean of the kept; 1 is the paper's.")
+    flags.DEFINE_integer("regroup_interval", None, "Steps between regroupings of rows; 0 for never.")
     flags.DEFINE_float("drop_fraction", 0.3, "Share of the weights dropped at the first adaptation, in [0, 1].")
     flags.DEFINE_float("backward_factor", 2.0, "Of topkast: weights that have a gradient over active ones, at least 1.")
     flags.DEFINE_integer("update_interval", None, "Steps between adaptations; by default 100, fewer in a short run.")

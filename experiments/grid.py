@@ -28,15 +28,21 @@ PRESETS: dict[str, dict[str, Any]] = {
             {"method": ALL_METHODS, "sparsity": SPARSITIES},
             {"method": ("dsb",), "sparsity": SPARSITIES, "block_aware_drop": (False,)},
             {"method": ("dsb",), "sparsity": (0.9,), "grow": ("norm", "block_gradient", "gradient", "random")},
-            {"method": ("dsb",), "sparsity": (0.9,), "granularity": ("panel_column",)},
+            {"method": ("dsb",), "sparsity": SPARSITIES, "granularity": ("panel_column",)},
+            # Why adapting can hurt: kept weights that new blocks displace, or starved row groups?
+            {"method": ("dsb",), "sparsity": (0.95,), "growth_score": (0.5,)},
+            {"method": ("dsb",), "sparsity": (0.95,), "min_group_blocks": (1,)},
             {"method": ("dsb", "ssb"), "sparsity": SPARSITIES, "block_shape": ("16x16", "32x8", "64x4")},
         ),
     },
-    # A small network and few epochs: hours on two cores.
+    # A small network and few epochs: an hour on two cores.
     "cifar10_small": {
         "seeds": (0,),
-        "common": {"dataset": "cifar10", "model": "wrn-10-2", "epochs": 6, "distribution": "erk"},
-        "parts": ({"method": ("dense", "ssb", "rigl", "dsb"), "sparsity": (0.9,)},),
+        "common": {"dataset": "cifar10", "model": "wrn-10-1", "epochs": 2},
+        "parts": (
+            {"method": ("dense", "ssb", "rigl", "dsb"), "sparsity": (0.9,)},
+            {"method": ("dsb",), "sparsity": (0.9,), "granularity": ("panel_column",)},
+        ),
     },
     # The paper's protocol (Recipe's docstring) and its Figures 14 and 15: for GPUs. Dropout is the WRN's.
     "cifar_full": {
@@ -58,7 +64,7 @@ FROM_DATA = ("image_shape", "num_classes", "total_steps")
 _FIRST = ("dataset", "model", "method", "sparsity", "block_shape")  # in names by their values alone
 _OF_SPARSITY = ("sparsity", "distribution", "block_shape", "keep_dense", "min_blocks")
 _OF_ADAPTING = ("drop_fraction", "update_interval", "update_end_fraction", "adapt_batch_size")
-_OF_DSB = ("grow", "granularity", "block_aware_drop", "min_group_blocks")
+_OF_DSB = ("grow", "granularity", "block_aware_drop", "min_group_blocks", "growth_score", "regroup_interval")
 
 
 def _without_effect(settings: Mapping[str, Any]) -> set[str]:
@@ -67,8 +73,8 @@ def _without_effect(settings: Mapping[str, Any]) -> set[str]:
     idle: set[str] = set()
     if method != "dsb":
         idle.update(_OF_DSB)
-    elif settings.get("granularity") == "panel_column":
-        idle.add("block_aware_drop")
+    elif settings.get("granularity") == "panel_column" and not settings.get("regroup_interval"):
+        idle.update(("block_aware_drop", "growth_score"))
     if method in ("dense", "small_dense", "ssb"):
         idle.update(_OF_ADAPTING)
     if method == "topkast":
@@ -159,10 +165,11 @@ def parse_value(name: str, text: Any) -> Any:
         return text.lower() == "true"
     if isinstance(default, tuple):
         return tuple(filter(None, text.split(",")))
+    kind = int if default is None else type(default)
     try:
-        return type(default)(text)
+        return kind(text)
     except ValueError:
-        raise ValueError(f"{name}={text!r} is not a number; give such as {default}.") from None
+        raise ValueError(f"{name}={text!r} is not a number; give such as {default or 0}.") from None
 
 
 def make_run(settings: Mapping[str, Any], seed: int) -> Run:

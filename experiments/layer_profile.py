@@ -44,6 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_string("block_shape", "16x16", "Rows x columns of a block.")
     flags.DEFINE_integer("batch_size", 128, "Images in a step.", lower_bound=1)
     flags.DEFINE_integer("image_size", 32, "Height and width of the images.", lower_bound=1)
+    flags.DEFINE_integer("num_classes", 10, "Of the classifier: 100 for CIFAR-100.", lower_bound=2)
     flags.DEFINE_integer("rounds", 7, "Turns; each times every rival once.", lower_bound=1)
     flags.DEFINE_enum("implementation", "auto", IMPLEMENTATIONS, "Of the sparse products.")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the computation.")
@@ -120,8 +121,8 @@ def main() -> None:
     bases = [
         Recipe(
             dataset="random", image_shape=(FLAGS.image_size, FLAGS.image_size, 3), model=model, method="dense",
-            block_shape=parse_block_shape(FLAGS.block_shape), batch_size=FLAGS.batch_size, dtype=FLAGS.dtype,
-            implementation=FLAGS.implementation,
+            num_classes=FLAGS.num_classes, block_shape=parse_block_shape(FLAGS.block_shape),
+            batch_size=FLAGS.batch_size, dtype=FLAGS.dtype, implementation=FLAGS.implementation,
         )
         for model in FLAGS.models
     ]  # fmt: skip
@@ -129,7 +130,8 @@ def main() -> None:
         for recipe in sparse_recipes(base, FLAGS.sparsities, FLAGS.distribution).values():
             assemble(recipe)
     results: list[dict[str, Any]] = []
-    settings = {name: FLAGS[name].value for name in ("batch_size", "image_size", "dtype", "implementation", "rounds")}
+    names = ("batch_size", "image_size", "num_classes", "dtype", "implementation", "rounds")
+    settings = {name: FLAGS[name].value for name in names}
     for base in bases:
         console.print(f"{base.model}: {len(FLAGS.sparsities) + 1} training steps, then layer by layer ...")
         rows = profile(base, FLAGS.sparsities, FLAGS.distribution, FLAGS.rounds)

@@ -131,18 +131,23 @@ class _Batches:
         self.num_train = len(dataset.train_labels)
         self.steps_per_epoch = self.num_train // recipe.batch_size
         self.images, self.labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-        self.order_key, self.augment_key = jax.random.split(jax.random.key(recipe.seed + 1))
-        self._take = jax.jit(
-            functools.partial(data.take_batch, augmentation=dataset.augmentation, mean=dataset.mean, std=dataset.std)
-        )
+        self.order_key, augment_key = jax.random.split(jax.random.key(recipe.seed + 1))
+
+        def take(images: jax.Array, labels: jax.Array, order: jax.Array, start: np.int32, step: np.int32) -> Any:
+            idx = jax.lax.dynamic_slice_in_dim(order, start, self.size)
+            return data.take_batch(
+                images, labels, idx, key=jax.random.fold_in(augment_key, step), augmentation=dataset.augmentation,
+                mean=dataset.mean, std=dataset.std,
+            )  # fmt: skip
+
+        self._take = jax.jit(take)  # one call a step: for small models each costs as much as a part of the step
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[tuple[int, tuple[jax.Array, jax.Array]]]:
         """(step, (images, labels)) from `first_step` to the end of the epoch."""
         order = data.epoch_order(self.order_key, epoch, self.num_train)
         for step in range(first_step, (epoch + 1) * self.steps_per_epoch):
             start = (step - epoch * self.steps_per_epoch) * self.size
-            idx = jax.lax.dynamic_slice_in_dim(order, start, self.size)
-            yield step, self._take(self.images, self.labels, idx, key=jax.random.fold_in(self.augment_key, step))
+            yield step, self._take(self.images, self.labels, order, np.int32(start), np.int32(step))
 
 
 def _adapt(

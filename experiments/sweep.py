@@ -6,6 +6,7 @@
     ROOT/NAME/               the workdir of a run (experiments/run.py), named by its settings
     ROOT/NAME.failure.txt    how its last attempt failed: command, exit code, end of the output
     ROOT/table.json          one row for each cell
+    ROOT/.compilation_cache  what jax compiled, shared by the runs
 
 Every run is a process of its own, `python -m experiments.train --resume`. What has finished is skipped, what was
 interrupted goes on from its last checkpoint to the same bits: stopped anywhere, by whatever, and started again with the
@@ -16,6 +17,7 @@ import collections
 import contextlib
 import fcntl
 import json
+import os
 import shlex
 import signal
 import statistics
@@ -104,6 +106,18 @@ def train_command(root: Path, data_dir: str | None) -> Command:
     ]  # fmt: skip
 
 
+def cached_compilation(root: Path) -> dict[str, str]:
+    """The environment of the runs: seeds share what was compiled, which takes longer than a short run does.
+
+    Variables of jax that are set already stand.
+    """
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(root.absolute() / ".compilation_cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        **os.environ,
+    }
+
+
 @contextlib.contextmanager
 def _lock(root: Path, run: Run, *, wait: bool) -> Iterator[IO[str] | None]:
     """Holds a run, or yields None if another process does. The lock passes to the run's own process with the file.
@@ -133,12 +147,11 @@ class Estimate:
         for key in (self._key(run), ()):
             self._seconds[key].append(seconds)
 
-    def left(self, runs: Sequence[Run], running_s: float = 0.0) -> float | None:
-        """Seconds for `runs`, of which the first has been running for `running_s`; None before anything is known."""
+    def left(self, runs: Sequence[Run]) -> float | None:
+        """Seconds for `runs`; None before anything is known."""
         if not self._seconds:
             return None
-        each = [statistics.median(self._seconds.get(self._key(run)) or self._seconds[()]) for run in runs]
-        return sum(each) - min(running_s, each[0]) if each else 0.0
+        return sum(statistics.median(self._seconds.get(self._key(run)) or self._seconds[()]) for run in runs)
 
     @staticmethod
     def _key(run: Run) -> tuple[str, ...]:
@@ -218,13 +231,15 @@ class Sweep:
             # A group of its own: Ctrl-C reaches it through us, once, and not in the middle of its own clean-up.
             child = subprocess.Popen(
                 self.command(run), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                pass_fds=(lock.fileno(),), process_group=0,
+                pass_fds=(lock.fileno(),), process_group=0, env=cached_compilation(self.root),
             )  # fmt: skip
+            own, others = self.estimate.left([run]), self.estimate.left([r for r in self.left if r is not run])
             try:
                 while child.poll() is None:
-                    order = [run, *(other for other in self.left if other is not run)]
-                    left = format_seconds(self.estimate.left(order, time.perf_counter() - begin))
-                    self.bar.update(self.task, description=run.name, left=left)
+                    left = None
+                    if own is not None and others is not None:
+                        left = max(0.0, own - (time.perf_counter() - begin)) + others
+                    self.bar.update(self.task, description=run.name, left=format_seconds(left))
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         child.wait(timeout=1)
             finally:

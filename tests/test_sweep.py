@@ -61,7 +61,7 @@ def test_the_digits_preset_runs_shared_cells_once():
     runs = grid.preset_runs("digits")
     # dense once for all sparsities; the parts share dsb at 16x16 with each other, ssb at 16x16, block_gradient at 0.9
     cells = {run.settings for run in runs}
-    assert len(cells) == (1 + 5 * 3) + 3 + 3 + 1 + 2 * 2 * 3
+    assert len(cells) == (1 + 6 * 3) + 3 + 3 + 3 + 2 + 2 * 2 * 3
     assert len(runs) == 5 * len(cells)
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)  # the whole grid with one seed comes first
 
@@ -187,8 +187,7 @@ def test_the_estimate_takes_the_same_method_first():
     estimate.add(ssb, 10.0)
     assert estimate.left([dsb, ssb]) == 50
     assert estimate.left([dense]) == 35  # the median of all four
-    assert estimate.left([dsb, ssb], running_s=15) == 35
-    assert estimate.left([ssb, dsb], running_s=100) == 40
+    assert estimate.left([]) == 0
     assert [format_seconds(s) for s in (None, 89.0, 120.0, 4000.0)] == ["?", "89 s", "2 min", "1 h 07 min"]
 
 

@@ -20,6 +20,9 @@ across the groups, and re-blocking accepts none of it (digits, 0.9: 0 %). The li
 panel (R weights), row groups stay as they are, and no kept weight is ever displaced, so collateral is zero.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -29,7 +32,7 @@ from dsb_jax.grow import grow_block_gradient, grow_gradient, grow_norm, grow_ran
 from dsb_jax.layout import BlockLayout, block_group, random_layout, real_rows, to_mask, unpack
 from dsb_jax.methods.base import LayerReport, Method
 from dsb_jax.ops.probes import Probe
-from dsb_jax.reblock import cut_columns, reblock
+from dsb_jax.reblock import cut_columns, most_group_blocks, reblock
 from dsb_jax.schedules import drop_fraction
 
 GROW = ("norm", "norm_unaligned", "block_gradient", "gradient", "random")
@@ -44,6 +47,8 @@ def dsb(
     block_aware_drop: bool = True,
     granularity: str = "block",
     min_group_blocks: int = 0,
+    growth_score: float = 1.0,
+    regroup_interval: int | None = None,
 ) -> Method:
     """Builds the method.
 
@@ -53,7 +58,12 @@ def dsb(
       grow: growth criterion, one of `GROW`.
       block_aware_drop: the paper's rule; False for the ablation of its Figures 14 and 15.
       granularity: "block", the paper's, or "panel_column" (then `block_aware_drop` has no effect).
-      min_group_blocks: blocks that every row group keeps; 0 is the paper's rule, under which outputs can die.
+      min_group_blocks: blocks that every row group keeps, or as many as a layer has for each; 0 is the paper's rule,
+        under which outputs can die.
+      growth_score: score of a grown position in units of the mean of the kept |w|; 1 is the paper's. Below 1, growth
+        displaces only blocks that are worth less, so that fewer kept weights are lost to it. For "block" only.
+      regroup_interval: steps; rows may change groups at adaptations whose step is a multiple of it, 0 for never. None
+        is 1 for "block", as in the paper, and 0 for "panel_column", of which such an adaptation is one of "block".
 
     Raises:
       ValueError: if a name is unknown or a number out of range.
@@ -66,9 +76,27 @@ def dsb(
         raise ValueError(f"drop_fraction={alpha} is not in [0, 1]; the paper uses 0.3.")
     if min_group_blocks < 0:
         raise ValueError(f"min_group_blocks={min_group_blocks} is negative; give 0 or more.")
+    if not 0 < growth_score < float("inf"):
+        raise ValueError(f"growth_score={growth_score} is not positive; 1 is the paper's, below 1 growth is meeker.")
+    if regroup_interval is not None and regroup_interval < 0:
+        raise ValueError(f"regroup_interval={regroup_interval} is negative; give steps, or 0 for never.")
+
+    def sizes(layout: BlockLayout) -> dict[str, Any]:
+        """What re-blocking keeps of a layout."""
+        most = most_group_blocks(layout.shape, layout.block_shape, layout.num_blocks)
+        return {
+            "block_shape": layout.block_shape,
+            "num_blocks": layout.num_blocks,
+            "min_group_blocks": min(min_group_blocks, most),
+        }
 
     def update_blocks(
-        key: jax.Array, step: jax.Array, blocks: jax.Array, layout: BlockLayout, statistic: Probe
+        key: jax.Array,
+        step: jax.Array,
+        blocks: jax.Array,
+        layout: BlockLayout,
+        statistic: Probe,
+        regroup: bool | jax.Array,
     ) -> tuple[BlockLayout, LayerReport]:
         fraction = drop_fraction(step, alpha=alpha, update_end_step=update_end_step)
         real = real_rows(layout)
@@ -79,13 +107,12 @@ def dsb(
         grown = _grown_positions(grow, key, statistic, requested, ~active, layout)
         kept = real & ~dropped
         magnitude = jnp.where(kept, jnp.abs(blocks), 0)
-        score = jnp.where(grown, magnitude.sum() / jnp.maximum(kept.sum(), 1), unpack(magnitude, layout))
-        new = reblock(
-            score,
-            block_shape=layout.block_shape,
-            num_blocks=layout.num_blocks,
-            previous=layout,
-            min_group_blocks=min_group_blocks,
+        mean = magnitude.sum() / jnp.maximum(kept.sum(), 1)
+        score = jnp.where(grown, growth_score * mean, unpack(magnitude, layout))
+        new = _either(
+            regroup,
+            lambda: reblock(score, previous=layout, **sizes(layout)),
+            lambda: cut_columns(_group_sums(score, layout), layout.out_idx, shape=layout.shape, **sizes(layout)),
         )
         now = to_mask(new)
         kept_mask = unpack(kept.astype(jnp.float32), layout) > 0
@@ -119,9 +146,7 @@ def dsb(
             jnp.where(kept, cols + 1.0, growth),
             layout.out_idx,
             shape=layout.shape,
-            block_shape=layout.block_shape,
-            num_blocks=num_blocks,
-            min_group_blocks=min_group_blocks,
+            **sizes(layout),
         )
         now = jnp.zeros(shape, jnp.bool_).at[block_group(new)[:, None], new.in_idx].set(True)
         weights = (layout.out_idx < layout.shape[0]).sum(axis=1, dtype=jnp.int32)[:, None]  # real ones in a column
@@ -138,11 +163,25 @@ def dsb(
             empty_groups=_empty_groups(new),
         )
 
+    interval = {"block": 1, "panel_column": 0}[granularity] if regroup_interval is None else regroup_interval
+
+    def update(
+        key: jax.Array, step: jax.Array, blocks: jax.Array, layout: BlockLayout, statistic: Probe
+    ) -> tuple[BlockLayout, LayerReport]:
+        due = step % interval == 0 if interval > 1 else interval == 1
+        if granularity == "block":
+            return update_blocks(key, step, blocks, layout, statistic, due)
+        return _either(
+            due,
+            lambda: update_blocks(key, step, blocks, layout, statistic, True),
+            lambda: update_panel_columns(key, step, blocks, layout, statistic),
+        )
+
     return Method(
         name="dsb",
         sparse=True,
         init=random_layout,
-        update=update_blocks if granularity == "block" else update_panel_columns,
+        update=update,
         statistic={"random": None, "norm_unaligned": "norm"}.get(grow, grow),
     )
 
@@ -173,6 +212,18 @@ def _panel_scores(grow: str, key: jax.Array, statistic: Probe, layout: BlockLayo
     if grow == "gradient":
         return _group_norms(statistic["gradient"], layout)
     return jax.random.uniform(key, (layout.num_groups, layout.shape[1]), minval=0.01)
+
+
+def _either(condition: bool | jax.Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """`yes()` or `no()`, of which only one is compiled where the condition is known."""
+    if isinstance(condition, bool):
+        return yes() if condition else no()
+    return jax.lax.cond(condition, yes, no)
+
+
+def _group_sums(score: jax.Array, layout: BlockLayout) -> jax.Array:
+    """[out, in] -> [num_groups, in]: the sum over the rows of each group."""
+    return score.at[layout.out_idx].get(mode="fill", fill_value=0).sum(axis=1)
 
 
 def _group_norms(rows: jax.Array, layout: BlockLayout) -> jax.Array:

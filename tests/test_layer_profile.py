@@ -1,0 +1,74 @@
+"""The layer profile: the paper's arithmetic by hand, and the program on a small model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.layer_profile import estimate
+from experiments.training_times import LayerTime
+
+ROOT = Path(__file__).parent.parent
+
+
+def layer(dense, sparse):
+    return LayerTime((), (64, 288), (4, 8, 8, 32), None if sparse is None else 7, dense, sparse, "xla")
+
+
+def test_the_estimate_by_hand():
+    # Medians: 3 -> 1 and 4 -> 5 are replaced, 1 stays dense. 10 - (3 + 4) + (1 + 5) = 9; 8 of the 10 s are layers.
+    layers = [layer([1, 3, 9], [2, 1, 1]), layer([4, 4, 4], [5, 5, 6]), layer([1, 1, 1], None)]
+    assert estimate(10.0, layers) == {
+        "estimated_step_s": 9.0,
+        "estimated_speedup": pytest.approx(10 / 9),
+        "layer_share": pytest.approx(0.8),
+    }
+    assert layers[0].speedup == 3  # the median of 1/2, 3 and 9
+    assert layers[2].speedup is None
+
+
+def test_a_step_shorter_than_its_layers_has_no_estimated_speedup():
+    assert estimate(2.0, [layer([3], [1])])["estimated_speedup"] is None
+
+
+def profile(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.layer_profile", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_program_on_a_small_model(tmp_path):
+    file = tmp_path / "profile.json"
+    result = profile(
+        "--models=convnet", "--sparsities=0.9", "--block_shape=8x8", "--batch_size=4", "--image_size=8", "--rounds=1",
+        "--num_classes=5", f"--json={file}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    written = json.loads(file.read_text())
+    assert written["num_classes"] == 5
+    (row,) = written["results"]
+    assert [entry["path"] for entry in row["layers"]] == ["stem", "conv_1", "conv_2", "conv_3", "head"]
+    sparse = [entry for entry in row["layers"] if entry["sparse_s"] is not None]
+    assert [entry["path"] for entry in sparse] == ["conv_1", "conv_2", "conv_3"]
+    assert row["layers"][-1]["shape"] == [5, 128]
+    saved = sum(entry["dense_s"] - entry["sparse_s"] for entry in sparse)
+    assert row["estimated_step_s"] == pytest.approx(row["dense_step_s"] - saved)
+    assert row["measured_step_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"), [("--sparsities=0.9,many", "0.9,many"), ("--models=vgg17", "vgg17"), ("--block_shape=8", "'8'")]
+)
+def test_what_cannot_be_is_refused(flag, words, tmp_path):
+    file = tmp_path / "profile.json"
+    result = profile(flag, f"--json={file}")
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not file.exists()
