@@ -1,4 +1,4 @@
-"""Pallas kernel: Y[rows of g] = panel of g @ gathered X, for every row group g (SpMM).
+"""Pallas kernel: Y[rows of g] = panel of g @ gathered X + bias, for every row group g (SpMM).
 
 One program owns one row group and a tile of positions of one output row, and walks over the panel:
 
@@ -7,6 +7,8 @@ One program owns one row group and a tile of positions of one output row, and wa
 
 All blocks of a group share its rows, so the loop does not care where a block ends and any C will do. Programs that
 run side by side own different groups of the same positions: a run gathered by one is in the L2 cache for the others.
+A bias is added to `acc` before that is rounded and stored: one load a row, where a sum of its own would read and write
+all of Y again.
 """
 
 import functools
@@ -72,8 +74,9 @@ def at_outputs(ref, targets, row, positions, runs: Runs, out: int):
     return ref.at[(targets * runs.out_size[0] + row)[:, None], positions[None, :]], mask
 
 
-def _kernel(start_ref, out_idx_ref, in_idx_ref, entries_ref, x_ref, y_ref, *, runs, tiles, num_groups, rows, cols, out,
-            precision):  # fmt: skip
+def _kernel(start_ref, out_idx_ref, in_idx_ref, entries_ref, x_ref, *last_refs, runs, tiles, num_groups, rows, cols,
+            out, precision):  # fmt: skip
+    *bias_ref, y_ref = last_refs  # without a bias there is no operand for it
     group, row, positions, begin, end = own_part(start_ref, num_groups, cols, runs, tiles)
 
     def step(i, acc):
@@ -84,12 +87,18 @@ def _kernel(start_ref, out_idx_ref, in_idx_ref, entries_ref, x_ref, y_ref, *, ru
 
     acc = jnp.zeros((padded_rows(rows), tiles.positions), jnp.float32)
     acc = lax.fori_loop(0, quotient(end - begin + tiles.columns - 1, tiles.columns), step, acc)
-    where, mask = at_outputs(y_ref, load_targets(out_idx_ref, group, rows, out), row, positions, runs, out)
+    targets = load_targets(out_idx_ref, group, rows, out)
+    if bias_ref:
+        bias = plgpu.load(bias_ref[0].at[targets], mask=targets < out, other=0)
+        acc += bias.astype(jnp.float32)[:, None]
+    where, mask = at_outputs(y_ref, targets, row, positions, runs, out)
     plgpu.store(where, acc.astype(y_ref.dtype), mask=mask)
 
 
-def forward_kernel(x_rows, entries, index, *, runs: Runs, tiles: Tiles, cols: int, out: int, precision, interpret):
-    """x_rows[C * H * phases, length], entries[num_blocks * C, R] -> y[out * OH, OW * N]."""
+def forward_kernel(
+    x_rows, entries, index, *, bias, runs: Runs, tiles: Tiles, cols: int, out: int, precision, interpret
+):
+    """x_rows[C * H * phases, length], entries[num_blocks * C, R], bias[out] or None -> y[out * OH, OW * N]."""
     out_idx, in_idx, group_start = index
     num_groups, rows = out_idx.shape
     count = num_groups * runs.out_size[0] * pl.cdiv(runs.out_run, tiles.positions)
@@ -103,4 +112,4 @@ def forward_kernel(x_rows, entries, index, *, runs: Runs, tiles: Tiles, cols: in
         compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="shuffled_block_forward",
-    )(group_start, out_idx.reshape(-1), in_idx.reshape(-1), entries, x_rows)
+    )(group_start, out_idx.reshape(-1), in_idx.reshape(-1), entries, x_rows, *(() if bias is None else (bias,)))

@@ -64,10 +64,12 @@ class Kernels(NamedTuple):
 
     The blocks of group g are `group_start[g]:group_start[g + 1]`; rows `>= out` of `out_idx` are phantom: they
     are computed by nobody, read as zero, and get zero gradient. Results have the dtype of the activations
-    (weight gradient: of `blocks`); products accumulate in float32.
+    (weight gradient: of `blocks`); products accumulate in float32, and the bias of each output, if there is one, is
+    added before the sum is rounded.
 
     Attributes:
-      forward: `(x[C, H, W, N], blocks[num_blocks, R, C'], index, *, out, geometry) -> y[out, OH, OW, N]`.
+      forward: `(x[C, H, W, N], blocks[num_blocks, R, C'], index, *, out, geometry, bias=None) -> y[out, OH, OW, N]`,
+        `bias[out]` of any float dtype.
       input_gradient: `(dy[out, OH, OW, N], blocks, index, *, geometry, input_size=(H, W)) -> dx[C, H, W, N]`.
       weight_gradient: `(x, dy, index, *, geometry, dtype) -> dblocks[num_blocks, R, C']`.
 

@@ -20,10 +20,11 @@ SCRATCH_BYTES = 256 * 2**20  # of the input gradient
 
 
 class RunKernels(NamedTuple):
-    """Three functions over runs; all take `runs`, `cols` (C), `out` and `precision` by name.
+    """Three functions over runs; all take `runs`, `cols` (C), `out` and `precision` by name, `forward` also `bias`.
 
     Attributes:
-      forward: `(x_rows[C * H * phases, length], entries[num_blocks * C, R], index) -> y[out * OH, OW * N]`.
+      forward: `(x_rows[C * H * phases, length], entries[num_blocks * C, R], index) -> y[out * OH, OW * N]`; `bias` is
+        [out] or None.
       input_gradient: `(dy_rows[out * OH, OW * N], entries, index) -> dx_rows`.
       weight_gradient: `(x_rows, dy_rows, index) -> d_entries float32[num_blocks * C, R]`.
     """
@@ -47,12 +48,12 @@ def over_runs(name: str, kernels: RunKernels) -> Kernels:
     """
 
     def forward(x: jax.Array, blocks: jax.Array, index: Index, *, out: int, geometry: ConvGeometry,
-                precision: lax.PrecisionLike = None) -> jax.Array:  # fmt: skip
+                precision: lax.PrecisionLike = None, bias: jax.Array | None = None) -> jax.Array:  # fmt: skip
         runs = Runs(geometry, x.shape[1], x.shape[2], x.shape[3])
         _check(name, x.dtype, index, out, runs, precision)
         entries = entries_of(blocks.astype(x.dtype))
         y = kernels.forward(
-            to_runs(x, runs), entries, index, runs=runs, cols=blocks.shape[2], out=out, precision=precision
+            to_runs(x, runs), entries, index, bias=bias, runs=runs, cols=blocks.shape[2], out=out, precision=precision
         )  # fmt: skip
         return y.reshape(out, *runs.out_size, runs.padded_batch)[..., : runs.batch]
 

@@ -43,11 +43,14 @@ def forward(
     out: int,
     geometry: ConvGeometry,
     precision: lax.PrecisionLike = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
-    """Y[rows(b)] += blocks[b] @ X[in_idx[b]] for every block b (SpMM)."""
+    """Y[rows(b)] += blocks[b] @ X[in_idx[b]] for every block b (SpMM), then Y[i] += bias[i]."""
     panels = patches(x, geometry)[index[1]]
     partial = _einsum("brc,bchwn->brhwn", blocks, panels, precision)
     y = jnp.zeros((out, *partial.shape[2:]), jnp.float32).at[rows_of_blocks(index)].add(partial, mode="drop")
+    if bias is not None:
+        y += bias.astype(jnp.float32)[:, None, None, None]
     return y.astype(x.dtype)
 
 

@@ -57,7 +57,7 @@ def _autotuned(name: str) -> Any:
     return source.autotuned(getattr(source, name), ["OUT", "OUT_H", "OUT_RUN", "R"], columns)
 
 
-def _call(name: str, tiles: Tiles | None, *arrays: jax.Array, result: jax.ShapeDtypeStruct, grid: Any,
+def _call(name: str, tiles: Tiles | None, *arrays: jax.Array | None, result: jax.ShapeDtypeStruct, grid: Any,
           compute_capability: int | None, **constants: Any) -> jax.Array:  # fmt: skip
     source = _source()
     triton_call: Any = importlib.import_module("jax_triton").triton_call
@@ -103,13 +103,13 @@ def triton_kernels(tiles: KernelTiles | None = None, *, compute_capability: int 
     def fitted(name: str, runs: Runs, rows: int, x: jax.Array) -> Tiles | None:
         return None if tiles is None else getattr(tiles, name).fit(runs.out_run, rows, x.dtype.itemsize)
 
-    def forward(x_rows: jax.Array, entries: jax.Array, index: Any, *, runs: Runs, cols: int, out: int,
-                precision: lax.PrecisionLike) -> jax.Array:  # fmt: skip
+    def forward(x_rows: jax.Array, entries: jax.Array, index: Any, *, bias: jax.Array | None, runs: Runs, cols: int,
+                out: int, precision: lax.PrecisionLike) -> jax.Array:  # fmt: skip
         out_idx, in_idx, group_start = index
         num_groups, rows = out_idx.shape
         mine = fitted("forward", runs, rows, x_rows)
         return call(
-            "forward", mine, group_start, out_idx.reshape(-1), in_idx.reshape(-1), entries, x_rows,
+            "forward", mine, group_start, out_idx.reshape(-1), in_idx.reshape(-1), entries, x_rows, bias,
             result=jax.ShapeDtypeStruct((out * runs.out_size[0], runs.out_run), x_rows.dtype),
             grid=lambda meta: (num_groups * runs.out_size[0] * -(-runs.out_run // meta["POSITIONS"]),),
             NUM_GROUPS=num_groups, R=rows, PADDED_R=padded_rows(rows), COLS=cols, OUT=out,

@@ -48,12 +48,13 @@ def _inputs(x, in_idx, k, end, row, positions, CHANNELS: tl.constexpr, HEIGHT: t
 
 
 @triton.jit
-def forward(start, out_idx, in_idx, entries, x, y, NUM_GROUPS: tl.constexpr, R: tl.constexpr, PADDED_R: tl.constexpr,
-            COLS: tl.constexpr, OUT: tl.constexpr, OUT_H: tl.constexpr, OUT_RUN: tl.constexpr, CHANNELS: tl.constexpr,
-            HEIGHT: tl.constexpr, PHASES: tl.constexpr, LENGTH: tl.constexpr, KERNEL_W: tl.constexpr,
-            STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, BATCH: tl.constexpr,
-            SPLIT: tl.constexpr, PRECISION: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """One row group, a tile of positions of one output row."""
+def forward(start, out_idx, in_idx, entries, x, bias, y, NUM_GROUPS: tl.constexpr, R: tl.constexpr,
+            PADDED_R: tl.constexpr, COLS: tl.constexpr, OUT: tl.constexpr, OUT_H: tl.constexpr, OUT_RUN: tl.constexpr,
+            CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, PHASES: tl.constexpr, LENGTH: tl.constexpr,
+            KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr,
+            LEFT: tl.constexpr, BATCH: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+            POSITIONS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """One row group, a tile of positions of one output row. Where `bias` is None, nothing of it is compiled."""
     program = tl.program_id(0)
     group = program % NUM_GROUPS
     tile = program // NUM_GROUPS
@@ -70,6 +71,8 @@ def forward(start, out_idx, in_idx, entries, x, y, NUM_GROUPS: tl.constexpr, R: 
         weights = tl.load(entries + k[:, None] * R + r[None, :], mask=(k < end)[:, None] & (r < R)[None, :], other=0.0)
         acc = tl.dot(tl.trans(weights), inputs, acc, input_precision=PRECISION)
     target = tl.load(out_idx + group * R + r, mask=r < R, other=OUT)
+    if bias is not None:
+        acc += tl.load(bias + target, mask=target < OUT, other=0.0).to(tl.float32)[:, None]
     mask = (target < OUT)[:, None] & (positions < OUT_RUN)[None, :]
     where = y + (target * OUT_H + row)[:, None] * OUT_RUN + positions[None, :]
     tl.store(where, acc.to(y.dtype.element_ty), mask=mask)

@@ -119,21 +119,24 @@ def test_four_gpus_share_the_batch_of_a_layer(manner, monkeypatch):
     geometry, block_shape, num_blocks = ConvGeometry(64, (3, 3), (1, 1), ((1, 1), (1, 1))), (32, 8), 14
     index = shape(4, 32, dtype="int32"), shape(num_blocks, 8, dtype="int32"), shape(5, dtype="int32")
 
-    def gradients(blocks, x, index):
+    def gradients(weights, x, index):
         layout = BlockLayout(*index, (128, geometry.in_features), block_shape)
 
-        def loss(blocks, x):
-            y = sparse_conv(x, blocks, layout, geometry=geometry, implementation="pallas", feature_major=True)
+        def loss(weights, x):
+            blocks, bias = weights
+            y = sparse_conv(
+                x, blocks, layout, geometry=geometry, bias=bias, implementation="pallas", feature_major=True
+            )
             return jnp.sum(y.astype(jnp.float32) ** 2)
 
-        d_blocks, dx = jax.grad(loss, (0, 1))(blocks, x)
-        return (jax.lax.psum(d_blocks, "batch") if manner == "shard_map" else d_blocks), dx
+        d_weights, dx = jax.grad(loss, (0, 1))(weights, x)
+        return (jax.lax.psum(d_weights, "batch") if manner == "shard_map" else d_weights), dx
 
     batch = P(None, None, None, "batch")
     specs = P(), batch, P()
     if manner == "shard_map":
         gradients = jax.shard_map(gradients, in_specs=specs, out_specs=(P(), batch), check_vma=False)
-    arguments = shape(num_blocks, *block_shape), shape(64, 16, 16, 256), index
+    arguments = (shape(num_blocks, *block_shape), shape(128)), shape(64, 16, 16, 256), index
     compiled = compile_for("sm_90", gradients, *arguments, specs=specs, devices=4)
     assert (compiled.count("all-reduce"), compiled.count("all-gather")) == (1, 0)
 
@@ -239,6 +242,24 @@ def test_forward_and_weight_gradient(layer, block_shape, dtype, arch):
     compiled = compile_for(arch, products, *arguments(layer, block_shape, dtype))
     check(arch, compiled.kernel("shuffled_block_forward"), gathers=True)
     check(arch, compiled.kernel("shuffled_block_weight_gradient"), gathers=True)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("layer", "block_shape", "dtype"),
+    [("64 at 32x32", (64, 4), "bfloat16"), ("128 at 16x16", (128, 4), "float32")],
+    ids=case_name,
+)
+def test_forward_with_bias(layer, block_shape, dtype, arch):
+    geometry, out, _, _ = LAYERS[layer]
+
+    def product(x, blocks, index, bias):
+        return pallas_kernels().forward(x, blocks, index, out=out, geometry=geometry, bias=bias)
+
+    x, blocks, _, index = arguments(layer, block_shape, dtype)
+    compiled = compile_for(arch, product, x, blocks, index, shape(out, dtype=dtype))
+    check(arch, compiled.kernel("shuffled_block_forward"), gathers=True)
+    assert compiled.count("add") == 0  # nothing adds the bias but the kernel
 
 
 @pytest.mark.parametrize("arch", ARCHS)

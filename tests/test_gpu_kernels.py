@@ -49,36 +49,38 @@ def kernels(name):
         pytest.skip(str(reason))
 
 
-def passes(implementation, x, blocks, dy, layout, geometry, precision):
+def passes(implementation, x, blocks, dy, layout, geometry, precision, bias=None):
     """Output and both gradients in float32, the gradient of phantom weights as it is."""
     index = layout.index
 
     @jax.jit
-    def run(x, blocks, dy, index):
+    def run(x, blocks, dy, index, bias):
         options = {"geometry": geometry, "precision": precision}
-        y = implementation.forward(x, blocks, index, out=dy.shape[0], **options)
+        y = implementation.forward(x, blocks, index, out=dy.shape[0], bias=bias, **options)
         dx = implementation.input_gradient(dy, blocks, index, input_size=x.shape[1:3], **options)
         return y, dx, implementation.weight_gradient(x, dy, index, dtype=blocks.dtype, **options)
 
-    return run(x, blocks, dy, index)
+    return run(x, blocks, dy, index, bias)
 
 
-def assert_equals_reference(name, layout: BlockLayout, geometry, batch, size, dtype, precision=None):
+def assert_equals_reference(name, layout: BlockLayout, geometry, batch, size, dtype, precision=None, has_bias=False):
     """Compares the three passes; phantom weights hold a large number that nobody may read."""
     seed = zlib.crc32(repr((layout.shape, layout.block_shape, batch, size)).encode())
     keys = jax.random.split(jax.random.key(seed), 3)
     x = jax.random.normal(keys[0], (geometry.in_channels, *size, batch), dtype)
     dy = jax.random.normal(keys[1], (layout.shape[0], *geometry.output_size(*size), batch), dtype)
     blocks = jax.random.normal(keys[2], (layout.num_blocks, *layout.block_shape), dtype)
+    bias = jnp.linspace(-2, 2, layout.shape[0], dtype=dtype) if has_bias else None
     poisoned = jnp.where(real_rows(layout), blocks, jnp.asarray(1e30, dtype))
-    results = passes(kernels(name), x, poisoned, dy, layout, geometry, precision)
+    results = passes(kernels(name), x, poisoned, dy, layout, geometry, precision, bias)
     assert {result.dtype for result in results} == {jnp.dtype(dtype)}
     assert not np.asarray(jnp.where(real_rows(layout), 0, results[2])).any()
     # On the CPU: it compiles faster there, and knows nothing of TF32.
     with jax.default_device(jax.devices("cpu")[0]):
         f32 = [np.asarray(a, np.float32) for a in (x, jnp.where(real_rows(layout), blocks, 0), dy)]
         on_host = jax.tree.map(np.asarray, layout)
-        wanted = passes(REFERENCE, *map(jnp.asarray, f32), on_host, geometry, "highest")
+        bias = None if bias is None else jnp.asarray(np.asarray(bias, np.float32))
+        wanted = passes(REFERENCE, *map(jnp.asarray, f32), on_host, geometry, "highest", bias)
     tolerance = TOLERANCES[dtype, precision]
     for what, result, value in zip(("y", "dx", "dW"), results, wanted, strict=True):
         assert result.shape == value.shape
@@ -114,7 +116,7 @@ def test_matrix_with_ragged_batch(rows, batch, name):
 def test_convolutions(case, dtype, precision, name):
     geometry, (batch, height, width), out, block_shape, counts = CONVS[case]
     layout = make_layout(zlib.crc32(case.encode()), (out, geometry.in_features), block_shape, counts)
-    assert_equals_reference(name, layout, geometry, batch, (height, width), dtype, precision)
+    assert_equals_reference(name, layout, geometry, batch, (height, width), dtype, precision, has_bias=True)
 
 
 @pytest.mark.parametrize("name", ["pallas", "triton"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,32 @@ def test_bfloat16_accumulates_in_float32(name, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("name", "dtype", "feature_major"),
+    [("very uneven, many pieces", "float32", True), ("ragged out", "bfloat16", False)],
+)
+def test_bias_of_each_output(name, dtype, feature_major, implementation):
+    """Added once to every position, those of an empty group, too; its gradient is a sum in float32."""
+    x, blocks, layout, dy, geometry = conv_case(name, dtype)
+    bias = jax.random.normal(jax.random.key(5), layout.shape[:1])
+    if feature_major:
+        x, dy = x.transpose(3, 1, 2, 0), dy.transpose(3, 1, 2, 0)
+    y, dx, d_blocks, d_bias = with_gradients(
+        lambda x, blocks, bias: sparse_conv(
+            x, blocks, layout, geometry=geometry, bias=bias, implementation=implementation, feature_major=feature_major
+        ),
+        dy, x, blocks, bias,
+    )  # fmt: skip
+    assert (y.dtype, d_bias.dtype) == (x.dtype, bias.dtype)
+    if feature_major:
+        y, dx, dy = (array.transpose(3, 1, 2, 0) for array in (y, dx, dy))
+    wanted = expected(name, dtype)
+    wanted_y = wanted[0] + bias[None, None, None]
+    assert_all_close((y, dx, d_blocks), (wanted_y, *wanted[1:]), 1e-5 if dtype == "float32" else 2**-8)
+    assert_all_close((d_bias,), (dy.astype(jnp.float32).sum((0, 1, 2)),), 1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["3x3 stride 2, an empty group", "3x2 stride (2, 3), asymmetric"])
 def test_feature_major_is_the_same_product(name, implementation):
     x, blocks, layout, dy, geometry = conv_case(name)
@@ -160,13 +187,22 @@ def test_matmul_equals_the_dense_one(name, implementation):
     keys = jax.random.split(jax.random.key(0), 3)
     x, dy = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], (*shape[:-1], out))
     blocks = jax.random.normal(keys[2], (layout.num_blocks, *block_shape))
-    y, dx, d_weight = with_gradients(lambda x, weight: x @ weight.T, dy, x, unpack(blocks, layout))
-    wanted = y, dx, pack(d_weight, layout)
-    multiply = functools.partial(sparse_matmul, layout=layout, implementation=implementation)
-    assert_all_close(with_gradients(multiply, dy, x, blocks), wanted, 1e-5)
+    bias = jnp.arange(1.0, out + 1)
+
+    def dense(x, weight, bias):
+        return x @ weight.T + jnp.expand_dims(bias, range(x.ndim - 1))
+
+    y, dx, d_weight, d_bias = with_gradients(dense, dy, x, unpack(blocks, layout), bias)
+    wanted = y, dx, pack(d_weight, layout), d_bias
+
+    def multiply(x, blocks, bias, feature_major=False):
+        return sparse_matmul(x, blocks, layout, bias=bias, implementation=implementation, feature_major=feature_major)
+
+    assert_all_close(with_gradients(multiply, dy, x, blocks, bias), wanted, 1e-5)
     if x.ndim == 2:
-        y, dx, d_blocks = with_gradients(functools.partial(multiply, feature_major=True), dy.T, x.T, blocks)
-        assert_all_close((y.T, dx.T, d_blocks), wanted, 1e-5)
+        of_features = functools.partial(multiply, feature_major=True)
+        y, dx, d_blocks, d_bias = with_gradients(of_features, dy.T, x.T, blocks, bias)
+        assert_all_close((y.T, dx.T, d_blocks, d_bias), wanted, 1e-5)
 
 
 @pytest.mark.parametrize("run", [32, 8 * 11 * 2, 8 * 11 * 5, 1])
@@ -188,12 +224,12 @@ def test_more_than_one_tile(monkeypatch, run):
 def test_errors_name_what_does_not_fit(implementation, call):
     layout = make_layout(0, (8, 12), (4, 3), (2, 1))
 
-    def run(x=(2, 12), blocks=(3, 4, 3), implementation=implementation):
-        blocks = jnp.zeros(blocks)
+    def run(x=(2, 12), blocks=(3, 4, 3), bias=None, implementation=implementation):
+        blocks, bias = jnp.zeros(blocks), None if bias is None else jnp.zeros(bias)
         if call == "matmul":
-            return sparse_matmul(jnp.zeros(x), blocks, layout, implementation=implementation)
+            return sparse_matmul(jnp.zeros(x), blocks, layout, bias=bias, implementation=implementation)
         x = jnp.zeros((x[0], 2, 2, x[1]))
-        return sparse_conv(x, blocks, layout, geometry=matmul_geometry(12), implementation=implementation)
+        return sparse_conv(x, blocks, layout, geometry=matmul_geometry(12), bias=bias, implementation=implementation)
 
     with pytest.raises(ValueError, match=r"blocks has shape \(2, 4, 3\), but the layout holds 3 blocks of 4x3"):
         run(blocks=(2, 4, 3))
@@ -201,6 +237,9 @@ def test_errors_name_what_does_not_fit(implementation, call):
         run(blocks=(3, 3, 4))
     with pytest.raises(ValueError, match=r"x has 11 input channels .* the layout has 12 columns"):
         run(x=(2, 11))
+    for bias in ((7,), (8, 1), ()):
+        with pytest.raises(ValueError, match=rf"bias has shape {re.escape(str(bias))}.* 8 outputs; pass bias\[8\]"):
+            run(bias=bias)
     with pytest.raises(ValueError, match="implementation='cuda' is unknown; choose one of auto, xla, dense, reference"):
         run(implementation="cuda")
 

@@ -88,21 +88,23 @@ def test_scan_over_layers(implementation):
     assert_trees_close(jax.jit(jax.value_and_grad(scanned))(blocks), jax.jit(jax.value_and_grad(looped))(blocks))
 
 
-def compositions(loss, x, blocks):
-    """Of vmap, grad, remat and scan; x[3, N, H, W, C], blocks[3, num_blocks, R, C]."""
+def compositions(loss, x, weights):
+    """Of vmap, grad, remat and scan; x[3, N, H, W, C], weights (blocks[3, num_blocks, R, C], bias[3, out])."""
     gradient = jax.grad(loss, (0, 1))
+    first = jax.tree.map(lambda leaf: leaf[0], weights)
 
-    def of_gradient(x, blocks):
-        return sum(jnp.square(leaf).sum() for leaf in gradient(x, blocks)) / 1000
+    def of_gradient(x, weights):
+        return sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradient(x, weights))) / 1000
 
     return {
-        "grad of vmap": jax.grad(lambda b: jax.vmap(loss, (0, None))(x, b).sum())(blocks[0]),
-        "vmap of grad, both mapped": jax.vmap(gradient)(x, blocks),
-        "vmap of vmap": jax.vmap(jax.vmap(gradient, (None, 0)), (0, None))(x, blocks),
-        "vmap of remat": jax.vmap(jax.grad(jax.checkpoint(loss), (0, 1)))(x, blocks),
-        "grad in scan": jax.lax.scan(lambda b, x: (b, gradient(x, b)), blocks[0], x)[1],
-        "grad of scan": jax.grad(lambda b: jax.lax.scan(lambda s, x: (s + loss(x, b), None), 0.0, x)[0])(blocks[0]),
-        "vmap of grad of grad": jax.vmap(jax.grad(of_gradient, (0, 1)))(x, blocks),
+        "grad of vmap": jax.grad(lambda w: jax.vmap(loss, (0, None))(x, w).sum())(first),
+        "vmap of grad, both mapped": jax.vmap(gradient)(x, weights),
+        "vmap of grad, bias mapped": jax.vmap(lambda bias: gradient(x[0], (first[0], bias)))(weights[1]),
+        "vmap of vmap": jax.vmap(jax.vmap(gradient, (None, 0)), (0, None))(x, weights),
+        "vmap of remat": jax.vmap(jax.grad(jax.checkpoint(loss), (0, 1)))(x, weights),
+        "grad in scan": jax.lax.scan(lambda w, x: (w, gradient(x, w)), first, x)[1],
+        "grad of scan": jax.grad(lambda w: jax.lax.scan(lambda s, x: (s + loss(x, w), None), 0.0, x)[0])(first),
+        "vmap of grad of grad": jax.vmap(jax.grad(of_gradient, (0, 1)))(x, weights),
     }
 
 
@@ -110,18 +112,19 @@ def test_transformations_compose():
     layout = make_layout(0, (4, 4), (2, 2), (2, 1))
     x = jax.random.normal(jax.random.key(0), (3, 2, 2, 1, 2))
     blocks = jax.random.normal(jax.random.key(1), (3, 3, 2, 2))
+    bias = jax.random.normal(jax.random.key(2), (3, 4))
     geometry = ConvGeometry(2, (2, 1), (1, 1), ((1, 0), (0, 0)))
 
     def results(implementation):
-        def loss(x, blocks):
-            y = sparse_conv(x, blocks, layout, geometry=geometry, implementation=implementation)
+        def loss(x, weights):
+            blocks, bias = weights
+            y = sparse_conv(x, blocks, layout, geometry=geometry, bias=bias, implementation=implementation)
             return (jnp.tanh(y) * jnp.arange(y.size).reshape(y.shape)).sum()
 
-        return jax.jit(functools.partial(compositions, loss))(x, blocks)
+        return jax.jit(functools.partial(compositions, loss))(x, (blocks, bias))
 
     result, wanted = results("xla"), results("dense")
-    for name in wanted:
-        assert_trees_close(result[name], wanted[name])
+    assert_trees_close(result, wanted)
 
 
 def test_vmap_over_activations_alone_is_one_call_on_a_larger_batch(case):
@@ -142,7 +145,7 @@ def test_vmap_over_activations_alone_is_one_call_on_a_larger_batch(case):
     assert jax.vmap(lambda x: call(x, blocks))(x[:0]).shape == (0, *y.shape[1:])
 
 
-@pytest.mark.parametrize("name", Kernels._fields)
+@pytest.mark.parametrize("name", [*Kernels._fields, "forward with bias"])
 def test_one_device_runs_the_bare_kernel(name, case):
     """Nothing is left of the rules for vmap and for many devices."""
     x, blocks, layout = case
@@ -150,13 +153,15 @@ def test_one_device_runs_the_bare_kernel(name, case):
     index = layout.index
     operands, static = {
         "forward": ((x, blocks), {"out": 12}),
+        "forward with bias": ((x, blocks), {"out": 12, "bias": jnp.ones(12)}),
         "input_gradient": ((dy, blocks), {"input_size": (5, 5)}),
         "weight_gradient": ((x, dy), {"dtype": blocks.dtype}),
     }[name]
 
     def operations(kernels):
         def call(first, second):
-            return getattr(kernels, name)(first, second, index, geometry=GEOMETRY, precision=None, **static)
+            operation = getattr(kernels, name.split()[0])
+            return operation(first, second, index, geometry=GEOMETRY, precision=None, **static)
 
         return Counter(re.findall(r"stablehlo\.\w+", jax.jit(call).lower(*operands).as_text()))
 

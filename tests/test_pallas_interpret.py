@@ -69,8 +69,26 @@ def test_equal_to_the_reference(case, dtype):
     assert_same(all_three(KERNELS, *arrays), all_three(REFERENCE, *arrays), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(
+    ("case", "dtype", "bias_dtype"),
+    [("uneven everything", "float32", "float32"), ("linear", "bfloat16", "float32")],
+)
+def test_bias(case, dtype, bias_dtype):
+    """Added before the sum is rounded, so no further from the reference than without; phantom rows have none."""
+    geometry, layout, x, blocks, _ = make(case, dtype)
+    bias = jax.random.normal(jax.random.key(1), layout.shape[:1], bias_dtype)
+
+    @jax.jit
+    def both(x, blocks, bias):
+        options = {"index": layout.index, "out": layout.shape[0], "geometry": geometry, "bias": bias}
+        return tuple(kernels.forward(x, blocks, **options) for kernels in (KERNELS, REFERENCE))
+
+    got, wanted = both(x, blocks, bias)
+    assert_same((got,), (wanted,), TOLERANCE[dtype])
+
+
 def test_empty_groups():
-    """Groups 0 and 2 are empty: their outputs are zero, and nothing is read for them."""
+    """Groups 0 and 2 are empty: their outputs are zero (or their bias), and nothing is read for them."""
     geometry, _, _, block_shape, _ = CASES["3x3"]
     in_idx = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
     out_idx = jnp.arange(48, dtype=jnp.int32).reshape(3, 16)[:, ::-1]
@@ -80,6 +98,10 @@ def test_empty_groups():
     assert_same(got, all_three(REFERENCE, *arrays), 2e-5)
     assert not got[0][:16].any()
     assert not got[0][32:].any()
+    _, _, x, blocks, _ = arrays
+    bias = jnp.arange(1.0, 49)
+    y = KERNELS.forward(x, blocks, layout.index, out=48, geometry=geometry, bias=bias)
+    assert_same((y,), (got[0] + bias[:, None, None, None],), 2e-5)
 
 
 def test_the_batch_is_cut_into_chunks_where_scratch_would_be_large(monkeypatch):

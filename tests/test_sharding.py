@@ -110,6 +110,25 @@ def test_meshes_of_two_axes_and_shardings_in_types(mesh_type, spec):
 
 
 @eight_devices
+@pytest.mark.parametrize(("mesh_type", "implementation"), [(AxisType.Auto, "xla"), (AxisType.Explicit, "xla"),
+                                                           (AxisType.Auto, "dense")])  # fmt: skip
+def test_bias_is_replicated_and_its_gradient_summed(mesh_type, implementation):
+    def loss(x, blocks, bias):
+        y = sparse_conv(x, blocks, LAYOUT, geometry=GEOMETRY, bias=bias, implementation=implementation)
+        return jnp.square(jnp.sin(y)).sum()
+
+    args = *operands(), jnp.linspace(-1.0, 1.0, 12)
+    gradient = jax.value_and_grad(loss, (0, 1, 2))
+    mesh = mesh_of(mesh_type, data=8)
+    x, blocks, bias = args
+    result, found = run(gradient, put(mesh, x, "data"), put(mesh, blocks), put(mesh, bias))
+    assert_trees_close(result, jax.jit(gradient)(*args))
+    assert "all-gather" not in found
+    if implementation != "dense":  # that one sums the dense gradient
+        assert found == {"all-reduce": sorted(["f32[12]", *SUM_OF_GRADIENTS["all-reduce"]])}
+
+
+@eight_devices
 @pytest.mark.parametrize("manual", [{"data"}, {"data", "model"}])
 def test_shard_map_with_all_or_some_axes_manual(manual):
     x, blocks = operands()
@@ -132,11 +151,15 @@ def test_shard_map_with_all_or_some_axes_manual(manual):
 def test_linear_layers_of_any_rank():
     layout = make_layout(1, (8, 12), (4, 4), (2, 1))
     x, blocks = jax.random.normal(jax.random.key(0), (8, 3, 12)), jax.random.normal(jax.random.key(1), (3, 4, 4))
-    gradient = jax.grad(lambda x, b: jnp.sin(sparse_matmul(x, b, layout, implementation="xla")).sum(), (0, 1))
+
+    def loss(x, blocks, bias):
+        return jnp.sin(sparse_matmul(x, blocks, layout, bias=bias, implementation="xla")).sum()
+
+    gradient, bias = jax.grad(loss, (0, 1, 2)), jnp.linspace(-1.0, 1.0, 8)
     mesh = mesh_of(data=8)
-    result, found = run(gradient, put(mesh, x, "data"), put(mesh, blocks))
-    assert_trees_close(result, jax.jit(gradient)(x, blocks))
-    assert found == {"all-reduce": ["f32[3,4,4]"]}
+    result, found = run(gradient, put(mesh, x, "data"), put(mesh, blocks), put(mesh, bias))
+    assert_trees_close(result, jax.jit(gradient)(x, blocks, bias))
+    assert found == {"all-reduce": ["f32[3,4,4]", "f32[8]"]}
 
 
 @eight_devices

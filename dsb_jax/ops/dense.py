@@ -109,6 +109,19 @@ def convolve(
     )
 
 
+def add_bias(y: jax.Array, bias: jax.Array | None, axis: int) -> jax.Array:
+    """y plus bias[out] along `axis`, by a sum that XLA fuses with what computes y or with what reads it.
+
+    In float32 and rounded once, which for operands of one dtype is what `nn.Dense` and `nn.Conv` give, too; the
+    gradient of the bias is a sum in float32 by it.
+    """
+    if bias is None:
+        return y
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    along = jnp.expand_dims(bias.astype(wide), [i for i in range(y.ndim) if i != axis])
+    return (y.astype(wide) + along).astype(y.dtype)
+
+
 def conv_general_dilated(
     lhs: jax.Array, rhs: jax.Array, window_strides: Sequence[int], padding: Any, **options: Any
 ) -> jax.Array:
@@ -146,16 +159,18 @@ def dense_conv(
     *,
     geometry: ConvGeometry,
     feature_major: bool,
+    bias: jax.Array | None = None,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
     """The product by unpacking: x is NHWC, or CHWN if `feature_major`; the result likewise."""
     positions = x.shape[3 if feature_major else 0] * math.prod(geometry.output_size(*x.shape[1:3]))
+    features = 0 if feature_major else 3
     grouped = unpack_grouped(blocks, layout)
-    if not _permutes_output(positions, layout):
-        kernel = to_output_order(grouped, layout, 1)
-        return _convolve(x, kernel, geometry, feature_major, precision)
-    y = _convolve(x, grouped, geometry, feature_major, precision)
-    return to_output_order(y, layout, 0 if feature_major else 3)
+    if _permutes_output(positions, layout):
+        y = to_output_order(_convolve(x, grouped, geometry, feature_major, precision), layout, features)
+    else:
+        y = _convolve(x, to_output_order(grouped, layout, 1), geometry, feature_major, precision)
+    return add_bias(y, bias, features)
 
 
 def _convolve(
@@ -166,10 +181,18 @@ def _convolve(
 
 
 def dense_matmul(
-    x: jax.Array, blocks: jax.Array, layout: BlockLayout, *, precision: lax.PrecisionLike = None
+    x: jax.Array,
+    blocks: jax.Array,
+    layout: BlockLayout,
+    *,
+    bias: jax.Array | None = None,
+    precision: lax.PrecisionLike = None,
 ) -> jax.Array:
     """x[..., in] -> y[..., out] by unpacking."""
+    features = x.ndim - 1
     grouped = unpack_grouped(blocks, layout)
-    if not _permutes_output(math.prod(x.shape[:-1]), layout):
-        return jnp.dot(x, to_output_order(grouped, layout, 1).astype(x.dtype), precision=precision)
-    return to_output_order(jnp.dot(x, grouped.astype(x.dtype), precision=precision), layout, x.ndim - 1)
+    if _permutes_output(math.prod(x.shape[:-1]), layout):
+        y = to_output_order(jnp.dot(x, grouped.astype(x.dtype), precision=precision), layout, features)
+    else:
+        y = jnp.dot(x, to_output_order(grouped, layout, 1).astype(x.dtype), precision=precision)
+    return add_bias(y, bias, features)

@@ -5,7 +5,7 @@ sharded over the batch it gathers the whole batch on every device. What it may d
 batch, V stands for axes that `vmap` has put in front:
 
     operation         operands                        sharded over                        result
-    forward           x[V, C, H, W, N], blocks        V, N                                y[V, out, OH, OW, N]
+    forward           x[V, C, H, W, N], blocks, bias  V, N                                y[V, out, OH, OW, N]
     input_gradient    dy[V, out, OH, OW, N], blocks   V, N                                dx[V, C, H, W, N]
     weight_gradient   x, dy                           V, N (one all-reduce over N)        dblocks[V, num_blocks, R, C]
 
@@ -17,7 +17,7 @@ The partitioner learns the mesh from the program's arguments or constraints. If 
 one device under `jax.set_mesh`), it gathers: right, but no scaling.
 
 `vmap` over activations alone puts the mapped axis beside N, one call of the kernel on a larger batch. Any other
-`vmap` (over blocks or index arrays, or of the weight gradient) calls it in a loop.
+`vmap` (over blocks, bias or index arrays, or of the weight gradient) calls it in a loop.
 """
 
 import dataclasses
@@ -36,13 +36,15 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.interface import Kernels
 
-# Every operation has five operands: two that differ, the activations first, and the three index arrays.
+# Every operation has five operands: two that differ, the activations first, and the three index arrays. Forward may
+# have a sixth, the bias.
 _RANKS = {  # of the first two and of the result, without mapped axes
     "forward": (4, 3, 4),
     "input_gradient": (4, 3, 4),
     "weight_gradient": (4, 4, 3),
 }
 _INDEX_RANKS = (2, 2, 1)
+_BIAS_RANK = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +53,16 @@ class _Operation:
 
     Attributes:
       name: which of the three.
-      function: the kernel, called as `function(first, second, index, **static)`.
+      function: the kernel, called as `function(first, second, index, **static)`, and with `bias=` if it has one.
       static: its keyword arguments as sorted pairs; hashable.
-      mapped: for each level of `vmap`, outermost first, which of the 5 operands have an axis of it.
+      has_bias: whether a bias follows the five operands.
+      mapped: for each level of `vmap`, outermost first, which of the operands have an axis of it.
     """
 
     name: Literal["forward", "input_gradient", "weight_gradient"]
     function: Callable[..., jax.Array]
     static: tuple[tuple[str, Any], ...]
+    has_bias: bool = False
     mapped: tuple[tuple[bool, ...], ...] = ()
 
     @property
@@ -72,7 +76,7 @@ class _Operation:
         """
         *ranks, result_rank = _RANKS[self.name]
         operands = []
-        for i, rank in enumerate((*ranks, *_INDEX_RANKS)):
+        for i, rank in enumerate((*ranks, *_INDEX_RANKS, *((_BIAS_RANK,) if self.has_bias else ()))):
             own = [f"v{level}" for level, mapped in enumerate(self.mapped) if mapped[i]]
             operands.append((*own, *_own_dimensions(f"a{i}x", rank)))
         result = (*(f"v{level}" for level in range(len(self.mapped))), *_own_dimensions("rx", result_rank))
@@ -81,8 +85,9 @@ class _Operation:
     def run(self, *operands: jax.Array) -> jax.Array:
         """Calls the kernel on local arrays, mapped axes and all."""
         if not self.mapped:
-            first, second, *index = operands
-            return self.function(first, second, tuple(index), **dict(self.static))
+            first, second, out_idx, in_idx, group_start, *bias = operands
+            options = {**dict(self.static), "bias": bias[0]} if bias else dict(self.static)
+            return self.function(first, second, (out_idx, in_idx, group_start), **options)
         mapped, inner = self.mapped[0], dataclasses.replace(self, mapped=self.mapped[1:])
         first = operands[0]
         if mapped[0] and not any(mapped[1:]) and not self.sums_over_batch and first.shape[0] > 0:
@@ -167,8 +172,8 @@ def _partition(operation: _Operation, mesh: Mesh | AbstractMesh, operands: Seque
     return mesh, run, result_sharding, operand_shardings
 
 
-def _run(operation: _Operation, first, second, out_idx, in_idx, group_start):
-    return operation.run(first, second, out_idx, in_idx, group_start)
+def _run(operation: _Operation, *operands: jax.Array) -> jax.Array:
+    return operation.run(*operands)
 
 
 _partitioned = custom_partitioning(_run, static_argnums=(0,))
@@ -224,8 +229,12 @@ def partitioned(kernels: Kernels) -> Kernels:
     """
 
     def wrap(name: Literal["forward", "input_gradient", "weight_gradient"]) -> Callable[..., jax.Array]:
-        def call(first: jax.Array, second: jax.Array, index: Any, **static: Any) -> jax.Array:
-            return _apply(_Operation(name, getattr(kernels, name), _pairs(static)), first, second, *index)
+        def call(
+            first: jax.Array, second: jax.Array, index: Any, *, bias: jax.Array | None = None, **static: Any
+        ) -> jax.Array:
+            operands = (first, second, *index) if bias is None else (first, second, *index, bias)
+            operation = _Operation(name, getattr(kernels, name), _pairs(static), has_bias=bias is not None)
+            return _apply(operation, *operands)
 
         return call
 

@@ -1,10 +1,11 @@
-"""Shuffled-block matmul and convolution, differentiable in activations and blocks.
+"""Shuffled-block matmul and convolution, differentiable in activations, blocks and bias.
 
-    forward          Y[out_idx[g]] = sum over blocks b of g of blocks[b] @ X[in_idx[b]]
+    forward          Y[out_idx[g]] = sum over blocks b of g of blocks[b] @ X[in_idx[b]]  (+ bias[out_idx[g]])
     input gradient   dX[in_idx[b]] += blocks[b]^T @ dY[out_idx[g]]
     weight gradient  dblocks[b] = dY[out_idx[g]] @ X[in_idx[b]]^T
+    bias gradient    dbias = sum over positions and examples of dY
 
-(Jiang et al. 2022, section 3.) The gradient of the blocks exists at the stored blocks only. Each of the three
+(Jiang et al. 2022, section 3.) The gradient of the blocks exists at the stored blocks only. Each of the first three
 is one call of an array-level implementation (`pallas_kernels.interface`), made fit for `vmap` and for activations
 that are sharded over the batch (`dsb_jax.ops.partitioning`).
 """
@@ -52,13 +53,16 @@ class _Static(NamedTuple):
     precision: lax.PrecisionLike
 
 
-# Each operation is linear in both operands, and its gradients are the other two: derivatives of any order follow.
+# Each operation is linear in both operands, and its gradients are the other two: derivatives of any order follow. The
+# bias is added by the product that was asked for; products inside of derivatives have none.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(static: _Static, x: jax.Array, blocks: jax.Array, index: Index) -> jax.Array:
+def _product(
+    static: _Static, x: jax.Array, blocks: jax.Array, index: Index, bias: jax.Array | None = None
+) -> jax.Array:
     return static.kernels.forward(
-        x, blocks, index, out=static.out, geometry=static.geometry, precision=static.precision
+        x, blocks, index, out=static.out, geometry=static.geometry, precision=static.precision, bias=bias
     )
 
 
@@ -76,14 +80,20 @@ def _weight_gradient(static: _Static, dtype: jnp.dtype, x: jax.Array, dy: jax.Ar
     )
 
 
-def _product_fwd(static, x, blocks, index):
-    return _product(static, x, blocks, index), (x, blocks, index)
+def _product_fwd(static, x, blocks, index, bias=None):
+    return _product(static, x, blocks, index, bias), (x, blocks, index, bias)
 
 
 def _product_bwd(static, residuals, dy):
-    x, blocks, index = residuals
+    x, blocks, index, bias = residuals
     dx = _input_gradient(static, dy, blocks, index)
-    return dx, _weight_gradient(static, blocks.dtype, x, dy, index), None
+    d_blocks = _weight_gradient(static, blocks.dtype, x, dy, index)
+    return dx, d_blocks, None, None if bias is None else _bias_gradient(dy, bias.dtype)
+
+
+def _bias_gradient(dy: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """dy[out, OH, OW, N] -> [out], summed in float32 and rounded once."""
+    return dy.sum(axis=(1, 2, 3), dtype=jnp.promote_types(dy.dtype, jnp.float32)).astype(dtype)
 
 
 def _input_gradient_fwd(static, dy, blocks, index):
@@ -111,7 +121,14 @@ _input_gradient.defvjp(_input_gradient_fwd, _input_gradient_bwd)
 _weight_gradient.defvjp(_weight_gradient_fwd, _weight_gradient_bwd)
 
 
-def _check(x: jax.Array, channel_axis: int, blocks: jax.Array, layout: BlockLayout, geometry: ConvGeometry) -> None:
+def _check(
+    x: jax.Array,
+    channel_axis: int,
+    blocks: jax.Array,
+    layout: BlockLayout,
+    geometry: ConvGeometry,
+    bias: jax.Array | None,
+) -> None:
     # A wrong index reads foreign memory on a GPU. Traced ones cannot be looked at; those of a train state were checked
     # when it was restored, or come from this library.
     if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(layout)):
@@ -128,13 +145,25 @@ def _check(x: jax.Array, channel_axis: int, blocks: jax.Array, layout: BlockLayo
             f"x has {x.shape[channel_axis]} input channels and the kernel {geometry.kernel_size} taps, but the layout "
             f"has {layout.shape[1]} columns (kernel height * width * channels)."
         )
+    if bias is not None and bias.shape != layout.shape[:1]:
+        raise ValueError(
+            f"bias has shape {bias.shape}, but the layout has {layout.shape[0]} outputs; pass bias[{layout.shape[0]}], "
+            "one number for each output in their own order, or None."
+        )
 
 
-def _convolve(static: _Static, x: jax.Array, blocks: jax.Array, layout: BlockLayout, feature_major: bool) -> jax.Array:
+def _convolve(
+    static: _Static,
+    x: jax.Array,
+    blocks: jax.Array,
+    layout: BlockLayout,
+    bias: jax.Array | None,
+    feature_major: bool,
+) -> jax.Array:
     """The product by kernels, of activations in either order."""
     if feature_major:
-        return _product(static, x, blocks, layout.index)
-    return _product(static, x.transpose(3, 1, 2, 0), blocks, layout.index).transpose(3, 1, 2, 0)
+        return _product(static, x, blocks, layout.index, bias)
+    return _product(static, x.transpose(3, 1, 2, 0), blocks, layout.index, bias).transpose(3, 1, 2, 0)
 
 
 def sparse_conv(
@@ -143,6 +172,7 @@ def sparse_conv(
     layout: BlockLayout,
     *,
     geometry: ConvGeometry,
+    bias: Float[Array, "out"] | None = None,
     implementation: str = "auto",
     feature_major: bool = False,
     precision: lax.PrecisionLike = None,
@@ -155,6 +185,7 @@ def sparse_conv(
       blocks: [num_blocks, R, C].
       layout: where the blocks lie in `W[out, in]`, `in` in HWIO order.
       geometry: kernel size, strides, padding.
+      bias: [out], added to every position of an output; kernels add it before they round, at next to no cost.
       implementation: "auto", "pallas", "triton", "xla", "dense" or "reference"; see `dsb_jax.ops.choose`.
       feature_major: activations come and go as [C, H, W, N], the form the kernels use, without a transpose.
       precision: as in `jax.lax.dot`.
@@ -167,7 +198,7 @@ def sparse_conv(
       ValueError: if shapes do not fit or the implementation is unknown.
       NotImplementedError: if the implementation asked for cannot serve the layer here.
     """
-    _check(x, 0 if feature_major else 3, blocks, layout, geometry)
+    _check(x, 0 if feature_major else 3, blocks, layout, geometry, bias)
     height, width = x.shape[1:3]
     batch = x.shape[3 if feature_major else 0]
     choice = choose(
@@ -175,10 +206,12 @@ def sparse_conv(
         precision=precision,
     )  # fmt: skip
     if choice.implementation == "dense" or batch == 0:  # nothing to tile
-        return dense_conv(x, blocks, layout, geometry=geometry, feature_major=feature_major, precision=precision)
+        return dense_conv(
+            x, blocks, layout, geometry=geometry, bias=bias, feature_major=feature_major, precision=precision
+        )
     kernels = _kernels(choice.implementation, tiles or choice.tiles)
     static = _Static(kernels, geometry, layout.shape[0], (height, width), precision)
-    return _convolve(static, x, blocks, layout, feature_major)
+    return _convolve(static, x, blocks, layout, bias, feature_major)
 
 
 def sparse_matmul(
@@ -186,30 +219,31 @@ def sparse_matmul(
     blocks: Float[Array, "num_blocks R C"],
     layout: BlockLayout,
     *,
+    bias: Float[Array, "out"] | None = None,
     implementation: str = "auto",
     feature_major: bool = False,
     precision: lax.PrecisionLike = None,
     tiles: KernelTiles | None = None,
 ) -> Float[Array, "... out"]:
-    """`x @ W^T` with shuffled-block weights: [..., in] -> [..., out], or [in, N] -> [out, N] if `feature_major`.
+    """`x @ W^T + bias` with shuffled-block weights: [..., in] -> [..., out], [in, N] -> [out, N] if `feature_major`.
 
     Arguments and errors as in `sparse_conv`.
     """
     geometry = matmul_geometry(layout.shape[1])
     if feature_major:
         y = sparse_conv(
-            x[:, None, None, :], blocks, layout, geometry=geometry, implementation=implementation, feature_major=True,
-            precision=precision, tiles=tiles,
+            x[:, None, None, :], blocks, layout, geometry=geometry, bias=bias, implementation=implementation,
+            feature_major=True, precision=precision, tiles=tiles,
         )  # fmt: skip
         return y.reshape(y.shape[0], y.shape[3])
-    _check(x, -1, blocks, layout, geometry)
+    _check(x, -1, blocks, layout, geometry, bias)
     batch = math.prod(x.shape[:-1])
     choice = choose(
         implementation, layout, geometry=geometry, input_size=(1, 1), batch=batch, dtype=x.dtype, precision=precision
     )
     if choice.implementation == "dense" or batch == 0:  # nothing to tile
-        return dense_matmul(x, blocks, layout, precision=precision)
+        return dense_matmul(x, blocks, layout, bias=bias, precision=precision)
     kernels = _kernels(choice.implementation, tiles or choice.tiles)
     static = _Static(kernels, geometry, layout.shape[0], (1, 1), precision)
-    y = _convolve(static, x.reshape(batch, 1, 1, x.shape[-1]), blocks, layout, feature_major=False)
+    y = _convolve(static, x.reshape(batch, 1, 1, x.shape[-1]), blocks, layout, bias, feature_major=False)
     return y.reshape(*x.shape[:-1], layout.shape[0])

@@ -186,7 +186,7 @@ def _piece_arrays(index: Index, columns: int, geometry: ConvGeometry, tiling: _T
 
 
 def forward(x: jax.Array, blocks: jax.Array, index: Index, *, out: int, geometry: ConvGeometry,
-            precision: lax.PrecisionLike = None) -> jax.Array:  # fmt: skip
+            precision: lax.PrecisionLike = None, bias: jax.Array | None = None) -> jax.Array:  # fmt: skip
     """See `pallas_kernels.interface.Kernels`."""
     out_idx = index[0]
     num_groups, rows = out_idx.shape
@@ -213,8 +213,11 @@ def forward(x: jax.Array, blocks: jax.Array, index: Index, *, out: int, geometry
 
         grouped = jnp.zeros((num_groups, rows, math.prod(tiling.run)), jnp.float32)
         grouped, buffer = lax.fori_loop(0, pieces.used, turn, (grouped, buffer))
-        new = grouped.reshape(out_idx.size, *tiling.run).at[place[:out]].get(mode="promise_in_bounds").astype(x.dtype)
-        return lax.dynamic_update_slice(y, new[None], (at.batch, 0, at.row, 0), allow_negative_indices=False), buffer
+        new = grouped.reshape(out_idx.size, *tiling.run).at[place[:out]].get(mode="promise_in_bounds")
+        if bias is not None:  # XLA fuses the sum with the copy into order
+            new += bias.astype(jnp.float32)[:, None, None]
+        new = new.astype(x.dtype)[None]
+        return lax.dynamic_update_slice(y, new, (at.batch, 0, at.row, 0), allow_negative_indices=False), buffer
 
     y = jnp.zeros((tiling.batch_tiles, out, tiling.out_h, tiling.run[1]), x.dtype)
     y, _ = _each_tile(tiling, tile, (y, jnp.zeros((starts.shape[1], *tiling.run), x.dtype)))
