@@ -11,7 +11,10 @@ from rich.table import Table
 from experiments.grid import Run, workdir
 
 # Means over the seeds that a row of the table holds beside the accuracy; None where no run has a number.
-MEANS = ("sparsity", "sparsity_all", "accepted_growth", "collateral", "turnover", "exploration")
+MEANS = (
+    "test_loss", "train_loss", "sparsity", "sparsity_all", "accepted_growth", "collateral", "turnover", "exploration",
+    "empty_groups",
+)  # fmt: skip
 FLOPS = ("train_ratio", "inference_ratio")
 
 
@@ -34,6 +37,25 @@ def find_summaries(root: Path) -> dict[Path, dict[str, Any]]:
         raise FileNotFoundError(f"root={root} is no folder; give the --root of a sweep, or a folder of runs.")
     found = {file.parent: read_summary(file.parent) for file in sorted(root.rglob("summary.json"))}
     return {folder: summary for folder, summary in found.items() if summary is not None}
+
+
+def read_adaptations(folder: Path) -> list[dict[str, Any]]:
+    """The adaptations that a run noted in its metrics.jsonl, in order of the step; none if there is no such file.
+
+    Each holds `step`, `turnover`, `exploration`, ... and by layer `layers`. The line that a killed run was writing
+    does not count.
+    """
+    try:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    entries = []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return [entry for entry in entries if entry.get("kind") == "adapt"]
 
 
 def finished(root: Path, run: Run) -> dict[str, Any] | None:
@@ -94,7 +116,8 @@ def outcome_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """The rows for the terminal: test accuracy in per cent, sparsity over the sparse layers, FLOPs against dense."""
     table = Table(title="test accuracy, mean and standard deviation over the seeds")
     table.add_column("cell", overflow="fold")
-    for name in ("n", "accuracy %", "std", "sparsity", "train", "infer", "accepted", "collateral", "exploration"):
+    for name in ("n", "accuracy %", "std", "test loss", "sparsity", "train", "infer", "accepted", "collateral",
+                 "exploration"):  # fmt: skip
         table.add_column(name, justify="right")
 
     def text(value: float | None, form: str) -> str:
@@ -103,7 +126,8 @@ def outcome_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     for row in rows:
         table.add_row(
             row["cell"], str(row["n"]), f"{100 * row['mean']:.2f}",
-            text(None if row["std"] is None else 100 * row["std"], ".2f"), text(row["sparsity"], ".1%"),
+            text(None if row["std"] is None else 100 * row["std"], ".2f"), text(row["test_loss"], ".4f"),
+            text(row["sparsity"], ".1%"),
             text(row["flops"]["train_ratio"], ".3f"), text(row["flops"]["inference_ratio"], ".3f"),
             *(text(row[name], ".1%") for name in ("accepted_growth", "collateral", "exploration")),
         )  # fmt: skip

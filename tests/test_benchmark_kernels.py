@@ -296,9 +296,9 @@ def test_a_part_that_fails_or_hangs_is_reported():
     broken = run_part(Part("broken", ("-c", "import sys; sys.exit('it broke')"), 9), 30, {})
     assert broken["error"] == "exit code 1: it broke"
     assert "results" not in broken
-    hung = run_part(Part("hung", ("-c", "import time; print('at it', flush=True); time.sleep(60)"), 9), 1.5, {})
-    assert hung["error"] == "stopped after 2 s: at it"
-    assert hung["seconds"] < 20
+    hung = run_part(Part("hung", ("-c", "import time; print('at it', flush=True); time.sleep(60)"), 9), 6, {})
+    assert hung["error"] == "stopped after 6 s: at it"
+    assert hung["seconds"] < 30
 
 
 WITH_A_GPU = """
