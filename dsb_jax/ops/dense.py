@@ -110,7 +110,7 @@ def convolve(
 
 
 def add_bias(y: jax.Array, bias: jax.Array | None, axis: int) -> jax.Array:
-    """y plus bias[out] along `axis`, by a sum that XLA fuses with what computes y or with what reads it.
+    """y plus bias[out] along `axis`, an elementwise sum that XLA fuses with its neighbours where it can.
 
     In float32 and rounded once, which for operands of one dtype is what `nn.Dense` and `nn.Conv` give, too; the
     gradient of the bias is a sum in float32 by it.

@@ -214,7 +214,7 @@ def forward(x: jax.Array, blocks: jax.Array, index: Index, *, out: int, geometry
         grouped = jnp.zeros((num_groups, rows, math.prod(tiling.run)), jnp.float32)
         grouped, buffer = lax.fori_loop(0, pieces.used, turn, (grouped, buffer))
         new = grouped.reshape(out_idx.size, *tiling.run).at[place[:out]].get(mode="promise_in_bounds")
-        if bias is not None:  # XLA fuses the sum with the copy into order
+        if bias is not None:  # here, where the tile is in the cache, not over the whole output
             new += bias.astype(jnp.float32)[:, None, None]
         new = new.astype(x.dtype)[None]
         return lax.dynamic_update_slice(y, new, (at.batch, 0, at.row, 0), allow_negative_indices=False), buffer
