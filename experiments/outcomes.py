@@ -11,9 +11,9 @@ from rich.table import Table
 from experiments.grid import Run, workdir
 
 # Means over the seeds that a row of the table holds beside the accuracy; None where no run has a number.
+# (Not the training loss: its last window of steps depends on where a run was resumed.)
 MEANS = (
-    "test_loss", "train_loss", "sparsity", "sparsity_all", "accepted_growth", "collateral", "turnover", "exploration",
-    "empty_groups",
+    "test_loss", "sparsity", "sparsity_all", "accepted_growth", "collateral", "turnover", "exploration", "empty_groups",
 )  # fmt: skip
 FLOPS = ("train_ratio", "inference_ratio")
 
