@@ -115,12 +115,6 @@ class Panel:
         return found
 
 
-@functools.cache
-def recipe_of(run: Run) -> Recipe:
-    """`run.recipe`, made once: to plan all figures asks for each hundreds of times."""
-    return run.recipe
-
-
 def run_of(recipe: Mapping[str, Any]) -> Run:
     """The run that has this recipe, without the settings that have no effect.
 
@@ -131,27 +125,10 @@ def run_of(recipe: Mapping[str, Any]) -> Run:
     settings = {k: v for k, v in dataclasses.asdict(known).items() if k not in (*grid.FROM_DATA, "seed")}
     if known.dataset != "digits":
         # The default interval of photographs is shorter in a short run (`flags.with_default_interval`).
-        longest = _default_values(known.dataset)["update_interval"]
+        longest = default_values(known.dataset)["update_interval"]
         if known.update_interval == max(1, min(longest, known.update_end_step // 12)):
             del settings["update_interval"]
-    return _make_run(settings, known.seed)
-
-
-def _make_run(settings: Mapping[str, Any], seed: int) -> Run:
-    """`grid.make_run`, which takes its time for every setting, of what is no default, and once for each run."""
-    defaults = _default_values(settings["dataset"])
-    kept = {k: v for k, v in settings.items() if k in ("dataset", "method") or v != defaults[k]}
-    return _make_run_of(tuple(sorted(kept.items())), seed)
-
-
-@functools.cache
-def _make_run_of(settings: tuple[tuple[str, Any], ...], seed: int) -> Run:
-    return grid.make_run(dict(settings), seed)
-
-
-@functools.cache
-def _default_values(dataset: str) -> dict[str, Any]:
-    return default_values(dataset)
+    return grid.make_run(settings, known.seed)
 
 
 def read_runs(roots: Iterable[Path]) -> tuple[dict[Run, Outcome], list[str]]:
@@ -177,7 +154,7 @@ def read_runs(roots: Iterable[Path]) -> tuple[dict[Run, Outcome], list[str]]:
 
 def terms_of(run: Run) -> Terms:
     """Every field of the recipe but method, sparsity, seed and what depends on the data."""
-    fields = dataclasses.asdict(recipe_of(run))
+    fields = dataclasses.asdict(run.recipe)
     return {k: v for k, v in fields.items() if k not in (*grid.FROM_DATA, "method", "sparsity", "seed")}
 
 
@@ -186,7 +163,7 @@ def _cells(terms: Terms, variants: Sequence[Variant], sparsities: Iterable[float
     cells: dict[Any, tuple[str, Any]] = {}
     for variant in variants:
         for sparsity in sparsities:
-            settings = _make_run({**terms, **variant.settings, "sparsity": sparsity}, 0).settings
+            settings = grid.make_run({**terms, **variant.settings, "sparsity": sparsity}, 0).settings
             cells[settings] = (variant.label, sparsity if "sparsity" in dict(settings) else None)
     return cells
 
@@ -200,7 +177,7 @@ def _fullest(candidates: Sequence[Terms], runs: Iterable[Run], variants: Sequenc
     """The first of the candidates on which most of the runs are; None if there is no candidate."""
     runs = list(runs)
     counts = collections.Counter(run.settings for run in runs)
-    sparsities = {recipe_of(run).sparsity for run in runs}
+    sparsities = {run.recipe.sparsity for run in runs}
 
     def count(terms: Terms) -> int:
         return sum(counts[settings] for settings in _cells(terms, variants, sparsities))
@@ -235,7 +212,7 @@ def places(found: Iterable[Run], variants: Sequence[Variant], *, at_least: int =
     """(data set, model) of every panel: where presets and found runs together have `at_least` so many variants."""
     seen: dict[tuple[str, str], set[str]] = {}
     for run in (*_runs_of_presets(), *found):
-        recipe, labels = recipe_of(run), seen.setdefault(_place(run), set())
+        recipe, labels = run.recipe, seen.setdefault(_place(run), set())
         labels.update(v.label for v in variants if all(getattr(recipe, k) == x for k, x in v.settings.items()))
     return [place for place, labels in seen.items() if len(labels) >= at_least]
 
@@ -279,12 +256,12 @@ def make_panel(
         for run in preset:
             if run.settings in wanted:
                 label, _ = wanted[run.settings]
-                varied = settings_of[label] | {"sparsity": recipe_of(run).sparsity}
-                expected = _make_run(terms | varied, run.seed)
+                varied = settings_of[label] | {"sparsity": run.recipe.sparsity}
+                expected = grid.make_run(terms | varied, run.seed)
                 if expected not in found:
                     missing.setdefault(label, []).append(expected)
     runs: dict[str, dict[float | None, dict[int, Outcome]]] = {}
-    cells = _cells(terms, variants, {recipe_of(run).sparsity for run in here})
+    cells = _cells(terms, variants, {run.recipe.sparsity for run in here})
     for run in sorted(here, key=lambda run: run.seed):
         if run.settings in cells:
             label, sparsity = cells[run.settings]
@@ -306,21 +283,12 @@ def other_settings(found: Mapping[Run, Outcome], panels: Iterable[Panel]) -> dic
         if outcome.folder in drawn or panel is None:
             continue
         # Only settings with an effect on this run can tell it from the panel's.
-        rival = _make_run(
-            panel.terms | {"method": recipe_of(run).method, "sparsity": recipe_of(run).sparsity}, run.seed
-        )
+        rival = grid.make_run(panel.terms | {"method": run.recipe.method, "sparsity": run.recipe.sparsity}, run.seed)
         own, other = dict(run.settings), dict(rival.settings)
-        recipe = dataclasses.asdict(recipe_of(run))
+        recipe = dataclasses.asdict(run.recipe)
         names = [name for name in sorted(own.keys() | other.keys()) if own.get(name) != other.get(name)]
-        counts[(*_place(run), *(f"{name}={setting_text(recipe[name])}" for name in names))] += 1
+        counts[(*_place(run), *(f"{name}={grid.setting_text(recipe[name])}" for name in names))] += 1
     return dict(counts)
-
-
-def setting_text(value: Any) -> str:
-    """A value as a flag of the sweep reads it, to the last digit: 0.9, 32x8, false."""
-    if isinstance(value, tuple):
-        return ("x" if all(isinstance(v, int) for v in value) else ",").join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
 
 
 def adaptations(outcomes: Iterable[Outcome]) -> Adaptations | None:

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from experiments import grid
 from experiments.epoch_times import IMAGE_SIZE, TRAIN_IMAGES, ProfileTerms, TimePanel
 from experiments.figure_data import (
     ADAPTIVE,
@@ -20,7 +21,6 @@ from experiments.figure_data import (
     Panel,
     Statistic,
     adaptations,
-    setting_text,
 )
 from experiments.flags import default_values
 
@@ -235,7 +235,7 @@ def _own_terms(panel: Panel, panels: Sequence[Panel], varied: Sequence[str] = ()
 
 
 def _tell(name: str, value: Any) -> str:
-    return f"{name.replace('_', ' ')} {setting_text(value)}"
+    return f"{name.replace('_', ' ')} {grid.setting_text(value)}"
 
 
 def _seeds(statistics: Sequence[Statistic], *, spread: bool = True) -> str:

@@ -1,7 +1,10 @@
 """Flags that make a recipe, shared by the programs that train."""
 
 import dataclasses
+import functools
 import re
+import types
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -81,14 +84,16 @@ def with_default_interval(recipe: Recipe) -> Recipe:
     )
 
 
-def default_values(dataset: str) -> dict[str, Any]:
+@functools.cache
+def default_values(dataset: str) -> Mapping[str, Any]:
     """Values of all fields of a recipe for a data set: those of `Recipe`, for photographs with `PHOTOGRAPHS`."""
-    return dataclasses.asdict(Recipe()) | {"dataset": dataset} | ({} if dataset == "digits" else PHOTOGRAPHS)
+    own = {"dataset": dataset} | ({} if dataset == "digits" else PHOTOGRAPHS)
+    return types.MappingProxyType(dataclasses.asdict(Recipe()) | own)
 
 
 def recipe_from_flags() -> Recipe:
     """The recipe of the parsed flags; sizes that depend on the data set are filled in by `experiments.run`."""
-    values = default_values(FLAGS.dataset)
+    values = dict(default_values(FLAGS.dataset))
     for name in values:
         if name in FLAGS and FLAGS[name].value is not None:
             values[name] = FLAGS[name].value

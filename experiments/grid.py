@@ -6,6 +6,7 @@ the same run ask for it once: `dense` has no sparsity, only `dsb` has a growth c
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ class Run:
     settings: tuple[tuple[str, Any], ...]
     seed: int
 
-    @property
+    @functools.cached_property
     def recipe(self) -> Recipe:
         """The recipe, but for what depends on the data (`FROM_DATA`)."""
         values = dict(self.settings)
@@ -130,18 +131,24 @@ class Run:
         }
 
 
-def _text(value: Any) -> str:
-    """A value as a flag writes it: 0.9, 16x16, a,b."""
+def setting_text(value: Any) -> str:
+    """A value as `parse_value` reads it, to the last digit: 0.9, 16x16, a,b, false."""
     if isinstance(value, tuple):
         return ("x" if all(isinstance(v, int) for v in value) else ",").join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _text(value: Any) -> str:
+    """A value in a name, where floats are rounded."""
+    if isinstance(value, bool):
+        return str(value)
+    return f"{value:g}" if isinstance(value, float) else setting_text(value)
 
 
 def _flag(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no{name}"
-    # repr, not :g, which rounds: the recipe in the summary must be this one to the last digit.
-    return f"--{name}={value!r}" if isinstance(value, float) else f"--{name}={_text(value)}"
+    return f"--{name}={setting_text(value)}"
 
 
 def parse_value(name: str, text: Any) -> Any:
@@ -150,7 +157,7 @@ def parse_value(name: str, text: Any) -> Any:
     Raises:
       ValueError: if there is no such field, it is not for a user to set, or the text is no value of its type.
     """
-    defaults = dataclasses.asdict(Recipe())
+    defaults = default_values("digits")
     if name not in defaults or name in (*FROM_DATA, "seed"):
         known = ", ".join(field for field in defaults if field not in (*FROM_DATA, "seed"))
         raise ValueError(f"{name!r} is not a setting of the runs; choose of {known}.")

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from experiments.grid import Run, workdir
+from experiments.run import read_metrics
 
 # Means over the seeds that a row of the table holds beside the accuracy; None where no run has a number.
 # (Not the training loss: its last window of steps depends on where a run was resumed.)
@@ -46,15 +47,9 @@ def read_adaptations(folder: Path) -> list[dict[str, Any]]:
     does not count.
     """
     try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        entries = read_metrics(folder / "metrics.jsonl")
     except (FileNotFoundError, NotADirectoryError):
         return []
-    entries = []
-    for line in lines:
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return [entry for entry in entries if entry.get("kind") == "adapt"]
 
 

@@ -99,6 +99,21 @@ def report_totals(report: Report) -> dict[str, float]:
     }
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl, without the line that a killed run was writing, if there is one.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+    """
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
 class _Metrics:
     """metrics.jsonl, cut back to the restored step when a run resumes, and what the summary needs of it."""
 
@@ -108,13 +123,11 @@ class _Metrics:
         self.started = False  # whether this process has trained a step
         self.turnover = 0.0  # of the latest adaptation
         if resumed_at and path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # the line that the killed run was writing
-                if entry["step"] <= resumed_at and (entry["kind"] != "adapt" or entry["step"] < resumed_at):
-                    self.lines.append(entry)
+            self.lines = [
+                entry
+                for entry in read_metrics(path)
+                if entry["step"] <= resumed_at and (entry["kind"] != "adapt" or entry["step"] < resumed_at)
+            ]
         path.write_text("".join(json.dumps(entry) + "\n" for entry in self.lines))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
