@@ -131,7 +131,7 @@ def row_places(out_idx: Int[Array, "num_groups R"]) -> Int[Array, "rows"]:
 
 def block_rows(layout: BlockLayout) -> Int[Array, "num_blocks R"]:
     """The output rows of each block; phantom rows are `>= out`."""
-    return layout.out_idx[block_group(layout)]
+    return jnp.asarray(layout.out_idx)[block_group(layout)]  # a layout from a file or `device_get` holds numpy arrays
 
 
 def _positions(layout: BlockLayout) -> tuple[jax.Array, jax.Array]:

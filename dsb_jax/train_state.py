@@ -93,10 +93,10 @@ def leaf_at(tree: Any, path: Path) -> Any:
 
 
 def dense_params(state: TrainState) -> Any:
-    """The params of the equal dense model: every `blocks` unpacked to a `kernel` with zeros (HWIO or [in, out]).
+    """The params of the equal dense model: every `blocks` unpacked to a `kernel` with zeros, [in, out].
 
-    For looking at a trained model or handing it to code that knows nothing of blocks; a convolution's kernel comes
-    flattened, [kernel_height * kernel_width * channels, out].
+    For looking at a trained model or handing it to code that knows nothing of blocks. A convolution's kernel comes
+    flattened, [kernel_height * kernel_width * channels, out]; reshaped to HWIO it is that of `nn.Conv`.
     """
 
     def convert(tree: Any, path: Path) -> Any:
