@@ -1,5 +1,6 @@
 """Top-KAST: what is stored where, an update by hand, and training equal to the dense weights of the paper."""
 
+import functools
 import json
 
 import jax
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from dsb_jax import checkpoint
 from dsb_jax.adapt import adapt_step
-from dsb_jax.layout import pack, to_mask, unpack, validate
+from dsb_jax.layout import validate
 from dsb_jax.methods import topkast
 from dsb_jax.methods.topkast import join
 from dsb_jax.nn import SparseConv, SparseDense
@@ -28,18 +29,31 @@ METHOD = topkast(backward_factor=1.5)
 law = settings(max_examples=6)
 
 
-@pytest.fixture(scope="module")
-def store():
-    return jax.jit(METHOD.store, static_argnums=1)
+jit_join, jit_dense = jax.jit(join), jax.jit(dense_params)
 
 
-@pytest.fixture(scope="module")
-def move():
-    def both(blocks, layout, beside):
-        new, report = METHOD.update(jax.random.key(0), jnp.int32(0), blocks, layout, beside)
-        return new, report, METHOD.exchange(blocks, layout, new, beside)
+@functools.cache
+def compiled(method):
+    """`store`, and update and exchange in one: what a layer does, as numpy arrays."""
 
-    return jax.jit(both)
+    def move(blocks, layout, beside):
+        new, report = method.update(jax.random.key(0), jnp.int32(7), blocks, layout, beside)
+        return new, report, method.exchange(blocks, layout, new, beside)
+
+    store, move = jax.jit(method.store, static_argnums=1), jax.jit(move)
+    return lambda *args: jax.device_get(store(*args)), lambda *args: jax.device_get(move(*args))
+
+
+def spread(blocks, layout):
+    """The values of 1x1 blocks at their positions by numpy, zero elsewhere."""
+    dense = np.zeros(layout.shape, blocks.dtype)
+    rows = np.repeat(layout.out_idx[:, 0], np.diff(layout.group_start))
+    dense[rows, layout.in_idx[:, 0]] = np.asarray(blocks).ravel()
+    return dense
+
+
+def mask_of(layout):
+    return spread(np.ones(layout.num_blocks, bool), layout)
 
 
 def largest(weights, count):
@@ -52,29 +66,29 @@ def largest(weights, count):
 def check(weights, layout, blocks, beside):
     """That these are the sets A and B of the weights."""
     validate(layout)
-    np.testing.assert_array_equal(to_mask(layout), largest(weights, 30))
-    np.testing.assert_array_equal(blocks, pack(jnp.asarray(weights), layout))
-    forward = np.asarray(unpack(beside["forward_mask"].astype(np.float32), layout)) > 0
-    np.testing.assert_array_equal(forward, largest(weights, ACTIVE))
+    backward, forward = largest(weights, 30), largest(weights, ACTIVE)
+    np.testing.assert_array_equal(mask_of(layout), backward)
+    np.testing.assert_array_equal(spread(blocks, layout), weights * backward)
+    np.testing.assert_array_equal(spread(beside["forward_mask"], layout), forward)
     assert beside["reserve"].shape == (OUT * IN - 30,)
-    np.testing.assert_array_equal(join(blocks, layout, beside["reserve"]), weights)
+    np.testing.assert_array_equal(jit_join(blocks, layout, beside["reserve"]), weights)
     assert set(active_positions(layout, beside["forward_mask"])) == set(np.flatnonzero(forward))
 
 
 @law
 @given(seed=st.integers(0, 2**16), ties=st.booleans())
-def test_the_sets_and_that_nothing_is_lost(store, move, seed, ties):
+def test_the_sets_and_that_nothing_is_lost(seed, ties):
+    store, move = compiled(METHOD)
     rng = np.random.default_rng(seed)
     weights = rng.integers(-3, 4, (OUT, IN)) if ties else rng.standard_normal((OUT, IN))
     weights = weights.astype(np.float32)
-    layout, blocks, beside = store(jnp.asarray(weights), ACTIVE)
+    layout, blocks, beside = store(weights, ACTIVE)
     check(weights, layout, blocks, beside)
     trained = blocks + rng.standard_normal(blocks.shape).astype(np.float32)  # those that have a gradient move
-    weights = np.array(join(trained, layout, beside["reserve"]))
+    weights = np.where(mask_of(layout), spread(trained, layout), weights)
     new, report, (moved, kept) = move(trained, layout, beside)
     check(weights, new, moved, kept)
-    was = np.asarray(unpack(beside["forward_mask"].astype(np.float32), layout)) > 0
-    entered = (largest(weights, ACTIVE) & ~was).sum()
+    entered = (largest(weights, ACTIVE) & ~spread(beside["forward_mask"], layout)).sum()
     assert report.requested == report.accepted == entered
     assert report.turnover == pytest.approx(entered / ACTIVE)
     assert report.collateral == 0
@@ -82,17 +96,16 @@ def test_the_sets_and_that_nothing_is_lost(store, move, seed, ties):
 
 
 def test_an_update_by_hand():
-    method = topkast(backward_factor=2)
-    layout, blocks, beside = method.store(jnp.array([[5.0, -4.0, 1.0], [0.5, 3.0, -2.0]]), 2)
-    assert to_mask(layout).astype(int).tolist() == [[1, 1, 0], [0, 1, 1]]
+    store, move = compiled(topkast(backward_factor=2))
+    layout, blocks, beside = store(np.array([[5, -4, 1], [0.5, 3, -2]], np.float32), 2)
+    assert mask_of(layout).astype(int).tolist() == [[1, 1, 0], [0, 1, 1]]
     assert blocks.ravel().tolist() == [5, -4, 3, -2]
     assert beside["forward_mask"].ravel().tolist() == [True, True, False, False]
     assert beside["reserve"].tolist() == [1, 0.5]
     # Training wears 5 down to 0.7 and -2 to 0.1: 3 enters the forward set, and 1 the backward set from the reserve.
-    blocks = jnp.array([0.7, -4.0, 3.0, 0.1])[:, None, None]
-    new, report = method.update(jax.random.key(0), jnp.int32(7), blocks, layout, beside)
-    moved, kept = method.exchange(blocks, layout, new, beside)
-    assert to_mask(new).astype(int).tolist() == [[1, 1, 1], [0, 1, 0]]
+    blocks = np.array([0.7, -4, 3, 0.1], np.float32)[:, None, None]
+    new, report, (moved, kept) = move(blocks, layout, beside)
+    assert mask_of(new).astype(int).tolist() == [[1, 1, 1], [0, 1, 0]]
     assert moved.ravel().tolist() == pytest.approx([0.7, -4, 1, 3])
     assert kept["forward_mask"].ravel().tolist() == [False, True, False, True]
     assert kept["reserve"].tolist() == pytest.approx([0.5, 0.1])
@@ -100,10 +113,14 @@ def test_an_update_by_hand():
 
 
 def test_the_gradient_goes_through_and_the_penalty_is_added():
-    blocks, mask = jnp.array([[[2.0]], [[3.0]]]), jnp.array([[[True]], [[False]]])
-    y, backward = jax.vjp(lambda blocks: forward_set(blocks, mask, 0.5), blocks)
+    def both_ways(blocks, mask, gradient):
+        y, backward = jax.vjp(lambda blocks: forward_set(blocks, mask, 0.5), blocks)
+        return y, *backward(gradient)
+
+    columns = (np.reshape(values, (2, 1, 1)) for values in ([2.0, 3.0], [True, False], [10.0, 20.0]))
+    y, gradient = jax.jit(both_ways)(*columns)
     assert y.ravel().tolist() == [2, 0]
-    assert backward(jnp.array([[[10.0]], [[20.0]]]))[0].ravel().tolist() == [10, 20 + 0.5 * 3]
+    assert gradient.ravel().tolist() == [10, 20 + 0.5 * 3]
 
 
 @pytest.mark.parametrize(
@@ -114,25 +131,34 @@ def test_the_gradient_goes_through_and_the_penalty_is_added():
     ],
 )
 def test_a_layer_computes_and_learns_as_the_dense_weights_would(layer, x):
-    x = jax.random.normal(jax.random.key(1), x)
+    x = np.random.default_rng(1).standard_normal(x).astype(np.float32)
     sparse = layer(num_blocks=20, block_shape=(1, 1), store=METHOD.store, exploration=0.1)
-    variables = sparse.init(jax.random.key(0), x)
-    layout, beside = variables["topology"]["layout"], variables["topology"]
-    weights = join(variables["params"]["blocks"], layout, beside["reserve"])
     dense = layer()
-    kernel = dense.init(jax.random.key(0), x)["params"]["kernel"]
-    forward = unpack(beside["forward_mask"].astype(jnp.float32), layout)
-    masked = (weights * forward).T.reshape(kernel.shape)
-    rest = {"bias": variables["params"]["bias"]}
 
     def loss(module, params, **others):
         return jnp.square(module.apply({"params": params, **others}, x) - 1).sum()
 
-    value, own = jax.value_and_grad(lambda p: loss(sparse, p, topology=variables["topology"]))(variables["params"])
-    wanted, gradient = jax.value_and_grad(lambda k: loss(dense, {"kernel": k, **rest}))(masked)
+    @jax.jit
+    def learn(key):
+        variables = sparse.init(key, x)
+        params, topology = variables["params"], variables["topology"]
+        return variables, *jax.value_and_grad(lambda p: loss(sparse, p, topology=topology))(params)
+
+    variables, value, own = jax.device_get(learn(jax.random.key(0)))
+    layout, beside = variables["topology"]["layout"], variables["topology"]
+    weights = np.asarray(jit_join(variables["params"]["blocks"], layout, beside["reserve"]))
+    forward = spread(beside["forward_mask"], layout)
+    assert forward.sum() == 20
+    kernel = jax.eval_shape(dense.init, jax.random.key(0), x)["params"]["kernel"]
+    masked = (weights * forward).T.reshape(kernel.shape)
+    rest = {"bias": variables["params"]["bias"]}
+    wanted, gradient = jax.jit(jax.value_and_grad(lambda k: loss(dense, {"kernel": k, **rest})))(masked)
     assert value == pytest.approx(float(wanted), rel=1e-5)
-    gradient = gradient.reshape(-1, 6).T + 0.1 * (layout.shape[0] * layout.shape[1] / 20 - 1) * weights * (1 - forward)
-    np.testing.assert_allclose(own["blocks"], pack(gradient, layout), rtol=2e-4, atol=2e-4)
+    gradient = np.asarray(gradient).reshape(-1, 6).T + 0.1 * (layout.shape[0] * layout.shape[1] / 20 - 1) * weights * (
+        ~forward
+    )
+    own = spread(own["blocks"], layout)
+    np.testing.assert_allclose(own, gradient * mask_of(layout), rtol=2e-4, atol=2e-4)
 
 
 class Net(nn.Module):
@@ -145,8 +171,9 @@ class Net(nn.Module):
 
 def test_an_adaptation_moves_weights_and_moments_to_where_they_belong():
     optimizer = assemble(Recipe()).optimizer
-    images, labels = jax.random.normal(jax.random.key(0), (8, 4, 4, 1)), jnp.arange(8) % 4
-    state = create_train_state(Net(), optimizer, jax.random.key(1), images)
+    images = np.random.default_rng(0).standard_normal((8, 4, 4, 1)).astype(np.float32)
+    labels = np.arange(8, dtype=np.int32) % 4
+    state = jax.jit(functools.partial(create_train_state, Net(), optimizer, images=images))(jax.random.key(1))
     reserve = np.asarray(state.topology["first"]["reserve"])
     for _ in range(3):
         state, _ = train_step(state, images, labels, model=Net(), optimizer=optimizer)
@@ -158,18 +185,18 @@ def test_an_adaptation_moves_weights_and_moments_to_where_they_belong():
     def in_place(tree, state):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         found = [leaf for path, leaf in leaves if getattr(path[-1], "key", None) == "blocks"]
-        return [np.asarray(unpack(leaf, state.topology["first"]["layout"])) for leaf in found]
+        return [spread(leaf, state.topology["first"]["layout"]) for leaf in found]
 
-    weights = [join(s.params["first"]["blocks"], s.topology["first"]["layout"], s.topology["first"]["reserve"])
+    weights = [jit_join(s.params["first"]["blocks"], s.topology["first"]["layout"], s.topology["first"]["reserve"])
                for s in (old, new)]  # fmt: skip
     np.testing.assert_array_equal(*weights)
-    stays = np.asarray(to_mask(old.topology["first"]["layout"]) & to_mask(new.topology["first"]["layout"]))
+    stays = mask_of(old.topology["first"]["layout"]) & mask_of(new.topology["first"]["layout"])
     assert 0 < stays.sum() < 60
     assert report["first"].accepted > 0
     (before,), (after,) = in_place(old.opt_state, old), in_place(new.opt_state, new)
     assert (before != 0).any()
     np.testing.assert_array_equal(after, np.where(stays, before, 0))
-    kernel = dense_params(new)["first"]["kernel"]
+    kernel = jit_dense(new)["first"]["kernel"]
     assert (np.asarray(kernel) != 0).sum() == 40
 
 
