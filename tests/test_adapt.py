@@ -36,10 +36,13 @@ class Net(nn.Module):
 
 MODEL = Net()
 LAYERS = {("conv",), ("equal_0",), ("equal_1",), ("ragged",)}
-IMAGES = jax.random.normal(jax.random.key(7), (8, 5, 5, 4))
-LABELS = jnp.arange(8) % 3
+IMAGES = np.random.default_rng(7).normal(size=(8, 5, 5, 4)).astype(np.float32)
+LABELS = np.arange(8, dtype=np.int32) % 3
+# Compiled once for each layout; step by step each operation would be a program of its own.
+PACK, UNPACK, MASK, REAL_ROWS, REPACK = (jax.jit(f) for f in (pack, unpack, to_mask, real_rows, repack))
 METHOD = dsb(update_end_step=100, alpha=0.5, grow="block_gradient", granularity="panel_column")
 RATE = optax.cosine_decay_schedule(0.1, 100)
+LAYOUT = jax.jit(random_layout, static_argnames=("shape", "block_shape", "num_blocks"))
 
 
 def by_layer(params):
@@ -70,9 +73,11 @@ def initial(name):
 
     def noise(leaf):
         floats = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype) if floats else leaf
+        return (rng.standard_normal if floats else np.zeros)(leaf.shape).astype(leaf.dtype)
 
-    return dataclasses.replace(state, opt_state=jax.tree.map(noise, OPTIMIZERS[name].init(state.params)))
+    return dataclasses.replace(
+        state, opt_state=jax.tree.map(noise, jax.eval_shape(OPTIMIZERS[name].init, state.params))
+    )
 
 
 @functools.cache
@@ -111,11 +116,11 @@ def check_repacked(before, after):
                 same_bits(a, b)
                 continue
             moved += 1
-            mask_a, mask_b = (np.asarray(to_mask(layout)) for layout in (old[path], new[path]))
-            dense_a, dense_b = np.asarray(unpack(a, old[path])), np.asarray(unpack(b, new[path]))
+            mask_a, mask_b = (np.asarray(MASK(layout)) for layout in (old[path], new[path]))
+            dense_a, dense_b = np.asarray(UNPACK(a, old[path])), np.asarray(UNPACK(b, new[path]))
             same_bits(dense_a[mask_a & mask_b], dense_b[mask_a & mask_b])
             same_bits(dense_b[mask_b & ~mask_a], np.zeros_like(dense_b[mask_b & ~mask_a]))
-            assert not np.asarray(b)[~np.broadcast_to(real_rows(new[path]), b.shape)].any()  # phantom weights
+            assert not np.asarray(b)[~np.broadcast_to(REAL_ROWS(new[path]), b.shape)].any()  # phantom weights
             assert (mask_b & ~mask_a).any()  # the law would hold of layouts that never change
     for path, layout in new.items():
         validate(layout)
@@ -133,18 +138,19 @@ def test_repack_is_unpack_and_pack(shape, counts):
     if shape == (10, 14):
         counts = tuple((a, 3 - a, 1) for a in (3, 1))  # the ragged group always holds round(4 / 3)
     old, new = (make_layout(seed, shape, (4, 3), c) for seed, c in enumerate(counts))
-    blocks = jax.random.normal(jax.random.key(0), (4, 4, 3))
-    same_bits(jax.jit(repack)(blocks, old, new), pack(unpack(blocks, old), new))
-    same_bits(jax.jit(repack)(blocks, old, old), jnp.where(real_rows(old), blocks, 0))
-    bits = blocks.astype(jnp.bfloat16).at[0, 0, 0].set(jnp.nan)
-    same_bits(jax.jit(repack)(bits, old, new), pack(unpack(bits, old), new))
+    blocks = np.random.default_rng(0).normal(size=(4, 4, 3)).astype(np.float32)
+    same_bits(REPACK(blocks, old, new), PACK(UNPACK(blocks, old), new))
+    same_bits(REPACK(blocks, old, old), np.where(REAL_ROWS(old), blocks, np.float32(0)))
+    bits = blocks.astype(jnp.bfloat16)
+    bits[0, 0, 0] = np.nan
+    same_bits(REPACK(bits, old, new), PACK(UNPACK(bits, old), new))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_moments_of_any_optimizer_follow_their_weights(name):
     before = initial(name)
     new = {
-        path: random_layout(jax.random.key(i), old.shape, block_shape=old.block_shape, num_blocks=old.num_blocks)
+        path: LAYOUT(jax.random.key(i), old.shape, block_shape=old.block_shape, num_blocks=old.num_blocks)
         for i, (path, old) in enumerate(sorted(layouts(before.topology).items()))
     }
     after = jax.jit(functools.partial(repack_state, optimizer=OPTIMIZERS[name]))(before, new)
@@ -185,7 +191,7 @@ def test_adapt_step_keeps_the_invariants(adapted):
     assert set(report) == {"/".join(path) for path in LAYERS}
     for path, layer in ((tuple(name.split("/")), layer) for name, layer in report.items()):
         assert all(value.shape == () for value in layer)
-        masks = [np.asarray(to_mask(layouts(state.topology)[path])) for state in (before, after)]
+        masks = [np.asarray(MASK(layouts(state.topology)[path])) for state in (before, after)]
         assert layer.turnover == pytest.approx((masks[1] & ~masks[0]).sum() / masks[0].sum())
         assert 0 < layer.accepted <= layer.requested
         assert layer.collateral == 0
@@ -217,10 +223,11 @@ def test_the_model_says_the_same_of_weights_that_stayed(adapted):
     kept = {}
     for path, old in layouts(before.topology).items():
         blocks = before.params[path[0]]["blocks"]
-        kept[path[0]] = pack(unpack(blocks, old) * to_mask(layouts(after.topology)[path]), old)
+        kept[path[0]] = PACK(UNPACK(blocks, old) * MASK(layouts(after.topology)[path]), old)
     params = {name: {**p, "blocks": kept[name]} if name in kept else p for name, p in before.params.items()}
-    wanted = MODEL.apply({**before.variables, "params": params}, IMAGES)
-    np.testing.assert_allclose(MODEL.apply(after.variables, IMAGES), wanted, rtol=1e-5, atol=1e-6)
+    apply = jax.jit(MODEL.apply)
+    wanted = apply({**before.variables, "params": params}, IMAGES)
+    np.testing.assert_allclose(apply(after.variables, IMAGES), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_layers_of_one_loop_are_updated_each_by_itself():
@@ -231,12 +238,14 @@ def test_layers_of_one_loop_are_updated_each_by_itself():
         ("b",): make_layout(1, (16, 14), (8, 4), (1, 2)),
         ("c",): make_layout(2, (16, 12), (8, 4), (0, 3)),
     }
-    blocks = {path: jax.random.normal(jax.random.key(i), (3, 8, 4)) for i, path in enumerate(old)}
-    key, step = jax.random.key(5), jnp.int32(0)
-    new, report = jax.jit(functools.partial(update_layers, method))(key, step, blocks, old, {})
+    rng = np.random.default_rng(0)
+    blocks = {path: rng.normal(size=(3, 8, 4)).astype(np.float32) for path in old}
+    key, step = jax.random.key(5), np.int32(0)
+    update = jax.jit(method.update)
+    new, report, _ = jax.jit(functools.partial(update_layers, method))(key, step, blocks, old, {})
     assert set(new) == set(old)
     for path, layer_key in zip(old, jax.random.split(key, 3), strict=True):
-        layout, alone = method.update(layer_key, step, blocks[path], old[path], None)
+        layout, alone = update(layer_key, step, blocks[path], old[path], None)
         assert isinstance(new[path], BlockLayout)
         for a, b in zip(jax.tree.leaves((new[path], report[path[0]])), jax.tree.leaves((layout, alone)), strict=True):
             same_bits(a, b)
@@ -263,6 +272,6 @@ def test_a_stack_of_layouts_is_refused():
 
     model, optimizer = Stack(), optax.sgd(0.1)
     images, labels = jnp.ones((4, 16)), jnp.zeros(4, jnp.int32)
-    state = create_train_state(model, optimizer, jax.random.key(0), images)
+    state = jax.jit(lambda key: create_train_state(model, optimizer, key, images))(jax.random.key(0))
     with pytest.raises(NotImplementedError, match="stack of layouts"):
         adapt_step(state, images, labels, model=model, method=dsb(update_end_step=10), optimizer=optimizer)

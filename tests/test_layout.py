@@ -1,6 +1,7 @@
 """Laws of the layout: packing loses nothing, masks count what is stored, every broken rule is refused."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,26 +40,53 @@ SIZES = [
 seeds = st.integers(0, 2**31 - 1)
 
 
-@pytest.fixture(params=SIZES, ids=str, scope="module")
-def sizes(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def draw(sizes):
+@functools.cache
+def draw(shape, block_shape, num_blocks):
     """seed -> random layout; compiled once for each size."""
-    shape, block_shape, num_blocks = sizes
-    return jax.jit(lambda seed: random_layout(jax.random.key(seed), shape, block_shape=block_shape,
-                                              num_blocks=num_blocks))  # fmt: skip
+
+    def layout_of(seed):
+        return random_layout(jax.random.key(seed), shape, block_shape=block_shape, num_blocks=num_blocks)
+
+    jitted = jax.jit(layout_of)
+    return lambda seed: jax.device_get(jitted(np.uint32(seed)))
 
 
-jit_pack, jit_unpack, jit_mask, jit_real = (jax.jit(f) for f in (pack, unpack, to_mask, real_rows))
+@jax.jit
+def compute(layout, blocks, dense):
+    """All that the laws below speak of: compiling it once for each size is what they cost."""
+    packed, unpacked = pack(dense, layout), unpack(blocks, layout)
+    return {
+        "packed": packed,
+        "unpacked": unpacked,
+        "packed again": pack(unpacked, layout),
+        "unpacked again": unpack(packed, layout),
+        "mask": to_mask(layout),
+        "real": real_rows(layout),
+        "group": block_group(layout),
+        "rows": block_rows(layout),
+    }
 
 
+def facts(layout, blocks=None, dense=None):
+    ones = np.ones((layout.num_blocks, *layout.block_shape), np.float32), np.ones(layout.shape, np.float32)
+    arrays = (one if array is None else array for array, one in zip((blocks, dense), ones, strict=True))
+    return jax.device_get(compute(layout, *arrays))
+
+
+def mask_of(layout):
+    """The mask by the definition: a block lies on the rows of its group and on its own columns."""
+    mask, start = np.zeros(layout.shape, bool), np.asarray(layout.group_start)
+    for group, rows in enumerate(np.asarray(layout.out_idx)):
+        for columns in np.asarray(layout.in_idx)[start[group] : start[group + 1]]:
+            mask[np.ix_(rows[rows < layout.shape[0]], columns)] = True
+    return mask
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @given(seed=seeds)
-def test_random_layouts_are_valid_even_and_follow_their_key(sizes, draw, seed):
+def test_random_layouts_are_valid_even_and_follow_their_key(sizes, seed):
     shape, block_shape, num_blocks = sizes
-    layout = draw(seed)
+    layout = draw(*sizes)(seed)
     validate(layout)
     assert (layout.shape, layout.block_shape, layout.num_blocks) == (shape, block_shape, num_blocks)
     counts = np.diff(layout.group_start)
@@ -66,64 +94,67 @@ def test_random_layouts_are_valid_even_and_follow_their_key(sizes, draw, seed):
         assert counts[-1] == ragged_blocks(shape, block_shape, num_blocks)
         counts = counts[:-1]
     assert counts.max() - counts.min() <= 1
-    for one, same in zip(jax.tree.leaves(layout), jax.tree.leaves(draw(seed)), strict=True):
+    for one, same in zip(jax.tree.leaves(layout), jax.tree.leaves(draw(*sizes)(seed)), strict=True):
         np.testing.assert_array_equal(one, same)
 
 
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @given(seed=seeds)
-def test_pack_and_unpack_are_inverse(sizes, draw, seed):
+def test_pack_and_unpack_are_inverse(sizes, seed):
     shape, block_shape, num_blocks = sizes
-    layout = draw(seed)
-    rng = np.random.default_rng(seed)
+    layout, rng = draw(*sizes)(seed), np.random.default_rng(seed)
     blocks = rng.standard_normal((num_blocks, *block_shape), np.float32)
-    real = np.broadcast_to(jit_real(layout), blocks.shape)
-    np.testing.assert_array_equal(jit_pack(jit_unpack(blocks, layout), layout), blocks * real)
     dense = rng.standard_normal(shape, np.float32)
-    mask = np.asarray(jit_mask(layout))
-    np.testing.assert_array_equal(jit_unpack(jit_pack(dense, layout), layout), dense * mask)
+    found = facts(layout, blocks, dense)
+    np.testing.assert_array_equal(found["packed again"], blocks * found["real"])
+    np.testing.assert_array_equal(found["unpacked again"], dense * mask_of(layout))
 
 
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @given(seed=seeds)
-def test_mask_counts_the_active_weights(sizes, draw, seed):
+def test_mask_counts_the_active_weights(sizes, seed):
     shape, block_shape, num_blocks = sizes
-    layout = draw(seed)
-    count = int(jit_mask(layout).sum())
+    layout = draw(*sizes)(seed)
+    found = facts(layout)
+    np.testing.assert_array_equal(found["mask"], mask_of(layout))
+    count = int(found["mask"].sum())
     assert count == layout.num_active == num_active(shape, block_shape, num_blocks)
-    assert count == np.broadcast_to(jit_real(layout), (num_blocks, *block_shape)).sum()
+    assert count == np.broadcast_to(found["real"], (num_blocks, *block_shape)).sum()
     assert layout.density == count / (shape[0] * shape[1])
 
 
 @given(counts=st.tuples(*[st.integers(0, 4)] * 3).filter(lambda c: sum(c) == 4), seed=seeds)
 def test_uneven_and_empty_groups(counts, seed):
     layout = make_layout(seed, (12, 12), (4, 3), counts)
-    np.testing.assert_array_equal(block_group(layout), np.repeat([0, 1, 2], counts))
-    np.testing.assert_array_equal(block_rows(layout), np.repeat(layout.out_idx, counts, axis=0))
-    mask = np.asarray(jit_mask(layout))
-    for g, count in enumerate(counts):
-        assert (mask[layout.out_idx[g]].sum(axis=1) == 3 * count).all()
     blocks = np.random.default_rng(seed).standard_normal((sum(counts), 4, 3), np.float32)
-    np.testing.assert_array_equal(jit_pack(jit_unpack(blocks, layout), layout), blocks)
+    found = facts(layout, blocks)
+    np.testing.assert_array_equal(found["group"], np.repeat([0, 1, 2], counts))
+    np.testing.assert_array_equal(found["rows"], np.repeat(layout.out_idx, counts, axis=0))
+    for g, count in enumerate(counts):
+        assert (found["mask"][layout.out_idx[g]].sum(axis=1) == 3 * count).all()
+    np.testing.assert_array_equal(found["packed again"], blocks)
 
 
 def test_the_worked_example():
     layout = BlockLayout(
-        out_idx=jnp.array([[2, 0], [1, 3]], jnp.int32),
-        in_idx=jnp.array([[3, 1], [0, 2], [1, 2]], jnp.int32),
-        group_start=jnp.array([0, 2, 3], jnp.int32),
+        out_idx=np.array([[2, 0], [1, 3]], np.int32),
+        in_idx=np.array([[3, 1], [0, 2], [1, 2]], np.int32),
+        group_start=np.array([0, 2, 3], np.int32),
         shape=(4, 4),
         block_shape=(2, 2),
     )
     validate(layout)
-    assert to_mask(layout).astype(int).tolist() == [[1, 1, 1, 1], [0, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 0]]
-    assert block_group(layout).tolist() == [0, 0, 1]
-    assert block_rows(layout).tolist() == [[2, 0], [2, 0], [1, 3]]
-    assert (layout.num_blocks, layout.num_groups, layout.num_active, layout.density) == (3, 2, 12, 0.75)
     # W[i, j] = 10 i + j, so every entry names its position.
-    dense = 10.0 * jnp.arange(4)[:, None] + jnp.arange(4)[None]
-    blocks = pack(dense, layout)
-    assert blocks.tolist() == [[[23, 21], [3, 1]], [[20, 22], [0, 2]], [[11, 12], [31, 32]]]
-    assert blocks[1, 0, 0] == dense[2, 0]
-    assert unpack(blocks, layout).tolist() == [[0, 1, 2, 3], [0, 11, 12, 0], [20, 21, 22, 23], [0, 31, 32, 0]]
+    dense = np.add.outer(10 * np.arange(4), np.arange(4)).astype(np.float32)
+    blocks = np.array([[[23, 21], [3, 1]], [[20, 22], [0, 2]], [[11, 12], [31, 32]]], np.float32)
+    found = facts(layout, blocks, dense)
+    assert found["mask"].astype(int).tolist() == [[1, 1, 1, 1], [0, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 0]]
+    assert found["group"].tolist() == [0, 0, 1]
+    assert found["rows"].tolist() == [[2, 0], [2, 0], [1, 3]]
+    assert (layout.num_blocks, layout.num_groups, layout.num_active, layout.density) == (3, 2, 12, 0.75)
+    np.testing.assert_array_equal(found["packed"], blocks)
+    assert found["packed"][1, 0, 0] == dense[2, 0]
+    assert found["unpacked"].tolist() == [[0, 1, 2, 3], [0, 11, 12, 0], [20, 21, 22, 23], [0, 31, 32, 0]]
 
 
 def test_phantom_rows_by_hand():
@@ -132,11 +163,12 @@ def test_phantom_rows_by_hand():
     assert (count_groups(5, 2), max_blocks(shape, block_shape), ragged_blocks(shape, block_shape, 4)) == (3, 6, 1)
     assert num_active(shape, block_shape, 4) == 4 * 4 - 1 * 2 == 14
     layout = make_layout(0, shape, block_shape, (2, 1, 1))
-    assert layout.out_idx[-1, 1] == 5
-    assert real_rows(layout)[:, :, 0].tolist() == [[True, True]] * 3 + [[True, False]]
+    assert layout.out_idx[-1].tolist()[1] == 5
+    found = facts(layout)
+    assert found["real"][:, :, 0].tolist() == [[True, True]] * 3 + [[True, False]]
     # What lies in a phantom row is neither read nor written.
-    assert unpack(jnp.ones((4, 2, 2)), layout).sum() == 14
-    assert pack(jnp.ones(shape), layout)[-1].tolist() == [[1, 1], [0, 0]]
+    assert found["unpacked"].sum() == 14
+    assert found["packed"][-1].tolist() == [[1, 1], [0, 0]]
 
 
 def test_a_pytree_of_integers():
@@ -152,7 +184,7 @@ def test_a_pytree_of_integers():
 
 @pytest.mark.parametrize(("columns", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.int32)])
 def test_columns_take_two_bytes_where_they_fit(columns, dtype):
-    layout = random_layout(jax.random.key(0), (2, columns), block_shape=(2, columns), num_blocks=1)
+    layout = draw((2, columns), (2, columns), 1)(0)
     validate(layout)
     assert layout.in_idx.dtype == dtype
     assert [array.dtype for array in layout.index] == [np.int32] * 3
@@ -161,13 +193,12 @@ def test_columns_take_two_bytes_where_they_fit(columns, dtype):
 
 
 def test_packing_is_differentiable_and_keeps_dtypes():
-    layout = make_layout(0, (10, 12), (4, 3), (2, 0, 1))
-    blocks = jax.random.normal(jax.random.key(0), (3, 4, 3))
-    weight = jax.random.normal(jax.random.key(1), (10, 12))
-    gradient = jax.grad(lambda b: (unpack(b, layout) * weight).sum())(blocks)
-    np.testing.assert_array_equal(gradient, pack(weight, layout))
-    assert unpack(blocks.astype(jnp.bfloat16), layout).dtype == jnp.bfloat16
-    assert pack(weight.astype(jnp.bfloat16), layout).dtype == jnp.bfloat16
+    layout, rng = make_layout(0, (10, 12), (4, 3), (2, 0, 1)), np.random.default_rng(0)
+    blocks, weight = rng.standard_normal((3, 4, 3), np.float32), rng.standard_normal((10, 12), np.float32)
+    gradient = jax.jit(jax.grad(lambda b: (unpack(b, layout) * weight).sum()))(blocks)
+    np.testing.assert_array_equal(gradient, facts(layout, blocks, weight)["packed"])
+    halves = jax.eval_shape(compute, layout, *(array.astype(jnp.bfloat16) for array in (blocks, weight)))
+    assert halves["unpacked"].dtype == halves["packed"].dtype == jnp.bfloat16
 
 
 def damage(layout, field, change):
@@ -247,4 +278,4 @@ def test_impossible_sizes_are_named_with_the_cure(shape, block_shape, num_blocks
 
 @pytest.mark.parametrize("num_blocks", [1, 9])
 def test_the_limits_quoted_in_the_error_work(num_blocks):
-    validate(random_layout(jax.random.key(0), (9, 7), block_shape=(4, 2), num_blocks=num_blocks))
+    validate(draw((9, 7), (4, 2), num_blocks)(0))

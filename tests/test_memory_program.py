@@ -61,7 +61,10 @@ def test_the_account_is_that_of_a_real_state(results):
 
 
 def test_xla_counts_too(define):
-    recipe = Recipe(dataset="random", image_shape=(8, 8, 3), method="dsb", batch_size=2, grow="random")
+    recipe = Recipe(
+        dataset="random", image_shape=(8, 8, 3), method="dsb", batch_size=2, grow="random",
+        keep_dense=("stem", "head", "conv_1", "conv_2"),
+    )  # fmt: skip
     with flagsaver.flagsaver(xla=True):
         training, adaptation = memory.account(recipe)
     for row in (training, adaptation):

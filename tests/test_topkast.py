@@ -1,5 +1,6 @@
 """Top-KAST: what is stored where, an update by hand, and training equal to the dense weights of the paper."""
 
+import dataclasses
 import functools
 import json
 
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 
 from dsb_jax import checkpoint
 from dsb_jax.adapt import adapt_step
-from dsb_jax.layout import validate
+from dsb_jax.layout import BlockLayout, validate
 from dsb_jax.methods import topkast
 from dsb_jax.methods.topkast import join
 from dsb_jax.nn import SparseConv, SparseDense
 from dsb_jax.nn.forward_set import forward_set
-from dsb_jax.recipe import Recipe, assemble
+from dsb_jax.plan import KEEP_DENSE
+from dsb_jax.recipe import Recipe, assemble, make_optimizer
 from dsb_jax.telemetry import active_positions, count_active, count_bytes
 from dsb_jax.train import train_step
 from dsb_jax.train_state import create_train_state, dense_params, kept_beside, layouts
@@ -63,16 +65,34 @@ def largest(weights, count):
     return mask.reshape(weights.shape)
 
 
+def stored(weights, count, active):
+    """What `store` makes of weights, by numpy: layout, blocks and what is kept beside."""
+    mask = largest(weights, count)
+    rows, columns = np.nonzero(mask)
+    start = np.searchsorted(rows, np.arange(len(weights) + 1)).astype(np.int32)
+    layout = BlockLayout(np.arange(len(weights), dtype=np.int32)[:, None], columns[:, None].astype(np.uint16), start,
+                         weights.shape, (1, 1))  # fmt: skip
+    blocks, forward = (array[mask].reshape(-1, 1, 1) for array in (weights, largest(weights, active)))
+    return layout, blocks, {"forward_mask": forward, "reserve": weights[~mask]}
+
+
+def joined(blocks, layout, reserve):
+    """The inverse by numpy."""
+    weights = spread(blocks, layout)
+    weights[~mask_of(layout)] = reserve
+    return weights
+
+
 def check(weights, layout, blocks, beside):
     """That these are the sets A and B of the weights."""
     validate(layout)
-    backward, forward = largest(weights, 30), largest(weights, ACTIVE)
-    np.testing.assert_array_equal(mask_of(layout), backward)
-    np.testing.assert_array_equal(spread(blocks, layout), weights * backward)
-    np.testing.assert_array_equal(spread(beside["forward_mask"], layout), forward)
-    assert beside["reserve"].shape == (OUT * IN - 30,)
+    state, expected = (layout, blocks, beside), stored(weights, 30, ACTIVE)
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
     np.testing.assert_array_equal(jit_join(blocks, layout, beside["reserve"]), weights)
-    assert set(active_positions(layout, beside["forward_mask"])) == set(np.flatnonzero(forward))
+    assert set(active_positions(layout, beside["forward_mask"])) == set(np.flatnonzero(largest(weights, ACTIVE)))
 
 
 @law
@@ -85,7 +105,7 @@ def test_the_sets_and_that_nothing_is_lost(seed, ties):
     layout, blocks, beside = store(weights, ACTIVE)
     check(weights, layout, blocks, beside)
     trained = blocks + rng.standard_normal(blocks.shape).astype(np.float32)  # those that have a gradient move
-    weights = np.where(mask_of(layout), spread(trained, layout), weights)
+    weights = joined(trained, layout, beside["reserve"])
     new, report, (moved, kept) = move(trained, layout, beside)
     check(weights, new, moved, kept)
     entered = (largest(weights, ACTIVE) & ~spread(beside["forward_mask"], layout)).sum()
@@ -131,34 +151,28 @@ def test_the_gradient_goes_through_and_the_penalty_is_added():
     ],
 )
 def test_a_layer_computes_and_learns_as_the_dense_weights_would(layer, x):
-    x = np.random.default_rng(1).standard_normal(x).astype(np.float32)
-    sparse = layer(num_blocks=20, block_shape=(1, 1), store=METHOD.store, exploration=0.1)
-    dense = layer()
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal(x).astype(np.float32)
+    sparse, dense = layer(num_blocks=20, block_shape=(1, 1), store=METHOD.store, exploration=0.1), layer()
+    kernel = jax.eval_shape(dense.init, jax.random.key(0), x)["params"]["kernel"]
+    weights = rng.standard_normal((6, kernel.size // 6)).astype(np.float32)
+    layout, blocks, beside = stored(weights, 30, 20)
+    rest = {"bias": np.ones(6, np.float32)}
+    params, topology = {"blocks": blocks, **rest}, {"layout": layout, **beside}
+    wanted = jax.eval_shape(sparse.init, jax.random.key(0), x)
+    assert jax.tree.structure(wanted) == jax.tree.structure({"params": params, "topology": topology})
 
     def loss(module, params, **others):
         return jnp.square(module.apply({"params": params, **others}, x) - 1).sum()
 
-    @jax.jit
-    def learn(key):
-        variables = sparse.init(key, x)
-        params, topology = variables["params"], variables["topology"]
-        return variables, *jax.value_and_grad(lambda p: loss(sparse, p, topology=topology))(params)
-
-    variables, value, own = jax.device_get(learn(jax.random.key(0)))
-    layout, beside = variables["topology"]["layout"], variables["topology"]
-    weights = np.asarray(jit_join(variables["params"]["blocks"], layout, beside["reserve"]))
-    forward = spread(beside["forward_mask"], layout)
-    assert forward.sum() == 20
-    kernel = jax.eval_shape(dense.init, jax.random.key(0), x)["params"]["kernel"]
+    value, own = jax.jit(jax.value_and_grad(lambda p: loss(sparse, p, topology=topology)))(params)
+    forward = largest(weights, 20)
     masked = (weights * forward).T.reshape(kernel.shape)
-    rest = {"bias": variables["params"]["bias"]}
     wanted, gradient = jax.jit(jax.value_and_grad(lambda k: loss(dense, {"kernel": k, **rest})))(masked)
     assert value == pytest.approx(float(wanted), rel=1e-5)
-    gradient = np.asarray(gradient).reshape(-1, 6).T + 0.1 * (layout.shape[0] * layout.shape[1] / 20 - 1) * weights * (
-        ~forward
-    )
-    own = spread(own["blocks"], layout)
-    np.testing.assert_allclose(own, gradient * mask_of(layout), rtol=2e-4, atol=2e-4)
+    penalty = 0.1 * (weights.size / 20 - 1)
+    gradient = np.asarray(gradient).reshape(-1, 6).T + penalty * np.where(forward, 0, weights)
+    np.testing.assert_allclose(own["blocks"].ravel(), gradient[mask_of(layout)], rtol=2e-4, atol=2e-4)
 
 
 class Net(nn.Module):
@@ -170,7 +184,7 @@ class Net(nn.Module):
 
 
 def test_an_adaptation_moves_weights_and_moments_to_where_they_belong():
-    optimizer = assemble(Recipe()).optimizer
+    optimizer, _ = make_optimizer(Recipe())
     images = np.random.default_rng(0).standard_normal((8, 4, 4, 1)).astype(np.float32)
     labels = np.arange(8, dtype=np.int32) % 4
     state = jax.jit(functools.partial(create_train_state, Net(), optimizer, images=images))(jax.random.key(1))
@@ -187,7 +201,7 @@ def test_an_adaptation_moves_weights_and_moments_to_where_they_belong():
         found = [leaf for path, leaf in leaves if getattr(path[-1], "key", None) == "blocks"]
         return [spread(leaf, state.topology["first"]["layout"]) for leaf in found]
 
-    weights = [jit_join(s.params["first"]["blocks"], s.topology["first"]["layout"], s.topology["first"]["reserve"])
+    weights = [joined(s.params["first"]["blocks"], s.topology["first"]["layout"], s.topology["first"]["reserve"])
                for s in (old, new)]  # fmt: skip
     np.testing.assert_array_equal(*weights)
     stays = mask_of(old.topology["first"]["layout"]) & mask_of(new.topology["first"]["layout"])
@@ -201,9 +215,10 @@ def test_an_adaptation_moves_weights_and_moments_to_where_they_belong():
 
 
 def test_equal_terms_and_the_account(tmp_path):
-    recipe = Recipe(method="topkast", total_steps=10, epochs=1)
+    recipe = Recipe(method="topkast", keep_dense=(*KEEP_DENSE, "conv_3"), total_steps=10, epochs=1)
     assembly, state = runs.create(recipe)
-    other = assemble(Recipe(method="dsb"))
+    other = assemble(dataclasses.replace(recipe, method="dsb"))
+    assert len(other.plan.sparse_layers) == 2  # each costs a second of compiling
     for layer in other.plan.sparse_layers:
         wanted = other.plan.num_active(layer)
         assert count_active(state)[layer.path] == wanted

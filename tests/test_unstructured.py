@@ -8,18 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsb_jax.adapt import adapt_step, repack
-from dsb_jax.layout import block_group, groups_of_blocks, layout_of_positions, pack, to_mask, unpack, validate
+from dsb_jax.layout import (
+    BlockLayout,
+    block_group,
+    groups_of_blocks,
+    layout_of_positions,
+    pack,
+    to_mask,
+    unpack,
+    validate,
+)
 from dsb_jax.methods import rigl, set_, small_dense
 from dsb_jax.methods.unstructured import random_positions
+from dsb_jax.nn import SparseConv
 from dsb_jax.plan import LayerPlan, SparsityPlan, find_layers, make_plan, unstructured
-from dsb_jax.recipe import Recipe, assemble
+from dsb_jax.recipe import Recipe, assemble, make_optimizer
 from dsb_jax.train import train_step
-from dsb_jax.train_state import create_train_state, layouts
-from experiments import run as runs
+from dsb_jax.train_state import create_train_state, layouts, with_layouts
 
 T_END = 100
 MAKERS = {"rigl": rigl, "set": set_}
@@ -29,34 +39,77 @@ law = settings(max_examples=6)
 
 
 @functools.cache
-def update_of(name):
-    return jax.jit(MAKERS[name](update_end_step=T_END).update)
+def update_of(name, **options):
+    """Update and repacking in one: new layout, report, moved values, as numpy arrays."""
+    update = MAKERS[name](**{"update_end_step": T_END, **options}).update
+
+    def both(key, step, values, layout, statistic):
+        new, report = update(key, step, values, layout, statistic)
+        return new, report, repack(values, layout, new)
+
+    jitted = jax.jit(both)
+    return lambda key, step, *others: jax.device_get(jitted(key, np.int32(step), *others))
 
 
 @functools.cache
 def draw():
-    return jax.jit(lambda seed: random_positions(jax.random.key(seed), (OUT, IN), block_shape=(1, 1), num_blocks=COUNT))
+    def positions(seed):
+        return random_positions(jax.random.key(seed), (OUT, IN), block_shape=(1, 1), num_blocks=COUNT)
+
+    jitted = jax.jit(positions)
+    return lambda seed: jax.device_get(jitted(seed))
+
+
+def positions_of(mask):
+    """The layout of single weights at the True positions, by numpy."""
+    rows, columns = np.nonzero(mask)
+    start = np.searchsorted(rows, np.arange(len(mask) + 1)).astype(np.int32)
+    out_idx, in_idx = np.arange(len(mask), dtype=np.int32)[:, None], columns[:, None].astype(np.uint16)
+    return BlockLayout(out_idx, in_idx, start, mask.shape, (1, 1))
+
+
+def spread(values, layout):
+    """The values of single weights at their positions, zero elsewhere, by numpy."""
+    dense = np.zeros(layout.shape, values.dtype)
+    rows = np.repeat(layout.out_idx[:, 0], np.diff(layout.group_start))
+    dense[rows, layout.in_idx[:, 0]] = values.ravel()
+    return dense
+
+
+def mask_of(layout):
+    return spread(np.ones(layout.num_blocks, bool), layout)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def there_and_back(mask, count):
+    """The layout of these positions, its mask, and 1, 2, .. unpacked and packed again."""
+    layout = layout_of_positions(mask, count)
+    return layout, to_mask(layout), pack(unpack(jnp.arange(1.0, count + 1)[:, None, None], layout), layout)
 
 
 @pytest.mark.parametrize(("seed", "count"), [(0, 1), (1, 13), (2, 24)])
 def test_a_layout_of_positions_holds_exactly_these(seed, count):
     mask = np.zeros(24, bool)
     mask[np.random.default_rng(seed).permutation(24)[:count]] = True
-    layout = layout_of_positions(jnp.asarray(mask.reshape(4, 6)), count)
+    mask = mask.reshape(4, 6)
+    layout, found, values = jax.device_get(there_and_back(mask, count))
     validate(layout)
-    np.testing.assert_array_equal(to_mask(layout), mask.reshape(4, 6))
-    values = jnp.arange(1.0, count + 1)[:, None, None]
-    np.testing.assert_array_equal(pack(unpack(values, layout), layout), values)
+    assert layout.in_idx.dtype == np.uint16
+    for array, expected in zip(jax.tree.leaves(layout), jax.tree.leaves(positions_of(mask)), strict=True):
+        np.testing.assert_array_equal(array, expected)
+    np.testing.assert_array_equal(found, mask)
+    np.testing.assert_array_equal(values.ravel(), np.arange(1, count + 1))
     assert layout.num_active == count
 
 
 def test_groups_of_many_blocks_are_those_of_few():
     """Above a size the groups are found in another way."""
-    layout = random_positions(jax.random.key(0), (300, 200), block_shape=(1, 1), num_blocks=20000)
+    layout = positions_of(np.random.default_rng(0).permutation(300 * 200).reshape(300, 200) < 20000)
     assert layout.num_blocks * layout.num_groups > 2**22
     rows = np.repeat(np.arange(300), np.diff(layout.group_start))
-    np.testing.assert_array_equal(block_group(layout), rows)
-    np.testing.assert_array_equal(groups_of_blocks(jnp.array([0, 2, 2, 3], jnp.int32), 3), [0, 0, 2])
+    np.testing.assert_array_equal(jax.jit(block_group)(layout), rows)
+    few = jax.jit(groups_of_blocks, static_argnums=1)(np.array([0, 2, 2, 3], np.int32), 3)
+    np.testing.assert_array_equal(few, [0, 0, 2])
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -65,16 +118,17 @@ def test_groups_of_many_blocks_are_those_of_few():
 def test_update_drops_the_weakest_and_grows_as_many(name, seed, step):
     rng = np.random.default_rng(seed)
     layout = draw()(seed)
+    validate(layout)
     values = rng.standard_normal((COUNT, 1, 1)).astype(np.float32)
     gradient = rng.standard_normal((OUT, IN)).astype(np.float32)
-    arguments = jax.random.key(seed), jnp.int32(step), jnp.asarray(values), layout, {"gradient": jnp.asarray(gradient)}
-    new, report = update_of(name)(*arguments)
+    arguments = jax.random.key(seed), step, values, layout, {"gradient": gradient}
+    new, report, moved = update_of(name)(*arguments)
     validate(new)
-    same, _ = update_of(name)(*arguments)
+    same, *_ = update_of(name)(*arguments)
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(same), strict=True))
-    before, after = np.asarray(to_mask(layout)), np.asarray(to_mask(new))
+    before, after = mask_of(layout), mask_of(new)
     k = int(np.round(np.float32(0.15 * (1 + np.cos(np.pi * step / T_END))) * COUNT)) if step < T_END else 0
-    weights = np.asarray(unpack(jnp.asarray(values), layout))
+    weights = spread(values, layout)
     active = np.flatnonzero(before)
     kept = np.sort(active[np.argsort(np.abs(weights.ravel()[active]), kind="stable")[k:]])
     assert after.ravel()[kept].all()
@@ -90,38 +144,41 @@ def test_update_drops_the_weakest_and_grows_as_many(name, seed, step):
     else:
         assert not before.ravel()[grown].any()
     # Kept weights are bit-identical, weights that were not there are zero.
-    moved = np.asarray(unpack(repack(jnp.asarray(values), layout, new), new))
-    np.testing.assert_array_equal(moved, np.where(after & before, weights, 0))
+    np.testing.assert_array_equal(spread(moved, new), np.where(after & before, weights, 0))
+
+
+def by_hand(weights):
+    """Values and layout of the weights that are not zero."""
+    weights = np.array(weights, np.float32)
+    return weights[weights != 0].reshape(-1, 1, 1), positions_of(weights != 0)
 
 
 def test_rigl_by_hand():
     # Half of 4: -1 and 2 go. Of what is not kept, (1, 1) has the largest gradient; then comes (0, 2), which regrows.
-    weights = jnp.array([[5.0, 0.0, -1.0], [2.0, 0.0, 7.0]])
-    layout = layout_of_positions(weights != 0, 4)
-    gradient = {"gradient": jnp.array([[99.0, 1.0, 3.0], [2.0, -4.0, 99.0]])}
-    update = rigl(update_end_step=10, alpha=0.5).update
-    new, report = update(jax.random.key(0), jnp.int32(0), pack(weights, layout), layout, gradient)
-    assert to_mask(new).astype(int).tolist() == [[1, 0, 1], [0, 1, 1]]
-    assert repack(pack(weights, layout), layout, new).ravel().tolist() == [5, -1, 0, 7]
+    values, layout = by_hand([[5, 0, -1], [2, 0, 7]])
+    gradient = {"gradient": np.array([[99, 1, 3], [2, -4, 99]], np.float32)}
+    update = update_of("rigl", update_end_step=10, alpha=0.5)
+    new, report, moved = update(jax.random.key(0), 0, values, layout, gradient)
+    assert mask_of(new).astype(int).tolist() == [[1, 0, 1], [0, 1, 1]]
+    assert moved.ravel().tolist() == [5, -1, 0, 7]
     assert [float(value) for value in report] == [2, 2, 0.25, 0, 0]
 
 
 def test_set_by_hand():
     # One of four goes, -1, and the only inactive position grows, whatever the key.
-    weights = jnp.array([[5.0, 0.0], [-1.0, 7.0], [0.5, 3.0]])
-    layout = layout_of_positions(weights != 0, 5)
-    update = set_(update_end_step=10, alpha=0.2).update
+    values, layout = by_hand([[5, 0], [-1, 7], [0.5, 3]])
+    update = update_of("set", update_end_step=10, alpha=0.2)
     for seed in range(3):
-        new, report = update(jax.random.key(seed), jnp.int32(0), pack(weights, layout), layout, None)
-        assert to_mask(new).astype(int).tolist() == [[1, 1], [1, 1], [0, 1]]
-        assert repack(pack(weights, layout), layout, new).ravel().tolist() == [5, 0, -1, 7, 3]
+        new, report, moved = update(jax.random.key(seed), 0, values, layout, None)
+        assert mask_of(new).astype(int).tolist() == [[1, 1], [1, 1], [0, 1]]
+        assert moved.ravel().tolist() == [5, 0, -1, 7, 3]
         assert [float(value) for value in report] == pytest.approx([1, 1, 0.2, 0, 0])
 
 
 def test_set_follows_its_key():
-    layout, values = draw()(0), jnp.ones((COUNT, 1, 1))
-    one, other = (update_of("set")(jax.random.key(s), jnp.int32(0), values, layout, None)[0] for s in (0, 1))
-    assert (to_mask(one) != to_mask(other)).any()
+    values, statistic = np.ones((COUNT, 1, 1), np.float32), {"gradient": np.ones((OUT, IN), np.float32)}
+    one, other = (update_of("set")(jax.random.key(s), 0, values, draw()(0), statistic)[0] for s in (0, 1))
+    assert (mask_of(one) != mask_of(other)).any()
 
 
 @given(data=st.data())
@@ -142,27 +199,52 @@ def test_dense_layers_of_a_plan_stay_dense():
     assert unstructured(plan).layers == plan.layers
 
 
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        how = {"strides": 2, "num_blocks": 60, "block_shape": (1, 1), "init_layout": random_positions}
+        for name in ("first", "second"):
+            x = nn.relu(SparseConv(8, (3, 3), **how, name=name)(x))
+        return nn.Dense(4)(x.mean(axis=(1, 2)))
+
+
+@functools.cache
+def trained():
+    """State of a model after one step, optimizer and batch; compiled once, since the methods begin and train alike.
+
+    The first state is drawn by numpy: random weights and positions, zeros elsewhere.
+    """
+    assert rigl(update_end_step=T_END).init is set_(update_end_step=T_END).init is random_positions
+    optimizer, _ = make_optimizer(Recipe(optimizer="adamw", total_steps=100))
+    rng = np.random.default_rng(0)
+    images, labels = rng.standard_normal((8, 8, 8, 8)).astype(np.float32), np.arange(8, dtype=np.int32) % 4
+    state = jax.eval_shape(functools.partial(create_train_state, Net(), optimizer, images=images), jax.random.key(0))
+    drawn = {path: positions_of(rng.permutation(8 * 72).reshape(8, 72) < 60) for path in layouts(state.topology)}
+    params = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape).astype(leaf.dtype), state.params)
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
+    state = dataclasses.replace(state, params=params, topology=with_layouts(state.topology, drawn))
+    state, metrics = train_step(state, images, labels, model=Net(), optimizer=optimizer)
+    assert np.isfinite(metrics["loss"])
+    return jax.device_get(state), optimizer, images, labels
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_convolutions_adapt_in_a_model(name):
     """With Adam: after an adaptation every moment of a weight that is new is zero, of one that stayed the same."""
-    recipe = Recipe(method=name, optimizer="adamw", batch_size=8, total_steps=100)
-    assembly, state = runs.create(recipe)
-    images, labels = jax.random.normal(jax.random.key(0), (8, 8, 8, 1)), jnp.arange(8) % 10
-    static = {"model": assembly.model, "optimizer": assembly.optimizer}
-    state, metrics = train_step(state, images, labels, **static)
-    assert np.isfinite(metrics["loss"])
-    old = jax.device_get(state)
-    new, report = adapt_step(state, images, labels, method=assembly.method, **static)
-    new = jax.device_get(new)
+    old, optimizer, *batch = trained()
+    method = MAKERS[name](update_end_step=T_END)
+    new, report = jax.device_get(adapt_step(old, *batch, model=Net(), method=method, optimizer=optimizer))
     moments = [optax.tree_utils.tree_get(tree, "mu") for tree in (old.opt_state, new.opt_state)]  # as deep as params
+    assert len(layouts(old.topology)) == 2
     for (name_, before), after in zip(layouts(old.topology).items(), layouts(new.topology).values(), strict=True):
         assert before.shape[1] > before.shape[0]
         assert report["/".join(name_)].accepted > 0
         assert after.num_active == before.num_active
-        stays = np.asarray(to_mask(before)) & np.asarray(to_mask(after))
-        assert (~stays & np.asarray(to_mask(after))).any()
+        stays = mask_of(before) & mask_of(after)
+        assert (~stays & mask_of(after)).any()
         for tree, other in ((old.params, new.params), moments):
-            was, now = (unpack(t[name_[0]]["blocks"], layout) for t, layout in ((tree, before), (other, after)))
+            was, now = (spread(t[name_[0]]["blocks"], layout) for t, layout in ((tree, before), (other, after)))
+            assert was.any()
             np.testing.assert_array_equal(now, np.where(stays, was, 0))
 
 
