@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dsb_jax.recipe import Recipe, assemble
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -24,13 +26,9 @@ def call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "words"),
     [
         (["--method=rigl2"], ["rigl2", "dsb"]),
-        (["--model=resnet99"], ["resnet99", "resnet18"]),
-        (["--sparsity=1.0"], ["sparsity=1.0"]),
         (["--sparsity=0.9999"], ["0.9999"]),
         (["--block_shape=16"], ["'16'", "16x16"]),
-        (["--block_shape=256x16"], ["256x16", "block"]),
         (["--dataset=no_such_set", "--model=convnet"], ["no_such_set"]),
-        (["--drop_fraction=1.5"], ["drop_fraction=1.5"]),
         (["--batch_size=5000"], ["batch_size=5000"]),
     ],
     ids=lambda value: value[0] if value[0].startswith("--") else "",
@@ -45,6 +43,26 @@ def test_a_mistake_ends_in_a_short_message(arguments, words, tmp_path):
     for word in words:
         assert word in result.stderr
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"model": "resnet99"}, ["resnet99", "resnet18"]),
+        ({"sparsity": 1.0}, ["sparsity=1.0"]),
+        ({"block_shape": (256, 16)}, ["256x16", "block"]),
+        ({"drop_fraction": 1.5}, ["drop_fraction=1.5"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_setting_that_cannot_be_is_refused_in_a_short_message(setting, words):
+    """What `program.start` then prints; a process for each would cost seconds."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are compared below
+        assemble(Recipe(**setting))
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 2
+    for word in words:
+        assert word in message
 
 
 def test_train_evaluate_and_resume(tmp_path):
