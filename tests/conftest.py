@@ -1,9 +1,15 @@
 """What the tests share: strict settings, a quick hypothesis profile, layouts with given blocks in each group."""
 
 import os
+import tempfile
 
 # Tests compile much and compute little: unoptimized machine code halves their time.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+
+# Workers and the programs that tests start share what one of them has compiled.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="dsb_jax_tests_", ignore_cleanup_errors=True)
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 
 import jax
 import numpy as np
