@@ -10,13 +10,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsb_jax.layout import BlockLayout, count_groups, ragged_blocks, to_mask, validate
+from dsb_jax.layout import BlockLayout, count_groups, ragged_blocks, validate
 from dsb_jax.reblock import cut_columns, reblock, retained_score
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "shared" / "golden"
 law = settings(deadline=None, max_examples=10)
 seeds = st.integers(0, 2**16)
-jit_mask = jax.jit(to_mask)
+
+
+def mask_of(layout):
+    """The positions that a layout holds, by numpy."""
+    mask = np.zeros((layout.out_idx.size, layout.shape[1]), bool)  # phantom rows, too
+    rows = np.repeat(layout.out_idx, np.diff(layout.group_start), axis=0)
+    mask[rows[:, :, None], np.asarray(layout.in_idx)[:, None, :]] = True
+    return mask[: layout.shape[0]]
+
+
+def retained(score, layout):
+    """`retained_score` of a score that is nowhere negative, by numpy."""
+    return (score * mask_of(layout)).sum(dtype=np.float64) / score.sum(dtype=np.float64)
 
 
 def golden_score(case):
@@ -34,7 +46,7 @@ def test_retains_at_least_the_recorded_score(name):
     assert (score * recorded_mask).sum() / score.sum() == pytest.approx(recorded, abs=1e-5)  # we score as they did
     layout = reblock(score, block_shape=(meta["block_size"],) * 2, num_blocks=meta["num_blocks"])
     validate(layout)
-    assert float(retained_score(score, layout)) >= recorded
+    assert retained(score, layout) >= recorded
 
 
 def planted_layout(seed, shape, block_shape, num_blocks, *, even):
@@ -62,7 +74,6 @@ def planted_layout(seed, shape, block_shape, num_blocks, *, even):
     ("shape", "block_shape", "num_blocks"),
     [
         ((64, 80), (16, 16), 7),
-        ((128, 60), (32, 8), 14),
         ((192, 36), (64, 4), 13),
         ((70, 72), (8, 8), 12),  # ragged: 6 of 8 rows
         ((130, 20), (8, 4), 8),  # ragged without blocks, and more than 4 rows a column: no similarities kept
@@ -73,12 +84,11 @@ def planted_layout(seed, shape, block_shape, num_blocks, *, even):
 @given(seed=seeds, even=st.booleans())
 def test_finds_planted_blocks(shape, block_shape, num_blocks, seed, even):
     planted = planted_layout(seed, shape, block_shape, num_blocks, even=even)
-    mask = np.asarray(jit_mask(planted))
+    mask = mask_of(planted)
     score = mask * np.random.default_rng(seed).uniform(1e-3, 1, shape).astype(np.float32)
     found = reblock(score, block_shape=block_shape, num_blocks=num_blocks)
     validate(found)
-    np.testing.assert_array_equal(jit_mask(found), mask)
-    assert float(retained_score(score, found)) == pytest.approx(1, abs=1e-5)
+    np.testing.assert_array_equal(mask_of(found), mask)
 
 
 def rough_score(seed, shape):
@@ -108,20 +118,19 @@ def test_never_retains_less_than_the_previous_grouping(seed):
     shape, sizes = (32, 30), {"block_shape": (8, 4), "num_blocks": 9}
     previous = planted_layout(seed, shape, even=True, **sizes)
     score = np.abs(np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
-    score += jit_mask(previous) * np.float32(seed % 4)
+    score += mask_of(previous) * np.float32(seed % 4)
     layout = reblock(score, previous=previous, **sizes)
     validate(layout)
-    columns = score[previous.out_idx].sum(axis=1)
+    columns = score[np.asarray(previous.out_idx)].sum(axis=1)
     kept = cut_columns(columns, previous.out_idx, shape=shape, **sizes)
     alone = reblock(score, **sizes)
-    best = max(float(retained_score(score, kept)), float(retained_score(score, alone)))
-    assert float(retained_score(score, layout)) >= best - 2e-6
+    assert retained(score, layout) >= max(retained(score, kept), retained(score, alone)) - 2e-6
 
 
 def test_keeps_the_previous_grouping_when_nothing_is_gained():
     sizes = {"block_shape": (8, 4), "num_blocks": 9}
     previous = planted_layout(0, (32, 30), even=True, **sizes)
-    score = to_mask(previous).astype(jnp.float32)
+    score = mask_of(previous).astype(np.float32)
     layout = reblock(score, previous=previous, **sizes)
     np.testing.assert_array_equal(layout.out_idx, previous.out_idx)
 
@@ -157,41 +166,41 @@ def test_cut_columns_keeps_the_best_blocks(shape, least, seed, zeros):
 
 def test_cut_columns_by_hand():
     # Group 0 in order: columns 2, 0 | 3, 1, worth 9 + 4 and 1 + 0. Group 1: columns 1, 3 | 0, 2, worth 6 and 2.
-    column_score = jnp.array([[4.0, 0.0, 9.0, 1.0], [1.0, 3.0, 1.0, 3.0]])
-    out_idx = jnp.array([[3, 0], [1, 2]])
+    column_score = np.array([[4, 0, 9, 1], [1, 3, 1, 3]], np.float32)
+    out_idx = np.array([[3, 0], [1, 2]], np.int32)
     layout = cut_columns(column_score, out_idx, shape=(4, 4), block_shape=(2, 2), num_blocks=3)
     assert layout.in_idx.tolist() == [[2, 0], [1, 3], [0, 2]]
     assert layout.group_start.tolist() == [0, 1, 3]
     assert layout.out_idx.tolist() == [[3, 0], [1, 2]]
     # Rows 3 and 0 hold columns 2 and 0, rows 1 and 2 hold all: 12 of the 16 positions.
-    assert float(retained_score(jnp.ones((4, 4)), layout)) == 12 / 16
+    assert float(retained_score(np.ones((4, 4), np.float32), layout)) == 12 / 16
+    assert float(retained_score(np.zeros((4, 4), np.float32), layout)) == 1
 
 
 def test_columns_that_must_stay_do_not_blur_the_others():
     # Four columns of 1e6 in each group; the optional ones differ by 1e-7 and the better ones are in group 1.
     optional = (1e-6 + 1e-7 * np.arange(12)).reshape(2, 6)
     column_score = np.concatenate([np.full((2, 4), 1e6), optional], axis=1).astype(np.float32)
-    layout = cut_columns(column_score, jnp.arange(4).reshape(2, 2), shape=(4, 10), block_shape=(2, 2), num_blocks=7)
+    out_idx = np.arange(4, dtype=np.int32).reshape(2, 2)
+    layout = cut_columns(column_score, out_idx, shape=(4, 10), block_shape=(2, 2), num_blocks=7)
     assert layout.group_start.tolist() == [0, 2, 7]
     assert layout.in_idx.tolist() == [[0, 1], [2, 3], [0, 1], [2, 3], [9, 8], [7, 6], [5, 4]]
 
 
 def test_the_same_under_jit_and_vmap():
-    scores = jnp.abs(jax.random.normal(jax.random.key(0), (2, 29, 30)))
+    scores = np.abs(np.random.default_rng(0).standard_normal((2, 29, 30))).astype(np.float32)
 
     def run(score):
         return reblock(score, block_shape=(8, 4), num_blocks=8, min_group_blocks=2)
 
-    together = jax.vmap(run)(scores)
+    together = jax.device_get(jax.jit(jax.vmap(run))(scores))
     for i, score in enumerate(scores):
-        alone, jitted = run(np.asarray(score)), jax.jit(run)(score)
-        for a, b, c in zip(*map(jax.tree.leaves, (alone, jitted, together)), strict=True):
-            np.testing.assert_array_equal(a, b)
-            np.testing.assert_array_equal(a, c[i])
+        for a, b in zip(*map(jax.tree.leaves, (run(score), together)), strict=True):
+            np.testing.assert_array_equal(a, b[i])
 
 
 def test_errors_name_the_wrong_value_and_the_cure():
-    score = jnp.ones((32, 30))
+    score = np.ones((32, 30), np.float32)
     with pytest.raises(ValueError, match=r"num_blocks=99 does not fit .* give 1 to 28"):
         reblock(score, block_shape=(8, 4), num_blocks=99)
     with pytest.raises(ValueError, match=r"min_group_blocks=3 cannot be met: 9 blocks over 4 .* give 0 to 2"):
@@ -200,4 +209,4 @@ def test_errors_name_the_wrong_value_and_the_cure():
     with pytest.raises(ValueError, match=r"previous is a layout of \(32, 16\)"):
         reblock(score, block_shape=(8, 4), num_blocks=9, previous=other)
     with pytest.raises(ValueError, match=r"column_score is \[4, 16\]"):
-        cut_columns(jnp.ones((4, 16)), other.out_idx, shape=(32, 30), block_shape=(8, 4), num_blocks=9)
+        cut_columns(np.ones((4, 16), np.float32), other.out_idx, shape=(32, 30), block_shape=(8, 4), num_blocks=9)
