@@ -81,8 +81,8 @@ def test_the_layers_of_a_model_are_those_that_it_looks_up(monkeypatch):
     asked: list[LayerSizes] = []
     monkeypatch.setattr(tuned, "lookup", lambda layer, device_kind: asked.append(layer))
     recipe = Recipe(
-        dataset="random", image_shape=(32, 32, 3), model="resnet18", block_shape=(32, 8), batch_size=4, dtype="bfloat16",
-        label_smoothing=0.125,  # so that no other test has assembled it before
+        dataset="random", image_shape=(32, 32, 3), model="resnet18", block_shape=(32, 8), batch_size=4,
+        dtype="bfloat16", label_smoothing=0.125,  # so that no other test has assembled it before
     )  # fmt: skip
     reads_feature_major(assemble(recipe).model, recipe)
     # A plan may move a block from one layer to another.
