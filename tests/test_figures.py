@@ -371,7 +371,7 @@ def test_an_error_ends_the_program_in_a_line(tmp_path):
     (tmp_path / "out").write_text("something else")
     result = subprocess.run(
         [sys.executable, "-m", "experiments.figures", f"--root={tmp_path}", f"--out={tmp_path / 'out'}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr == f"error: out={tmp_path / 'out'} is a file; give a folder.\n"

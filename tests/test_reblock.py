@@ -16,13 +16,15 @@ from dsb_jax.reblock import cut_columns, reblock, retained_score
 GOLDEN = pathlib.Path(__file__).parents[2] / "shared" / "golden"
 law = settings(deadline=None, max_examples=10)
 seeds = st.integers(0, 2**16)
+# Compiling is what these tests cost: several share the sizes of the second recorded case.
+SHAPE, SHARED = (128, 64), {"block_shape": (16, 16), "num_blocks": 7}
 
 
 def mask_of(layout):
     """The positions that a layout holds, by numpy."""
-    mask = np.zeros((layout.out_idx.size, layout.shape[1]), bool)  # phantom rows, too
-    rows = np.repeat(layout.out_idx, np.diff(layout.group_start), axis=0)
-    mask[rows[:, :, None], np.asarray(layout.in_idx)[:, None, :]] = True
+    out_idx, in_idx, start = jax.device_get((layout.out_idx, layout.in_idx, layout.group_start))
+    mask = np.zeros((out_idx.size, layout.shape[1]), bool)  # phantom rows, too
+    mask[np.repeat(out_idx, np.diff(start), axis=0)[:, :, None], in_idx[:, None, :]] = True
     return mask[: layout.shape[0]]
 
 
@@ -38,7 +40,7 @@ def golden_score(case):
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="the recorded cases (shared/golden) are not beside this checkout")
-@pytest.mark.parametrize("name", ["case_01", "case_02", "case_03", "case_04"])
+@pytest.mark.parametrize("name", ["case_02", "case_03", "case_04"])
 def test_retains_at_least_the_recorded_score(name):
     with np.load(GOLDEN / f"{name}.npz") as case:
         meta, score, recorded_mask = json.loads(str(case["meta"])), golden_score(case), case["new_mask"]
@@ -73,11 +75,10 @@ def planted_layout(seed, shape, block_shape, num_blocks, *, even):
 @pytest.mark.parametrize(
     ("shape", "block_shape", "num_blocks"),
     [
-        ((64, 80), (16, 16), 7),
-        ((192, 36), (64, 4), 13),
+        (SHAPE, *SHARED.values()),
+        ((48, 9), (16, 8), 2),  # one block a group at most, and more than 4 rows a column: no similarities kept
         ((70, 72), (8, 8), 12),  # ragged: 6 of 8 rows
-        ((130, 20), (8, 4), 8),  # ragged without blocks, and more than 4 rows a column: no similarities kept
-        ((40, 9), (16, 8), 3),  # one block a group at most, half of the groups alike
+        ((130, 20), (8, 4), 8),  # ragged without blocks, and more than 4 rows a column
     ],
 )
 @law
@@ -102,36 +103,37 @@ def rough_score(seed, shape):
     return score.astype(np.float32)
 
 
-@pytest.mark.parametrize(("shape", "num_blocks", "least"), [((32, 30), 9, 0), ((29, 30), 8, 2)])
+@pytest.mark.parametrize(
+    ("shape", "sizes", "least"),
+    [(SHAPE, SHARED, 0), ((29, 30), {"block_shape": (8, 4), "num_blocks": 8}, 2)],
+    ids=["whole", "ragged"],
+)
 @law
 @given(seed=seeds)
-def test_always_a_valid_layout_with_enough_blocks_in_each_group(shape, num_blocks, least, seed):
-    layout = reblock(rough_score(seed, shape), block_shape=(8, 4), num_blocks=num_blocks, min_group_blocks=least)
+def test_always_a_valid_layout_with_enough_blocks_in_each_group(shape, sizes, least, seed):
+    layout = reblock(rough_score(seed, shape), **sizes, min_group_blocks=least)
     validate(layout)
-    assert layout.num_blocks == num_blocks
+    assert layout.num_blocks == sizes["num_blocks"]
     assert np.diff(layout.group_start).min() >= least
 
 
 @law
 @given(seed=seeds)
 def test_never_retains_less_than_the_previous_grouping(seed):
-    shape, sizes = (32, 30), {"block_shape": (8, 4), "num_blocks": 9}
-    previous = planted_layout(seed, shape, even=True, **sizes)
-    score = np.abs(np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+    previous = planted_layout(seed, SHAPE, even=True, **SHARED)
+    score = np.abs(np.random.default_rng(seed).standard_normal(SHAPE)).astype(np.float32)
     score += mask_of(previous) * np.float32(seed % 4)
-    layout = reblock(score, previous=previous, **sizes)
+    layout = reblock(score, previous=previous, **SHARED)
     validate(layout)
     columns = score[np.asarray(previous.out_idx)].sum(axis=1)
-    kept = cut_columns(columns, previous.out_idx, shape=shape, **sizes)
-    alone = reblock(score, **sizes)
+    kept = cut_columns(columns, previous.out_idx, shape=SHAPE, **SHARED)
+    alone = reblock(score, **SHARED)
     assert retained(score, layout) >= max(retained(score, kept), retained(score, alone)) - 2e-6
 
 
 def test_keeps_the_previous_grouping_when_nothing_is_gained():
-    sizes = {"block_shape": (8, 4), "num_blocks": 9}
-    previous = planted_layout(0, (32, 30), even=True, **sizes)
-    score = mask_of(previous).astype(np.float32)
-    layout = reblock(score, previous=previous, **sizes)
+    previous = planted_layout(0, SHAPE, even=True, **SHARED)
+    layout = reblock(mask_of(previous).astype(np.float32), previous=previous, **SHARED)
     np.testing.assert_array_equal(layout.out_idx, previous.out_idx)
 
 

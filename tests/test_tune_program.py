@@ -30,7 +30,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != tuned.VARIABLE}
     return subprocess.run(
         [sys.executable, "-m", "experiments.tune", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
 
 
