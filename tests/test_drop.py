@@ -1,7 +1,6 @@
 """Laws of dropping: exact counts, the reference order, the block-aware rule."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -34,7 +33,7 @@ def jit_take(values, k, weights):
     return take_largest(values, k, weights=weights)
 
 
-jit_drop = jax.jit(magnitude_drop)
+jit_drop, jit_aware = jax.jit(magnitude_drop), jax.jit(block_aware_drop)
 
 
 def reference(values, k, where):
@@ -55,9 +54,9 @@ def test_select_is_a_stable_sort(values, k, where):
 
 
 def test_nan_is_chosen_last_in_both_directions():
-    values = jnp.array([jnp.nan, -jnp.nan, jnp.inf, -jnp.inf, 0.0])
-    for select in (select_smallest, select_largest):
-        assert select(values, 3, where=True).tolist() == [False, False, True, True, True]
+    values = np.array([np.nan, -np.nan, np.inf, -np.inf, 0], np.float32)
+    for select in (jit_smallest, jit_largest):
+        assert select(values, 3, True).tolist() == [False, False, True, True, True]
 
 
 @law
@@ -76,35 +75,38 @@ def test_take_largest_takes_whole_bins_in_order(values, k, weights):
 @law
 @given(st.integers(0, 2**16), st.integers(0, 50))
 def test_magnitude_drop_marks_exactly_k_real_weights(seed, k):
-    blocks = jax.random.normal(jax.random.key(seed), (3, 4, 4))
-    real = jnp.ones((3, 4, 1), bool).at[2, 3].set(False)
+    blocks = np.random.default_rng(seed).standard_normal((3, 4, 4)).astype(np.float32)
+    real = np.ones((3, 4, 1), bool)
+    real[2, 3] = False
     marked = np.asarray(jit_drop(blocks, k, real=real))
     assert marked.sum() == min(k, 44)
     assert not marked[2, 3].any()
     kept = ~marked & np.broadcast_to(real, marked.shape)
     if marked.any() and kept.any():
-        size = np.abs(np.asarray(blocks))
+        size = np.abs(blocks)
         assert size[marked].max() <= size[kept].min()
-    assert int(jit_drop(blocks, k).sum()) == min(k, 48)
+    assert np.asarray(jit_drop(blocks, k)).sum() == min(k, 48)
 
 
 def test_block_aware_drop_by_hand():
     # C = 4: a row needs 2 marks. R = 4: a column needs 2 marks. Only the lone mark at (3, 3) frees nothing.
-    marked = jnp.array([[[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]]], bool)
-    expected = marked.at[0, 3, 3].set(False)
-    np.testing.assert_array_equal(block_aware_drop(marked), expected)
+    marked = np.array([[[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]]], bool)
+    expected = marked.copy()
+    expected[0, 3, 3] = False
+    np.testing.assert_array_equal(jit_aware(marked), expected)
 
 
 @pytest.mark.parametrize(("marks", "survives"), [(2, False), (3, True)])
 def test_half_of_an_odd_side_is_rounded_up(marks, survives):
-    marked = jnp.zeros((1, 5, 5), bool).at[0, 0, :marks].set(True)
-    assert bool(block_aware_drop(marked).any()) == survives
+    marked = np.zeros((1, 5, 5), bool)
+    marked[0, 0, :marks] = True
+    assert np.asarray(jit_aware(marked)).any() == survives
 
 
 @law
 @given(npst.arrays(np.bool_, (2, 3, 5)))
 def test_block_aware_drop_keeps_marks_in_half_full_lines(marked):
-    kept = np.asarray(block_aware_drop(marked))
+    kept = np.asarray(jit_aware(marked))
     for b, r, c in np.ndindex(marked.shape):
         full = marked[b, r].sum() >= 5 / 2 or marked[b, :, c].sum() >= 3 / 2
         assert kept[b, r, c] == (marked[b, r, c] and full)

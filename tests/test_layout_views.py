@@ -21,7 +21,7 @@ from tests.conftest import make_layout
 
 def test_the_example_of_the_layout_by_hand():
     out_idx, in_idx, start = [[2, 0], [1, 3]], [[3, 1], [0, 2], [1, 2]], [0, 2, 3]
-    layout = BlockLayout(*(jax.numpy.asarray(a) for a in (out_idx, in_idx, start)), (4, 4), (2, 2))
+    layout = BlockLayout(*(np.array(a, np.int32) for a in (out_idx, in_idx, start)), (4, 4), (2, 2))
     blocks = (np.arange(1, 13) * np.tile([1, -1], 6)).reshape(3, 2, 2)
     layer, nan = layout_views.view("layer", layout, blocks), np.nan
     stored = layout_views.as_stored(layer)
@@ -42,7 +42,7 @@ def single_weights(active):
     """The layout of 1x1 blocks at the True positions of a mask."""
     rows, cols = np.nonzero(active)
     start = np.searchsorted(rows, np.arange(len(active) + 1))
-    arrays = (jax.numpy.asarray(a, np.int32) for a in (np.arange(len(active))[:, None], cols[:, None], start))
+    arrays = (np.asarray(a, np.int32) for a in (np.arange(len(active))[:, None], cols[:, None], start))
     return BlockLayout(*arrays, active.shape, (1, 1))
 
 
