@@ -4,26 +4,24 @@ Jiang, Hu, Song, NeurIPS 2022: a weight is only worth dropping where that frees 
 a column of a block that stays half full must stay stored whatever else goes. So of the marked weights, those
 stay dropped whose row of the block holds at least C/2 marks or whose column of the block at least R/2.
 
-The selection needs neither a sort nor a dynamic shape. Floats of one sign order as their bits do, so the
-k-th smallest value is found by bisection on the bits, most significant first, each step one counting pass
-over the values. With 3-bit values 1, 3, 3, 6 and k = 2:
+The selection needs neither a sort nor a dynamic shape. Floats of one sign order as their bits do, so a threshold
+with exactly k values below it is found by bisection on the bits, most significant first, each step one counting
+pass over the values. With 3-bit values 1, 3, 3, 6 and k = 2:
 
-    try 100: one..three are below it (3 >= k)   -> bit 2 is 0
-    try 010: only the 1 is below it (1 < k)     -> bit 1 is 1
-    try 011: only the 1 is below it (1 < k)     -> bit 0 is 1     the threshold is 011 = 3
+    try 100: 1, 3 and 3 are below it (3 > k)    -> bit 2 is 0
+    try 010: only the 1 is below it (1 <= k)    -> bit 1 is 1
+    try 011: only the 1 is below it (1 <= k)    -> bit 0 is 1     all below 011 = 3 are chosen, and one of the 3s
 
-All values below the threshold are chosen, and as many equal to it, by index, as are still missing.
+and goes on in the same way to the index below which equal values are chosen. It stops as soon as k are below.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-# Above the image of every float, NaN too, which is 0x7FC00000.
-_EXCLUDED = 0x7FFFFFFF
+# Above the image of every float, NaN too, which is 0x7FC00000, and one below the largest integer.
+_EXCLUDED = 0x7FFFFFFE
 
 
 def select_smallest(
@@ -44,13 +42,8 @@ def select_smallest(
     """
     where = jnp.broadcast_to(where, values.shape)
     bits = jnp.where(where, _ordered_bits(jnp.asarray(values, jnp.float32)), _EXCLUDED)
-    k = jnp.asarray(k, jnp.int32)
-    threshold = _bisect(lambda candidate: jnp.sum(bits < candidate, dtype=jnp.int32), k)
-    below = bits < threshold
-    ties = where & (bits == threshold)
-    missing = k - jnp.sum(below, dtype=jnp.int32)
-    rank = jnp.cumsum(ties.ravel(), dtype=jnp.int32).reshape(ties.shape)
-    return below | (ties & (rank <= missing))
+    below, _ = _bisect(bits, jnp.ones((), jnp.int32), jnp.asarray(k, jnp.int32))
+    return where & below
 
 
 def select_largest(
@@ -81,27 +74,46 @@ def take_largest(
       The units taken from each bin, `clip(k, 0, weights.sum())` together.
     """
     bits = _ordered_bits(-jnp.asarray(values, jnp.float32))
-    k = jnp.asarray(k, jnp.int32)
-
-    def units_below(bound: Int[Array, ""]) -> Int[Array, ""]:
-        return jnp.sum(jnp.where(bits < bound, weights, 0), dtype=jnp.int32)
-
-    threshold = _bisect(units_below, k)
-    tied = jnp.where(bits == threshold, weights, 0)
-    before = jnp.cumsum(tied.ravel(), dtype=jnp.int32).reshape(tied.shape) - tied
-    part = jnp.clip(k - units_below(threshold) - before, 0, tied)
-    return jnp.where(bits < threshold, weights, part)
+    below, part = _bisect(bits, jnp.asarray(weights, jnp.int32), jnp.asarray(k, jnp.int32))
+    return jnp.where(below, weights, part)
 
 
-def _bisect(count_below: Callable[[Int[Array, ""]], Int[Array, ""]], k: Int[Array, ""]) -> Int[Array, ""]:
-    """The largest int32 below which there are fewer than k; the smallest int32 if k <= 0."""
+def _bisect(
+    bits: Int[Array, "*dims"], weights: Int[Array, "..."], k: Int[Array, ""]
+) -> tuple[Bool[Array, "*dims"], Int[Array, "*dims"]]:
+    """Cuts bins, in order of their bits and then of their flat index, where k units lie below.
 
-    def try_bit(step: Int[Array, ""], threshold: Int[Array, ""]) -> Int[Array, ""]:
+    Returns:
+      Which bins lie below the cut, and how many units of the bin at the cut are missing to k, 0 at all others.
+    """
+    State = tuple[Array, Array, Array, Array]
+    index = jnp.arange(bits.size, dtype=jnp.int32).reshape(bits.shape)
+    index_bits = max(bits.size - 1, 1).bit_length()
+
+    def below(bound: Int[Array, ""], first: Int[Array, ""]) -> Bool[Array, "*dims"]:
+        return bits < bound + (index < first)  # that is: smaller, or equal and before `first`
+
+    def try_bit(state: State) -> State:
+        step, bound, first, count = state
         # The bit is not yet set, so xor sets it; for the sign bit, step 0, it clears it: INT_MIN -> 0.
-        candidate = threshold ^ jax.lax.shift_left(jnp.int32(1), 31 - step)
-        return jnp.where(count_below(candidate) < k, candidate, threshold)
+        in_bound = step < 32
+        bit = jax.lax.shift_left(jnp.int32(1), jnp.where(in_bound, 31, 31 + index_bits) - step)
+        try_bound = jnp.minimum(bound ^ jnp.where(in_bound, bit, 0), _EXCLUDED)  # so that + 1 does not overflow
+        try_first = first ^ jnp.where(in_bound, 0, bit)
+        units = jnp.sum(jnp.where(below(try_bound, try_first), weights, 0), dtype=jnp.int32)
+        fits = units <= k
+        tried, best = (try_bound, try_first, units), (bound, first, count)
+        bound, first, count = (jnp.where(fits, new, old) for new, old in zip(tried, best, strict=True))
+        return step + 1, bound, first, count
 
-    return jax.lax.fori_loop(0, 32, try_bit, jnp.int32(jnp.iinfo(jnp.int32).min))
+    def unfinished(state: State) -> Array:
+        step, _, _, count = state
+        return (step < 32 + index_bits) & (count < k)
+
+    start = jnp.int32(0), jnp.int32(jnp.iinfo(jnp.int32).min), jnp.int32(0), jnp.int32(0)
+    _, bound, first, count = jax.lax.while_loop(unfinished, try_bit, start)
+    at_the_cut = (bits == bound) & (index == first)
+    return below(bound, first), jnp.where(at_the_cut, jnp.maximum(k - count, 0), 0)
 
 
 def _ordered_bits(values: Float[Array, "*dims"]) -> Int[Array, "*dims"]:

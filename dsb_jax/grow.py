@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dsb_jax.drop import select_largest, take_largest
+from dsb_jax.layout import row_places
 
 
 def grow_norm(
@@ -141,8 +142,7 @@ def grow_block_gradient(
     taken = take_largest(panel_norm, k, weights=panels.sum(axis=1, dtype=jnp.int32))
     rank = jnp.cumsum(panels, axis=1, dtype=jnp.int32)
     grown = (panels & (rank <= taken[:, None])).reshape(-1, in_)
-    slot = jnp.argsort(out_idx.ravel())[:out]  # row i of the matrix is row slot[i] of the panels
-    return grown[slot]
+    return grown[row_places(jnp.asarray(out_idx))[:out]]
 
 
 def grow_gradient(

@@ -143,9 +143,9 @@ def pack(dense: Float[Array, "out in"], layout: BlockLayout) -> Float[Array, "nu
     return dense.at[_positions(layout)].get(mode="fill", fill_value=0)
 
 
-def unpack(blocks: Float[Array, "num_blocks R C"], layout: BlockLayout) -> Float[Array, "out in"]:
-    """Writes blocks into a dense matrix that is zero elsewhere. `pack(unpack(b, l), l) == b` on real rows."""
-    return jnp.zeros(layout.shape, blocks.dtype).at[_positions(layout)].set(blocks, mode="drop")
+def unpack(blocks: Float[Array, "num_blocks R C"], layout: BlockLayout, *, fill: float = 0.0) -> Float[Array, "out in"]:
+    """Writes blocks into a dense matrix that is `fill` elsewhere. `pack(unpack(b, l), l) == b` on real rows."""
+    return jnp.full(layout.shape, fill, blocks.dtype).at[_positions(layout)].set(blocks, mode="drop")
 
 
 def to_mask(layout: BlockLayout) -> Bool[Array, "out in"]:

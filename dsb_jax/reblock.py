@@ -99,16 +99,16 @@ def _reblock(
     phantoms = count_groups(shape[0], block_shape[0]) * block_shape[0] - shape[0]
     padded = jnp.concatenate([score, jnp.zeros((phantoms, shape[1]))]) if phantoms else score
 
-    def cut(out_idx: Int[Array, "num_groups R"]) -> BlockLayout:
+    def cut(out_idx: Int[Array, "num_groups R"]) -> tuple[BlockLayout, Float[Array, ""]]:
         columns = padded[out_idx].sum(axis=1)
-        return _cut_columns(columns, out_idx, shape, block_shape, num_blocks, min_group_blocks)
+        return _cut(columns, out_idx, shape, block_shape, num_blocks, min_group_blocks)
 
-    grouped = cut(_swap_rows(padded, _group_rows(score, block_shape, num_blocks), shape, block_shape, num_blocks))
+    grouped = _swap_rows(padded, _group_rows(score, block_shape, num_blocks), shape, block_shape, num_blocks)
     if previous_out_idx is None:
-        return grouped
-    kept = cut(previous_out_idx)
-    better = retained_score(score, grouped) > retained_score(score, kept) + _ROUNDING
-    return jax.tree.map(lambda new, old: jnp.where(better, new, old), grouped, kept)
+        return cut(grouped)[0]
+    both, worth = jax.lax.map(cut, jnp.stack([previous_out_idx, grouped]))  # the cut is compiled once
+    better = worth[1] > worth[0] + _ROUNDING * score.sum()
+    return jax.tree.map(lambda each: each[better.astype(jnp.int32)], both)
 
 
 def _group_rows(
@@ -124,21 +124,24 @@ def _group_rows(
     empty = (size == 0).astype(jnp.float32)
     pairs = jnp.matmul(unit, unit.T, precision="highest") if out <= _MAX_PAIRS_PER_ENTRY * in_ else None
 
-    def similarity(members: Int[Array, "n"]) -> Float[Array, "out"]:
+    def similarity(members: Int[Array, "n"], weight: Float[Array, "n"]) -> Float[Array, "out"]:
+        """To the sum of the members, each of which counts by its weight."""
         if pairs is not None:
-            cosines = pairs[members].sum(axis=0)
+            cosines = (weight[:, None] * pairs[members]).sum(axis=0)
         else:
-            cosines = jnp.matmul(unit, unit[members].sum(axis=0), precision="highest")
-        return cosines + empty * empty[members].sum()  # empty rows are alike, though their cosine is 0
+            cosines = jnp.matmul(unit, (weight[:, None] * unit[members]).sum(axis=0), precision="highest")
+        return cosines + empty * (weight * empty[members]).sum()  # empty rows are alike, though their cosine is 0
 
     def gather(seed: Int[Array, ""], free: Array, count: int) -> Int[Array, "count"]:
         """`count` free rows like the seed: the group doubles until it is full, then is chosen once more."""
-        members, held = seed[None], 1
-        while True:
-            _, members = jax.lax.top_k(jnp.where(free, similarity(members[:held]), -jnp.inf), count)
-            if held == count:
-                return members.astype(jnp.int32)
-            held = min(2 * held, count)
+
+        def fill(i: Int[Array, ""], members: Int[Array, "count"]) -> Int[Array, "count"]:
+            held = jnp.arange(count) < jax.lax.shift_left(jnp.int32(1), i)
+            like = similarity(members, held.astype(jnp.float32))
+            return jax.lax.top_k(jnp.where(free, like, -jnp.inf), count)[1].astype(jnp.int32)
+
+        doublings = (count - 1).bit_length()
+        return jax.lax.fori_loop(0, doublings + 1, fill, jnp.full(count, seed, jnp.int32))
 
     free = jnp.ones(out, jnp.bool_)
     if last:
@@ -160,7 +163,7 @@ def _group_rows(
 
 
 def _ragged_fit(
-    similarity: Callable[[Int[Array, "n"]], Float[Array, "out"]],
+    similarity: Callable[[Int[Array, "n"], Float[Array, "n"]], Float[Array, "out"]],
     size: Float[Array, "out"],
     shape: tuple[int, int],
     block_shape: tuple[int, int],
@@ -175,7 +178,7 @@ def _ragged_fit(
     last, ragged = out % rows, ragged_blocks(shape, block_shape, num_blocks) or 0
 
     def fit(row: Int[Array, ""]) -> Float[Array, ""]:
-        like = similarity(row[None])
+        like = similarity(row[None], jnp.ones(1))
         near, _ = jax.lax.top_k(like, rows)
         gap = near[:last].mean() - near[last:].mean()
         left_over = jnp.sum(like > 1 - 1e-5) % rows == last
@@ -265,29 +268,29 @@ def cut_columns(
             f"matrix of {block_shape[0]}x{block_shape[1]} blocks needs {[groups, shape[1]]} and "
             f"{[groups, block_shape[0]]}."
         )
-    return _cut_columns(
-        jnp.asarray(column_score), jnp.asarray(out_idx), shape, block_shape, num_blocks, min_group_blocks
-    )
+    layout, _ = _cut(jnp.asarray(column_score), jnp.asarray(out_idx), shape, block_shape, num_blocks, min_group_blocks)
+    return layout
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _cut_columns(
+def _cut(
     column_score: Float[Array, "num_groups in"],
     out_idx: Int[Array, "num_groups R"],
     shape: tuple[int, int],
     block_shape: tuple[int, int],
     num_blocks: int,
     min_group_blocks: int,
-) -> BlockLayout:
+) -> tuple[BlockLayout, Float[Array, ""]]:
+    """The layout, and the score that it retains."""
     groups, cols = out_idx.shape[0], block_shape[1]
     column_score = jnp.where(column_score > 0, column_score, 0).astype(jnp.float32)
     slots = min(shape[1] // cols, num_blocks)  # the most blocks that one group can keep
     best, order = jax.lax.top_k(column_score, slots * cols)
     worth = best.reshape(groups, slots, cols).sum(axis=2).T  # [slots, num_groups]: its flat order breaks ties
-    worth = jnp.where(jnp.arange(slots)[:, None] < min_group_blocks, jnp.inf, worth)
+    granted = jnp.arange(slots)[:, None] < min_group_blocks
     ragged = ragged_blocks(shape, block_shape, num_blocks)
     contested = jnp.arange(groups) < (groups if ragged is None else groups - 1)
-    kept = select_largest(worth, num_blocks - (ragged or 0), where=contested)
+    kept = select_largest(jnp.where(granted, jnp.inf, worth), num_blocks - (ragged or 0), where=contested)
     # Within a group worth falls from slot to slot, so the kept blocks are the first ones: only their number matters.
     count = jnp.where(contested, jnp.sum(kept, axis=0, dtype=jnp.int32), ragged or 0)
     group_start = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count, dtype=jnp.int32)])
@@ -295,7 +298,8 @@ def _cut_columns(
     group = groups_of_blocks(group_start, num_blocks)
     order = order.reshape(groups, slots, cols).astype(jnp.int32)
     in_idx = order[group, ids - group_start[group]].astype(column_dtype(shape[1]))
-    return BlockLayout(jnp.asarray(out_idx, jnp.int32), in_idx, group_start, shape, block_shape)
+    retained = jnp.where(jnp.arange(slots)[:, None] < count[None], worth, 0).sum()
+    return BlockLayout(jnp.asarray(out_idx, jnp.int32), in_idx, group_start, shape, block_shape), retained
 
 
 @jax.jit

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from dsb_jax.drop import block_aware_drop as keep_structural_drops
 from dsb_jax.drop import magnitude_drop, select_smallest
 from dsb_jax.grow import grow_block_gradient, grow_gradient, grow_norm, grow_random
-from dsb_jax.layout import BlockLayout, block_group, random_layout, real_rows, to_mask, unpack
+from dsb_jax.layout import BlockLayout, block_group, pack, random_layout, real_rows, unpack
 from dsb_jax.methods.base import LayerReport, Method
 from dsb_jax.ops.probes import Probe
 from dsb_jax.reblock import cut_columns, most_group_blocks, reblock
@@ -37,6 +37,9 @@ from dsb_jax.schedules import drop_fraction
 
 GROW = ("norm", "norm_unaligned", "block_gradient", "gradient", "random")
 GRANULARITIES = ("block", "panel_column")
+
+# Among magnitudes, which are not negative: positions without a kept weight.
+_DROPPED, _INACTIVE, _GROWN = -1.0, -2.0, -3.0
 
 
 def dsb(
@@ -103,24 +106,26 @@ def dsb(
         marked = magnitude_drop(blocks, jnp.round(fraction * layout.num_active).astype(jnp.int32), real=real)
         dropped = keep_structural_drops(marked) if block_aware_drop else marked
         requested = dropped.sum(dtype=jnp.int32)
-        active = to_mask(layout)
-        grown = _grown_positions(grow, key, statistic, requested, ~active, layout)
         kept = real & ~dropped
         magnitude = jnp.where(kept, jnp.abs(blocks), 0)
         mean = magnitude.sum() / jnp.maximum(kept.sum(), 1)
-        score = jnp.where(grown, growth_score * mean, unpack(magnitude, layout))
+        # One dense matrix tells all: what is kept (its magnitude), was dropped, or is not active.
+        before = unpack(jnp.where(kept, magnitude, _DROPPED), layout, fill=_INACTIVE)
+        grown = _grown_positions(grow, key, statistic, requested, before == _INACTIVE, layout)
+        score = jnp.where(grown, growth_score * mean, jnp.maximum(before, 0))
         new = _either(
             regroup,
             lambda: reblock(score, previous=layout, **sizes(layout)),
             lambda: cut_columns(_group_sums(score, layout), layout.out_idx, shape=layout.shape, **sizes(layout)),
         )
-        now = to_mask(new)
-        kept_mask = unpack(kept.astype(jnp.float32), layout) > 0
+        # What the active weights of the new layout were before.
+        were = jnp.where(real_rows(new), pack(jnp.where(grown, _GROWN, before), new), _DROPPED)
+        still = (~(were < 0)).sum(dtype=jnp.int32)
         report = LayerReport(
             requested=requested,
-            accepted=(grown & now).sum(dtype=jnp.int32),
-            turnover=(now & ~active).sum() / layout.num_active,
-            collateral=(kept_mask & ~now).sum() / jnp.maximum(kept.sum(), 1),
+            accepted=(were == _GROWN).sum(dtype=jnp.int32),
+            turnover=(were <= _INACTIVE).sum(dtype=jnp.int32) / layout.num_active,
+            collateral=(kept.sum(dtype=jnp.int32) - still) / jnp.maximum(kept.sum(), 1),
             empty_groups=_empty_groups(new),
         )
         return new, report

@@ -1,6 +1,7 @@
-"""The Pallas kernels against the reference in the interpreter: no GPU needed, the same code as on one."""
+"""The Pallas and the Triton kernels against the reference, each in its interpreter: no GPU, the same code as on one."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,15 @@ from dsb_jax.layout import BlockLayout, real_rows
 from pallas_kernels import REFERENCE, ConvGeometry, matmul_geometry
 from pallas_kernels.pallas_gpu import pallas_kernels
 from pallas_kernels.tiles import KernelTiles, Tiles
+from pallas_kernels.triton_gpu import triton_kernels
 from pallas_kernels.weight_gradient import cut_panels
+from tests import triton_interpreter
 from tests.conftest import make_layout
 
 SAME = ((1, 1), (1, 1))
 SMALL = Tiles(positions=32, columns=16)
-KERNELS = pallas_kernels(KernelTiles(SMALL, SMALL, SMALL), interpret=True)
+SMALL_TILES = KernelTiles(SMALL, SMALL, SMALL)
+KERNELS = pallas_kernels(SMALL_TILES, interpret=True)
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
 # in_channels, kernel, strides, padding; height, width, batch; out, block shape, blocks of each row group
@@ -73,19 +77,47 @@ def assert_same(got, wanted, tolerance):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1, np.abs(b).max()))
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"), [(case, "float32") for case in CASES] + [("3x3", "bfloat16"), ("1x1, stride 2", "bfloat16")]
-)
-def test_equal_to_the_reference(case, dtype):
-    arrays = make(case, dtype)
-    assert_same(all_three(KERNELS, *arrays), all_three(REFERENCE, *arrays), TOLERANCE[dtype])
+@pytest.fixture
+def interpreted(request, monkeypatch):
+    """`(tiles) -> Kernels` of the implementation that the test is run for."""
+    if request.param == "pallas":
+        return functools.partial(pallas_kernels, interpret=True)
+    if importlib.util.find_spec("triton") is None:  # not imported here: how it is imported decides what it does
+        pytest.skip("Triton is for Linux only")
+    triton_interpreter.install(monkeypatch)
+    return triton_kernels
+
+
+both_implementations = pytest.mark.parametrize("interpreted", ["pallas", "triton"], indirect=True)
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype", "bias_dtype"),
-    [("uneven everything", "float32", "float32"), ("linear", "bfloat16", "float32")],
+    ("interpreted", "case"),
+    [("pallas", case) for case in CASES]
+    + [("triton", case) for case in ("3x3", "stride 2", "uneven everything", "5x5 and wide blocks", "linear")],
+    indirect=["interpreted"],
 )
-def test_bias(case, dtype, bias_dtype):
+def test_equal_to_the_reference(interpreted, case):
+    arrays = make(case, "float32")
+    assert_same(all_three(interpreted(SMALL_TILES), *arrays), all_three(REFERENCE, *arrays), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("case", ["3x3", "1x1, stride 2"])
+def test_equal_to_the_reference_in_bfloat16(case):
+    arrays = make(case, "bfloat16")
+    assert_same(all_three(KERNELS, *arrays), all_three(REFERENCE, *arrays), TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "case", "dtype", "bias_dtype"),
+    [
+        ("pallas", "uneven everything", "float32", "float32"),
+        ("triton", "uneven everything", "float32", "float32"),
+        ("pallas", "linear", "bfloat16", "float32"),
+    ],
+    indirect=["interpreted"],
+)
+def test_bias(interpreted, case, dtype, bias_dtype):
     """Added before the sum is rounded, so no further from the reference than without; phantom rows have none."""
     geometry, layout, x, blocks, _ = make(case, dtype)
     bias = np.random.default_rng(1).standard_normal(layout.shape[0]).astype(bias_dtype)
@@ -93,26 +125,27 @@ def test_bias(case, dtype, bias_dtype):
     @jax.jit
     def both(x, blocks, bias):
         options = {"index": layout.index, "out": layout.shape[0], "geometry": geometry, "bias": bias}
-        return tuple(kernels.forward(x, blocks, **options) for kernels in (KERNELS, REFERENCE))
+        return tuple(kernels.forward(x, blocks, **options) for kernels in (interpreted(SMALL_TILES), REFERENCE))
 
     got, wanted = both(x, blocks, bias)
     assert_same((got,), (wanted,), TOLERANCE[dtype])
 
 
-def test_empty_groups():
+@both_implementations
+def test_empty_groups(interpreted):
     """Groups 0 and 2 are empty: their outputs are zero (or their bias), and nothing is read for them."""
     geometry, _, _, block_shape, _ = CASES["3x3"]
     in_idx = np.arange(8, dtype=np.int32).reshape(2, 4)
     out_idx = np.arange(48, dtype=np.int32).reshape(3, 16)[:, ::-1]
     layout = BlockLayout(out_idx, in_idx, np.array([0, 0, 2, 2], np.int32), (48, geometry.in_features), block_shape)
-    arrays = make("3x3", "float32", layout)
-    got = all_three(KERNELS, *arrays)
+    kernels, arrays = interpreted(SMALL_TILES), make("3x3", "float32", layout)
+    got = all_three(kernels, *arrays)
     assert_same(got, all_three(REFERENCE, *arrays), 2e-5)
     assert not got[0][:16].any()
     assert not got[0][32:].any()
     _, _, x, blocks, _ = arrays
     bias = np.arange(1, 49, dtype=np.float32)
-    y = jax.jit(functools.partial(KERNELS.forward, out=48, geometry=geometry))(x, blocks, layout.index, bias=bias)
+    y = jax.jit(functools.partial(kernels.forward, out=48, geometry=geometry))(x, blocks, layout.index, bias=bias)
     assert_same((y,), (got[0] + bias[:, None, None, None],), 2e-5)
 
 
@@ -123,11 +156,12 @@ def test_the_batch_is_cut_into_chunks_where_scratch_would_be_large(monkeypatch):
     assert_same(all_three(KERNELS, *arrays)[1:2], (wanted,), 2e-5)
 
 
-def test_gradients_through_the_product_of_several_programs():
+@both_implementations
+def test_gradients_through_the_product_of_several_programs(interpreted):
     """More splits of the positions than one, and a tile that no dimension divides."""
     arrays = make("linear", "float32")
     tiles = Tiles(positions=16, columns=32)
-    kernels = pallas_kernels(KernelTiles(tiles, tiles, tiles), interpret=True)
+    kernels = interpreted(KernelTiles(tiles, tiles, tiles))
     assert_same(all_three(kernels, *arrays), all_three(REFERENCE, *arrays), 2e-5)
 
 
