@@ -9,6 +9,7 @@ import functools
 import importlib
 import os
 import sys
+import threading
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
@@ -16,6 +17,9 @@ import jax
 import numpy as np
 
 from pallas_kernels import triton_gpu
+
+# XLA calls back from several threads at once, but the interpreter patches Triton's language for the kernel it runs.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @functools.cache
@@ -43,7 +47,8 @@ def _triton_call(*arrays, kernel, grid, out_type, num_warps, num_stages, **const
         result = np.full(out_type.shape, np.nan, out_type.dtype)
         pointers = iter([_pointer(array) for array in host])
         arguments = [next(pointers) if is_given else None for is_given in given]
-        kernel[grid(constants) if callable(grid) else grid](*arguments, _pointer(result), **constants)
+        with _ONE_AT_A_TIME:
+            kernel[grid(constants) if callable(grid) else grid](*arguments, _pointer(result), **constants)
         return result
 
     return jax.pure_callback(launch, out_type, *(array for array in arrays if array is not None))
