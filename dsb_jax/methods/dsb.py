@@ -107,8 +107,9 @@ def dsb(
         dropped = keep_structural_drops(marked) if block_aware_drop else marked
         requested = dropped.sum(dtype=jnp.int32)
         kept = real & ~dropped
+        num_kept = kept.sum(dtype=jnp.int32)
         magnitude = jnp.where(kept, jnp.abs(blocks), 0)
-        mean = magnitude.sum() / jnp.maximum(kept.sum(), 1)
+        mean = magnitude.sum() / jnp.maximum(num_kept, 1)
         # One dense matrix tells all: what is kept (its magnitude), was dropped, or is not active.
         before = unpack(jnp.where(kept, magnitude, _DROPPED), layout, fill=_INACTIVE)
         grown = _grown_positions(grow, key, statistic, requested, before == _INACTIVE, layout)
@@ -120,12 +121,12 @@ def dsb(
         )
         # What the active weights of the new layout were before.
         were = jnp.where(real_rows(new), pack(jnp.where(grown, _GROWN, before), new), _DROPPED)
-        still = (~(were < 0)).sum(dtype=jnp.int32)
+        still_kept = (~(were < 0)).sum(dtype=jnp.int32)  # a NaN is kept, too
         report = LayerReport(
             requested=requested,
             accepted=(were == _GROWN).sum(dtype=jnp.int32),
             turnover=(were <= _INACTIVE).sum(dtype=jnp.int32) / layout.num_active,
-            collateral=(kept.sum(dtype=jnp.int32) - still) / jnp.maximum(kept.sum(), 1),
+            collateral=(num_kept - still_kept) / jnp.maximum(num_kept, 1),
             empty_groups=_empty_groups(new),
         )
         return new, report
