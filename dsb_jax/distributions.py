@@ -99,27 +99,36 @@ def erk(shapes: Sequence[LayerShape], sparsity: float) -> tuple[float, ...]:
 
 
 def to_blocks(
-    shapes: Sequence[LayerShape], densities: Sequence[float], block_shape: tuple[int, int]
+    shapes: Sequence[LayerShape],
+    densities: Sequence[float],
+    block_shape: tuple[int, int],
+    *,
+    min_group_blocks: int = 0,
 ) -> tuple[int, ...]:
     """The number of blocks of each layer: densities rounded to whole blocks, the total kept.
 
     The total of `layout.num_active` is within half a block (`R * C / 2` weights) of the wanted total,
     `sum(density * size)`. Each layer is within one block of what it wants, unless some layer wants less than its
-    one block or more than its columns can hold (`in` not a multiple of C); what that layer has too much or too
+    least or more than its columns can hold (`in` not a multiple of C); what that layer has too much or too
     little is shared by the others in proportion to their weights.
 
     Args:
       shapes: the sparse layers.
       densities: the density wanted of each, in [0, 1].
       block_shape: `(R, C)`.
+      min_group_blocks: a layer's least are so many blocks for each of its row groups, or all that fit, so that no
+        output is without weights: a 1x1 convolution of 32 channels has no 16 columns to spare at 0.9. If the total is
+        too small for that, and with 0, the least is one block.
 
     Returns:
       `num_blocks` of each layer, from 1 to `layout.max_blocks`.
 
     Raises:
-      ValueError: if a block is larger than a layer, a density is not in [0, 1], or the total cannot be met: fewer
-        weights than one block a layer, or more than whole blocks can hold.
+      ValueError: if a block is larger than a layer, a density is not in [0, 1], `min_group_blocks` is negative, or
+        the total cannot be met: fewer weights than one block a layer, or more than whole blocks can hold.
     """
+    if min_group_blocks < 0:
+        raise ValueError(f"min_group_blocks={min_group_blocks} is negative; give 0 or more.")
     if len(shapes) != len(densities):
         raise ValueError(f"{len(densities)} densities for {len(shapes)} layers; give one density per layer.")
     for shape, density in zip(shapes, densities, strict=True):
@@ -127,7 +136,9 @@ def to_blocks(
         if not 0 <= density <= 1:
             raise ValueError(f"density={density} of {shape} is not a fraction; give 0 to 1.")
     wanted = [density * shape.size for shape, density in zip(shapes, densities, strict=True)]
-    targets = _fit_between_bounds(shapes, wanted, block_shape)
+    fed = [_blocks_for_groups(shape, block_shape, min_group_blocks) for shape in shapes]
+    least = fed if _held(shapes, block_shape, fed) <= sum(wanted) else [1] * len(shapes)
+    targets = _fit_between_bounds(shapes, wanted, block_shape, least)
     num_blocks = [_blocks_within(shape, target, block_shape) for shape, target in zip(shapes, targets, strict=True)]
     held = [_num_active(shape, block_shape, count) for shape, count in zip(shapes, num_blocks, strict=True)]
     growable = [i for i, s in enumerate(shapes) if num_blocks[i] < layout.max_blocks((s.out, s.in_), block_shape)]
@@ -151,6 +162,16 @@ def _num_active(shape: LayerShape, block_shape: tuple[int, int], num_blocks: int
     return layout.num_active((shape.out, shape.in_), block_shape, num_blocks)
 
 
+def _held(shapes: Sequence[LayerShape], block_shape: tuple[int, int], num_blocks: Sequence[int]) -> int:
+    return sum(_num_active(shape, block_shape, count) for shape, count in zip(shapes, num_blocks, strict=True))
+
+
+def _blocks_for_groups(shape: LayerShape, block_shape: tuple[int, int], min_group_blocks: int) -> int:
+    """So many blocks for each row group, or all that fit, and one at the least."""
+    each = min(min_group_blocks, shape.in_ // block_shape[1])
+    return max(1, each * layout.count_groups(shape.out, block_shape[0]))
+
+
 def _blocks_within(shape: LayerShape, weights: float, block_shape: tuple[int, int]) -> int:
     """The most blocks (at least one) that hold no more than `weights` real weights, by bisection.
 
@@ -169,12 +190,12 @@ def _blocks_within(shape: LayerShape, weights: float, block_shape: tuple[int, in
 
 
 def _fit_between_bounds(
-    shapes: Sequence[LayerShape], wanted: Sequence[float], block_shape: tuple[int, int]
+    shapes: Sequence[LayerShape], wanted: Sequence[float], block_shape: tuple[int, int], least_blocks: Sequence[int]
 ) -> list[float]:
-    """Scales `wanted` by one factor, clipped to what each layer can hold, so that its sum stays the same."""
+    """Scales `wanted` by one factor, clipped to what each layer has to and can hold, so that its sum stays the same."""
     if not shapes:
         return []
-    least = [float(_num_active(s, block_shape, 1)) for s in shapes]
+    least = [float(_num_active(s, block_shape, count)) for s, count in zip(shapes, least_blocks, strict=True)]
     most = [float(_num_active(s, block_shape, layout.max_blocks((s.out, s.in_), block_shape))) for s in shapes]
     total, dense = sum(wanted), sum(shape.size for shape in shapes)
     rows, cols = block_shape
@@ -192,7 +213,7 @@ def _fit_between_bounds(
             f"most {sum(most):.0f}, because C={cols} does not divide `in` everywhere; use a sparsity of at least "
             f"{math.ceil((1 - sum(most) / dense) * 1e4) / 1e4}, or a C that divides `in`."
         )
-    # A layer that wants nothing still counts as its one block, so that any total between the bounds is reached.
+    # A layer that wants nothing still counts as its least, so that any total between the bounds is reached.
     shares = [max(want, low) for want, low in zip(wanted, least, strict=True)]
 
     def scaled(factor: float) -> list[float]:

@@ -8,6 +8,7 @@ layer that the distribution gives density 1 is computed and stored densely.
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from dsb_jax.layout import max_blocks, num_active
 DISTRIBUTIONS = {"uniform": uniform, "erk": erk}
 KEEP_DENSE = ("stem", "head")
 MIN_BLOCKS = 8
+MIN_GROUP_BLOCKS = 1
 
 Path = tuple[str, ...]
 
@@ -111,8 +113,13 @@ def make_plan(
     block_shape: tuple[int, int] = (16, 16),
     keep_dense: tuple[str, ...] = KEEP_DENSE,
     min_blocks: int = MIN_BLOCKS,
+    min_group_blocks: int = MIN_GROUP_BLOCKS,
 ) -> SparsityPlan:
     """Spreads blocks over a model so that `sparsity` is met over its eligible layers within one block.
+
+    A layer has `min_group_blocks` blocks for each of its row groups at the least, whatever the distribution says, and
+    the others have as much less: narrow layers, above all the 1x1 convolutions of shortcuts, would else begin with
+    outputs that have no weights. Only if `sparsity` leaves too few weights for that, some do.
 
     Args:
       layers: path -> sizes, as `find_layers` gives them.
@@ -121,6 +128,7 @@ def make_plan(
       block_shape: `(R, C)`.
       keep_dense: patterns (as in a shell) matched against the path `a/b/c` and against each of its parts.
       min_blocks: layers that can hold fewer blocks stay dense.
+      min_group_blocks: blocks for each row group; 0 takes the densities as they are.
 
     Raises:
       ValueError: if the distribution is unknown, the sparsity impossible, or no layer can be sparse.
@@ -139,11 +147,14 @@ def make_plan(
         zip(eligible, DISTRIBUTIONS[distribution]([layers[path] for path in eligible], sparsity), strict=True)
     )
     sparse = [path for path in eligible if densities[path] < 1]
-    counts = dict(
-        zip(sparse, to_blocks([layers[p] for p in sparse], [densities[p] for p in sparse], block_shape), strict=True)
-    )
+    shapes, wanted = [layers[path] for path in sparse], [densities[path] for path in sparse]
+    counts = dict(zip(sparse, to_blocks(shapes, wanted, block_shape, min_group_blocks=min_group_blocks), strict=True))
     plans = []
     for path, shape in layers.items():
-        reason = reasons[path] or ("density 1" if path not in counts else distribution)
-        plans.append(LayerPlan(path, shape, counts.get(path), reason, eligible=reasons[path] is None))
+        reason, count = reasons[path], counts.get(path)
+        if reason is None:
+            reason = distribution if count is not None else "density 1"
+            if count is not None and count > densities[path] * shape.size / math.prod(block_shape) + 1:
+                reason = f"raised from {distribution}: {min_group_blocks} for each row group"
+        plans.append(LayerPlan(path, shape, count, reason, eligible=reasons[path] is None))
     return SparsityPlan(tuple(plans), block_shape)

@@ -19,7 +19,16 @@ from dsb_jax.methods import Method
 from dsb_jax.nn import SparseConv, SparseDense
 from dsb_jax.ops.dense import conv_general_dilated
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, check_implementation, record_choices
-from dsb_jax.plan import KEEP_DENSE, MIN_BLOCKS, Path, SparsityPlan, find_layers, make_plan, unstructured
+from dsb_jax.plan import (
+    KEEP_DENSE,
+    MIN_BLOCKS,
+    MIN_GROUP_BLOCKS,
+    Path,
+    SparsityPlan,
+    find_layers,
+    make_plan,
+    unstructured,
+)
 from dsb_jax.train import Loss, smoothed_cross_entropy
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -44,6 +53,8 @@ class Recipe:
       backward_factor: of Top-KAST, weights that have a gradient over active ones.
       adapt_batch_size: images of the batch that an adaptation measures its statistics on, at most.
       keep_dense: patterns of paths that stay dense, see `dsb_jax.plan`.
+      min_group_blocks: blocks that every row group has, in the plan and, with DSB, after every adaptation; 0 is the
+        paper's rule, under which outputs can be without weights.
       learning_rate_schedule: "cosine" to zero, "step" (times 0.1 at 50 % and 75 %), or "constant".
       total_steps: training steps of the whole run.
     """
@@ -61,7 +72,7 @@ class Recipe:
     grow: str = "block_gradient"
     granularity: str = "block"
     block_aware_drop: bool = True
-    min_group_blocks: int = 0
+    min_group_blocks: int = MIN_GROUP_BLOCKS
     growth_score: float = 1.0
     regroup_interval: int | None = None
     drop_fraction: float = 0.3
@@ -250,6 +261,7 @@ def _assemble(recipe: Recipe) -> Assembly:
         block_shape=recipe.block_shape,
         keep_dense=recipe.keep_dense,
         min_blocks=recipe.min_blocks,
+        min_group_blocks=recipe.min_group_blocks,
     )
     plan = None
     if method.equal_width:

@@ -61,11 +61,12 @@ def layer_calls(grow: str) -> dict[str, Any]:
     method = methods.dsb(update_end_step=10_000, grow=grow, granularity=FLAGS.granularity)
     assert method.update is not None
     zeros = make_probe(method.statistic, layout) if method.statistic else {}
+    # An argument: XLA would fold a constant, and what follows from it, when it compiles, for seconds.
     statistic = jax.tree.map(lambda z: jax.random.uniform(key, z.shape), zeros)
     update = method.update
 
     @jax.jit
-    def adapt(blocks: jax.Array, layout: BlockLayout) -> Any:
+    def adapt(blocks: jax.Array, layout: BlockLayout, statistic: Any) -> Any:
         new, report = update(key, jnp.zeros((), jnp.int32), blocks, layout, statistic)
         return repack(blocks, layout, new), repack(blocks * 2, layout, new), new, report
 
@@ -78,7 +79,7 @@ def layer_calls(grow: str) -> dict[str, Any]:
         y, backward = jax.vjp(lambda x, b: sparse_conv(x, b, layout, geometry=geometry), x, blocks)
         return backward(y)
 
-    return {"adapt": lambda: adapt(blocks, layout), "train": lambda: train(x, blocks)}
+    return {"adapt": lambda: adapt(blocks, layout, statistic), "train": lambda: train(x, blocks)}
 
 
 def model_calls(name: str, grow: str) -> dict[str, Any]:

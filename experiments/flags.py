@@ -11,7 +11,7 @@ from absl import flags
 
 from dsb_jax.methods import GRANULARITIES, GROW, METHODS
 from dsb_jax.ops import IMPLEMENTATIONS
-from dsb_jax.plan import DISTRIBUTIONS, KEEP_DENSE
+from dsb_jax.plan import DISTRIBUTIONS, KEEP_DENSE, MIN_GROUP_BLOCKS
 from dsb_jax.recipe import DTYPES, OPTIMIZERS, SCHEDULES, Recipe
 
 FLAGS = flags.FLAGS
@@ -53,7 +53,9 @@ def define() -> None:
     flags.DEFINE_enum("grow", None, GROW, "Growth criterion of dsb.")
     flags.DEFINE_enum("granularity", None, GRANULARITIES, "What dsb drops and grows.")
     flags.DEFINE_bool("block_aware_drop", True, "Drop only weights whose loss can free structure.")
-    flags.DEFINE_integer("min_group_blocks", 0, "Blocks that every row group keeps when re-blocking.")
+    flags.DEFINE_integer(
+        "min_group_blocks", MIN_GROUP_BLOCKS, "Blocks that every row group has, at first and after adapting."
+    )
     flags.DEFINE_float("growth_score", 1.0, "Score of grown positions over the mean of the kept; 1 is the paper's.")
     flags.DEFINE_integer("regroup_interval", None, "Steps between regroupings of rows; 0 for never.")
     flags.DEFINE_float("drop_fraction", 0.3, "Share of the weights dropped at the first adaptation, in [0, 1].")

@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             {"method": ("dsb",), "sparsity": SPARSITIES, "granularity": ("panel_column",)},
             # Why adapting can hurt: kept weights that new blocks displace, or starved row groups?
             {"method": ("dsb",), "sparsity": (0.95,), "growth_score": (0.5,)},
-            {"method": ("dsb",), "sparsity": (0.95,), "min_group_blocks": (1,)},
+            {"method": ("dsb",), "sparsity": (0.95,), "min_group_blocks": (0,)},
             {"method": ("dsb", "ssb"), "sparsity": SPARSITIES, "block_shape": ("16x16", "32x8", "64x4")},
         ),
     },
@@ -63,9 +63,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Filled in from the data set when a run begins, hence not part of a cell.
 FROM_DATA = ("image_shape", "num_classes", "total_steps")
 _FIRST = ("dataset", "model", "method", "sparsity", "block_shape")  # in names by their values alone
-_OF_SPARSITY = ("sparsity", "distribution", "block_shape", "keep_dense", "min_blocks")
+_OF_SPARSITY = ("sparsity", "distribution", "block_shape", "keep_dense", "min_blocks", "min_group_blocks")
 _OF_ADAPTING = ("drop_fraction", "update_interval", "update_end_fraction", "adapt_batch_size")
-_OF_DSB = ("grow", "granularity", "block_aware_drop", "min_group_blocks", "growth_score", "regroup_interval")
+_OF_DSB = ("grow", "granularity", "block_aware_drop", "growth_score", "regroup_interval")
 
 
 def _without_effect(settings: Mapping[str, Any]) -> set[str]:

@@ -113,6 +113,37 @@ def test_to_blocks_returns_what_a_layout_of_that_density_holds(shapes, block_sha
     assert distributions.to_blocks(shapes, densities, block_shape) == blocks
 
 
+def test_to_blocks_feeds_every_row_group_by_hand():
+    # A shortcut of 32 to 64 channels has four row groups, a tenth of it is 0.8 blocks. The other layer wants 28.8; both
+    # together 29.6, so that 25.6 are left beside the four.
+    shapes = [LayerShape(64, 32, (1, 1)), LayerShape(128, 576, (3, 3))]
+    assert distributions.to_blocks(shapes, (0.1, 0.1), (16, 16)) == (1, 29)
+    assert distributions.to_blocks(shapes, (0.1, 0.1), (16, 16), min_group_blocks=1) == (4, 26)
+    # 16 columns hold one block for each group, not five; and of 4.8 blocks not each of the 12 groups can have one.
+    assert distributions.to_blocks([LayerShape(64, 16)], (1.0,), (16, 16), min_group_blocks=5) == (4,)
+    shapes = [LayerShape(64, 32, (1, 1)), LayerShape(128, 32)]
+    assert distributions.to_blocks(shapes, (0.2, 0.2), (16, 16), min_group_blocks=1) == (2, 3)
+
+
+@given(
+    shapes=models(min_out=64, min_c_in=16),
+    block_shape=BLOCKS,
+    sparsity=st.floats(0.5, 1),
+    rule=st.sampled_from([distributions.uniform, distributions.erk]),
+    least=st.integers(0, 3),
+)
+def test_to_blocks_feeds_every_row_group_if_it_can(shapes, block_shape, sparsity, rule, least):
+    densities = rule(shapes, sparsity)
+    groups = [layout.count_groups(s.out, block_shape[0]) for s in shapes]
+    fed = [max(1, min(least, s.in_ // block_shape[1]) * n) for s, n in zip(shapes, groups, strict=True)]
+    wanted = sum(d * s.size for d, s in zip(densities, shapes, strict=True))
+    most = [layout.max_blocks((s.out, s.in_), block_shape) for s in shapes]
+    assume(sum(active_weights(shapes, fed, block_shape)) <= wanted <= sum(active_weights(shapes, most, block_shape)))
+    num_blocks = distributions.to_blocks(shapes, densities, block_shape, min_group_blocks=least)
+    assert all(n >= f for n, f in zip(num_blocks, fed, strict=True))
+    assert abs(sum(active_weights(shapes, num_blocks, block_shape)) - wanted) <= math.prod(block_shape) / 2 + 1e-3
+
+
 def test_to_blocks_shares_what_a_layer_cannot_hold():
     # in = 27 holds one block of 16 columns, 16/27 of the dense 27 * 64 weights; the other layer takes the rest.
     shapes = [LayerShape(64, 27, (3, 3)), LayerShape(256, 256)]
@@ -149,6 +180,8 @@ def test_other_errors_name_the_value():
         distributions.to_blocks([shape], (0.5,), (128, 4))
     with pytest.raises(ValueError, match=r"density=1.5"):
         distributions.to_blocks([shape], (1.5,), (16, 16))
+    with pytest.raises(ValueError, match="min_group_blocks=-1 is negative"):
+        distributions.to_blocks([shape], (0.5,), (16, 16), min_group_blocks=-1)
     with pytest.raises(ValueError, match="2 densities for 1 layers"):
         distributions.to_blocks([shape], (0.5, 0.5), (16, 16))
     with pytest.raises(ValueError, match=r"in_=32 is not a multiple of the kernel's 9 taps"):

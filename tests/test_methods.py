@@ -22,7 +22,7 @@ METHOD = {
     "norm block": {},
     "norm panel_column": {},
     "norm_unaligned block": {"block_aware_drop": False},
-    "norm_unaligned panel_column": {},
+    "norm_unaligned panel_column": {"min_group_blocks": 0},
     "block_gradient block": {},
     "block_gradient panel_column": {},
     "block_gradient panel_column, regrouped now and then": {"regroup_interval": 30},
@@ -250,10 +250,12 @@ def test_regrouping_now_and_then():
             np.testing.assert_array_equal(a, b)
 
 
-def test_empty_groups_are_counted():
+def test_empty_groups_are_counted_or_fed():
     key, *others = arguments("norm panel_column", "whole", 0, counts=(6, 4, 0, 0))
-    _, report = update_of("norm panel_column")(key, T_END, *others)
+    _, report = update_of("norm_unaligned panel_column")(key, T_END, *others)  # of which the paper's rule is tested
     assert report.empty_groups == 2
+    _, report = update_of("norm panel_column")(key, T_END, *others)
+    assert report.empty_groups == 0
 
 
 def test_what_each_method_is():

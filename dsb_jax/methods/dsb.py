@@ -49,7 +49,7 @@ def dsb(
     grow: str = "norm",
     block_aware_drop: bool = True,
     granularity: str = "block",
-    min_group_blocks: int = 0,
+    min_group_blocks: int = 1,
     growth_score: float = 1.0,
     regroup_interval: int | None = None,
 ) -> Method:
