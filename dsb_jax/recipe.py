@@ -70,7 +70,7 @@ class Recipe:
     keep_dense: tuple[str, ...] = KEEP_DENSE
     min_blocks: int = MIN_BLOCKS
     grow: str = "block_gradient"
-    granularity: str = "block"
+    granularity: str = "panel_column"
     block_aware_drop: bool = True
     min_group_blocks: int = MIN_GROUP_BLOCKS
     growth_score: float = 1.0

@@ -7,6 +7,7 @@ forward and backward passes at `--batch_size`, at 4x4 positions as in ResNet-18)
 for the re-blocking of the same layer on a CPU.
 """
 
+import itertools
 import statistics
 from typing import Any
 
@@ -38,7 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_float("sparsity", 0.9, "Of the layer and over the model's sparse layers.")
     flags.DEFINE_string("block_shape", "16x16", "Rows x columns of a block.")
     flags.DEFINE_list("grow", ["norm", "block_gradient"], "Growth criteria to time.")
-    flags.DEFINE_enum("granularity", "block", methods.GRANULARITIES, "What is dropped and grown.")
+    flags.DEFINE_list("granularities", ["block", "panel_column"], "What is dropped and grown.")
     flags.DEFINE_integer("update_interval", 100, "Training steps between adaptations.")
     flags.DEFINE_integer("batch_size", 128, "Images in a step.")
     flags.DEFINE_integer("adapt_batch_size", 32, "Images that an adaptation measures on, as in a run.")
@@ -46,7 +47,7 @@ def define_flags() -> None:
     flags.DEFINE_string("json", None, "Write the results to this file.")
 
 
-def layer_calls(grow: str) -> dict[str, Any]:
+def layer_calls(grow: str, granularity: str) -> dict[str, Any]:
     """Adaptation (drop, grow, re-block, repack one weight and one moment) and training of one layer."""
     try:
         out, channels, height, width = (int(size) for size in FLAGS.layer.split("x"))
@@ -58,7 +59,7 @@ def layer_calls(grow: str) -> dict[str, Any]:
     key = jax.random.key(0)
     layout = random_layout(key, (out, shape.in_), block_shape=block_shape, num_blocks=count)
     blocks = jax.random.normal(key, (count, *block_shape))
-    method = methods.dsb(update_end_step=10_000, grow=grow, granularity=FLAGS.granularity)
+    method = methods.dsb(update_end_step=10_000, grow=grow, granularity=granularity)
     assert method.update is not None
     zeros = make_probe(method.statistic, layout) if method.statistic else {}
     # An argument: XLA would fold a constant, and what follows from it, when it compiles, for seconds.
@@ -82,11 +83,11 @@ def layer_calls(grow: str) -> dict[str, Any]:
     return {"adapt": lambda: adapt(blocks, layout, statistic), "train": lambda: train(x, blocks)}
 
 
-def model_calls(name: str, grow: str) -> dict[str, Any]:
+def model_calls(name: str, grow: str, granularity: str) -> dict[str, Any]:
     """Adaptation and training step of a whole model."""
     recipe = Recipe(
         dataset="random", image_shape=(32, 32, 3), model=name, sparsity=FLAGS.sparsity, grow=grow,
-        granularity=FLAGS.granularity, block_shape=parse_block_shape(FLAGS.block_shape), batch_size=FLAGS.batch_size,
+        granularity=granularity, block_shape=parse_block_shape(FLAGS.block_shape), batch_size=FLAGS.batch_size,
         total_steps=10_000,
     )  # fmt: skip
     assembly, state = runs.create(recipe)
@@ -113,20 +114,24 @@ def main() -> None:
     console = program.console()
     path = timing.results_path(FLAGS.json)
     results: list[dict[str, Any]] = []
-    for grow in FLAGS.grow:
-        if grow not in methods.GROW:
-            raise ValueError(f"grow: {grow!r} is unknown; choose of {', '.join(methods.GROW)}.")
-        subjects = [("layer", FLAGS.layer, layer_calls(grow))]
-        subjects += [("model", name, model_calls(name, grow)) for name in FLAGS.models]
+    for name, values, known in (
+        ("grow", FLAGS.grow, methods.GROW),
+        ("granularities", FLAGS.granularities, methods.GRANULARITIES),
+    ):
+        if odd := [value for value in values if value not in known]:
+            raise ValueError(f"{name}: {odd[0]!r} is unknown; choose of {', '.join(known)}.")
+    for granularity, grow in itertools.product(FLAGS.granularities, FLAGS.grow):
+        subjects = [("layer", FLAGS.layer, layer_calls(grow, granularity))]
+        subjects += [("model", name, model_calls(name, grow, granularity)) for name in FLAGS.models]
         for kind, name, calls in subjects:
-            console.print(f"{name}, grow={grow}: compiling and measuring ...")
+            console.print(f"{name}, {granularity}, grow={grow}: compiling and measuring ...")
             times = timing.in_turns(calls, FLAGS.rounds)
             adapt, train = statistics.median(times["adapt"]), statistics.median(times["train"])
             results.append(
                 {
                     kind: name,
                     "grow": grow,
-                    "granularity": FLAGS.granularity,
+                    "granularity": granularity,
                     "block_shape": FLAGS.block_shape,
                     "sparsity": FLAGS.sparsity,
                     "adapt_s": adapt,
@@ -138,15 +143,16 @@ def main() -> None:
     table = Table(title=f"adaptation, blocks of {FLAGS.block_shape}, sparsity {FLAGS.sparsity:g}")
     for column in (
         "layer or model",
+        "granularity",
         "grow",
         "adaptation",
         "training step",
         f"share over {FLAGS.update_interval} steps",
     ):
-        table.add_column(column, justify="left" if column in ("layer or model", "grow") else "right")
+        table.add_column(column, justify="left" if column in ("layer or model", "granularity", "grow") else "right")
     for r in results:
         table.add_row(
-            r.get("layer") or r["model"], r["grow"], f"{r['adapt_s'] * 1e3:.0f} ms",
+            r.get("layer") or r["model"], r["granularity"], r["grow"], f"{r['adapt_s'] * 1e3:.0f} ms",
             f"{r['train_step_s'] * 1e3:.0f} ms", f"{r['amortized_share']:.2%}",
         )  # fmt: skip
     console.print(table)

@@ -53,17 +53,17 @@ class Adaptations(NamedTuple):
     exploration: list[float]
 
 
-PANEL_COLUMNS = "dsb, panel columns"
+PANEL_COLUMNS, BLOCKS = "dsb, panel columns", "dsb, blocks"
 METHODS = (
     *(Variant(method, {"method": method}) for method in grid.ALL_METHODS if method != "dsb"),
-    Variant("dsb", {"method": "dsb", "granularity": "block"}),
+    Variant(BLOCKS, {"method": "dsb", "granularity": "block"}),
     Variant(PANEL_COLUMNS, {"method": "dsb", "granularity": "panel_column"}),
 )
-ADAPTIVE = ("set", "rigl", "topkast", "dsb", PANEL_COLUMNS)
-WITHOUT_RULE = "dsb without the block-aware rule"
+ADAPTIVE = ("set", "rigl", "topkast", BLOCKS, PANEL_COLUMNS)
+WITHOUT_RULE = "dsb, blocks without the block-aware rule"
 BLOCK_AWARE = (
-    Variant("dsb", {"method": "dsb", "block_aware_drop": True}),
-    Variant(WITHOUT_RULE, {"method": "dsb", "block_aware_drop": False}),
+    Variant(BLOCKS, {"method": "dsb", "granularity": "block", "block_aware_drop": True}),
+    Variant(WITHOUT_RULE, {"method": "dsb", "granularity": "block", "block_aware_drop": False}),
 )
 
 

@@ -16,6 +16,7 @@ from experiments import grid
 from experiments.epoch_times import IMAGE_SIZE, TRAIN_IMAGES, ProfileTerms, TimePanel
 from experiments.figure_data import (
     ADAPTIVE,
+    BLOCKS,
     PANEL_COLUMNS,
     WITHOUT_RULE,
     Panel,
@@ -32,7 +33,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "set": {"color": "#56B4E9", "marker": "^"},
     "rigl": {"color": "#0072B2", "marker": "D"},
     "topkast": {"color": "#CC79A7", "marker": "P"},
-    "dsb": {"color": "#D55E00", "marker": "o"},
+    BLOCKS: {"color": "#D55E00", "marker": "o"},
     PANEL_COLUMNS: {"color": "#009E73", "marker": "X"},
     WITHOUT_RULE: {"color": "#D55E00", "marker": "o", "linestyle": ":", "markerfacecolor": "white"},
 }
@@ -66,7 +67,7 @@ def draw_times(rows: Sequence[Sequence[TimePanel]], title: str) -> Figure:
                     bar = axes.bar([i - 0.21], [time.estimated_s], 0.36, **ESTIMATE)
                     legend["sparse, estimated as in the paper"] = bar
                     _tell_ratio(axes, i - 0.21, time.estimated_s, panel.dense_s)
-                bar = axes.bar([i + 0.21], [time.measured_s], 0.36, color=STYLES["dsb"]["color"])
+                bar = axes.bar([i + 0.21], [time.measured_s], 0.36, color=STYLES[BLOCKS]["color"])
                 legend["sparse, training step measured"] = bar
                 _tell_ratio(axes, i + 0.21, time.measured_s, panel.dense_s)
             axes.set_xticks(range(len(panel.times) + 1), ["dense", *(f"{time.sparsity:g}" for time in panel.times)])

@@ -19,6 +19,8 @@ from experiments.flags import default_values, parse_block_shape
 ALL_METHODS = ("dense", "small_dense", "ssb", "set", "rigl", "topkast", "dsb")
 SPARSITIES = (0.8, 0.9, 0.95)
 
+_BLOCKS = {"method": ("dsb",), "granularity": ("block",)}  # the paper's variant of dsb
+
 # Names of a recipe's fields -> the values to combine. Each part of a grid is a product; `common` holds for all parts.
 PRESETS: dict[str, dict[str, Any]] = {
     # Hours on two cores: what the methods and the settings of dsb are worth at equal sparsity.
@@ -27,22 +29,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         "common": {"dataset": "digits", "model": "convnet"},
         "parts": (
             {"method": ALL_METHODS, "sparsity": SPARSITIES},
-            {"method": ("dsb",), "sparsity": SPARSITIES, "block_aware_drop": (False,)},
-            {"method": ("dsb",), "sparsity": (0.9,), "grow": ("norm", "block_gradient", "gradient", "random")},
-            {"method": ("dsb",), "sparsity": SPARSITIES, "granularity": ("panel_column",)},
-            # Why adapting can hurt: kept weights that new blocks displace, or starved row groups?
-            {"method": ("dsb",), "sparsity": (0.95,), "growth_score": (0.5,)},
-            {"method": ("dsb",), "sparsity": (0.95,), "min_group_blocks": (0,)},
+            {**_BLOCKS, "sparsity": SPARSITIES, "block_aware_drop": (True, False)},
+            {
+                "method": ("dsb",),
+                "sparsity": (0.9,),
+                "granularity": ("panel_column", "block"),
+                "grow": ("norm", "block_gradient", "gradient", "random"),
+            },
+            # Why adapting in whole blocks can hurt: kept weights that new blocks displace, or starved row groups?
+            {**_BLOCKS, "sparsity": (0.95,), "growth_score": (0.5,)},
+            {**_BLOCKS, "sparsity": (0.95,), "min_group_blocks": (0,)},
             {"method": ("dsb", "ssb"), "sparsity": SPARSITIES, "block_shape": ("16x16", "32x8", "64x4")},
         ),
     },
     # A small network and few epochs: an hour on two cores.
     "cifar10_small": {
         "seeds": (0,),
-        "common": {"dataset": "cifar10", "model": "wrn-10-1", "epochs": 2},
+        "common": {"dataset": "cifar10", "model": "wrn-10-2", "epochs": 2},
         "parts": (
             {"method": ("dense", "ssb", "rigl", "dsb"), "sparsity": (0.9,)},
-            {"method": ("dsb",), "sparsity": (0.9,), "granularity": ("panel_column",)},
+            {**_BLOCKS, "sparsity": (0.9,)},
         ),
     },
     # The paper's protocol (Recipe's docstring) and its Figures 14 and 15: for GPUs. Dropout is the WRN's.
@@ -54,7 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             for model, dropout in (("wrn-22-2", 0.3), ("resnet18", 0.0), ("vgg16", 0.0))
             for part in (
                 {"method": ALL_METHODS, "sparsity": SPARSITIES},
-                {"method": ("dsb",), "sparsity": SPARSITIES, "block_aware_drop": (False,)},
+                {**_BLOCKS, "sparsity": SPARSITIES, "block_aware_drop": (True, False)},
             )
         ),
     },
@@ -74,7 +80,7 @@ def _without_effect(settings: Mapping[str, Any]) -> set[str]:
     idle: set[str] = set()
     if method != "dsb":
         idle.update(_OF_DSB)
-    elif settings.get("granularity") == "panel_column" and not settings.get("regroup_interval"):
+    elif settings.get("granularity", Recipe.granularity) == "panel_column" and not settings.get("regroup_interval"):
         idle.update(("block_aware_drop", "growth_score"))
     if method in ("dense", "small_dense", "ssb"):
         idle.update(_OF_ADAPTING)
@@ -240,6 +246,17 @@ def select(runs: Iterable[Run], allowed: Mapping[str, Sequence[Any]]) -> list[Ru
         given = ", ".join(f"{name} in {list(values)}" for name, values in allowed.items())
         raise ValueError(f"no run of the grid has {given}; --dry_run without these flags lists the grid.")
     return chosen
+
+
+def check_effects(runs: Iterable[Run], values: Mapping[str, Sequence[Any]]) -> None:
+    """Raises ValueError for the first value that is in none of the runs, because it has no effect on their methods."""
+    runs = list(runs)
+    for name, texts in values.items():
+        for value in (parse_value(name, text) for text in texts):
+            if all(getattr(run.recipe, name) != value for run in runs):
+                methods = ", ".join(sorted({run.recipe.method for run in runs}))
+                why = "; it is for granularity=block" if name in ("block_aware_drop", "growth_score") else ""
+                raise ValueError(f"{name}={setting_text(value)} has no effect on {methods}{why}.")
 
 
 def check_runs(runs: Iterable[Run]) -> None:

@@ -90,6 +90,7 @@ def runs_from_flags() -> list[Run]:
     axes: dict[str, Any] = {field: FLAGS[axis].value for axis, field in AXES.items() if FLAGS[axis].value}
     if FLAGS.preset is None:
         runs = grid.expand([axes], seeds=seeds or [0], common={}, override=override)
+        grid.check_effects(runs, axes | {field: [value] for field, value in override.items()})
     else:
         allowed = axes if seeds is None else {**axes, "seed": seeds}
         runs = grid.select(grid.preset_runs(FLAGS.preset, override=override), allowed)

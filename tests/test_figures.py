@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from experiments import epoch_times, figure_data, figure_drawings, figures, grid, sweep, sweep_commands
 from experiments.epoch_times import EpochTime
-from experiments.figure_data import BLOCK_AWARE, METHODS, PANEL_COLUMNS, WITHOUT_RULE, Statistic
+from experiments.figure_data import BLOCK_AWARE, BLOCKS, METHODS, PANEL_COLUMNS, WITHOUT_RULE, Statistic
 
 ROOT = Path(__file__).parent.parent
 DIGITS = grid.preset_runs("digits")
@@ -35,7 +35,7 @@ def write(root, run, accuracy, adaptations=(), **recipe):
 
 
 def digits_run(seed=0, **values):
-    return grid.make_run({"method": "dsb", "sparsity": 0.9, **values}, seed)
+    return grid.make_run({"method": "dsb", "sparsity": 0.9, "granularity": "block", **values}, seed)
 
 
 def panel_of(root, variants=METHODS, **fixed):
@@ -51,11 +51,11 @@ def test_mean_and_deviation_by_hand(tmp_path):
     write(tmp_path, digits_run(method="dense"), 0.99)
     panel = panel_of(tmp_path)
     std = ((0.03**2 + 0.01**2 + 0.04**2) / 2) ** 0.5
-    assert panel.accuracy("dsb") == {0.9: Statistic(pytest.approx(0.93), pytest.approx(std), 3)}
+    assert panel.accuracy(BLOCKS) == {0.9: Statistic(pytest.approx(0.93), pytest.approx(std), 3)}
     assert panel.accuracy("dense") == {None: Statistic(0.99, None, 1)}  # it has no sparsity
     assert panel.accuracy("ssb") == {}
     panel = panel_of(tmp_path, BLOCK_AWARE)
-    assert panel.accuracy("dsb")[0.9].mean == pytest.approx(0.93)
+    assert panel.accuracy(BLOCKS)[0.9].mean == pytest.approx(0.93)
     assert panel.accuracy(WITHOUT_RULE) == {0.9: Statistic(0.8, None, 1)}
     assert panel.num_runs == 4
 
@@ -67,16 +67,17 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path):
     # What has no effect on a method does not part it from the others.
     write(tmp_path, digits_run(method="rigl"), 0.7, grow="norm")
     panel = panel_of(tmp_path)
-    assert panel.accuracy("dsb") == {0.9: Statistic(0.9, None, 1)}
+    assert panel.accuracy(BLOCKS) == {0.9: Statistic(0.9, None, 1)}
     assert panel.accuracy("rigl") == {0.9: Statistic(0.7, None, 1)}
     assert panel.accuracy(PANEL_COLUMNS) == {0.9: Statistic(0.1, None, 1)}  # a curve of its own
     found, _ = figure_data.read_runs([tmp_path])
     place = ("digits", "convnet")
     assert figure_data.other_settings(found, [panel]) == {
-        (*place, "block_shape=32x8"): 1, (*place, "grow=norm"): 1, (*place, "epochs=3"): 1
+        (*place, "block_shape=32x8", "granularity=block"): 1, (*place, "granularity=block", "grow=norm"): 1,
+        (*place, "epochs=3", "granularity=block"): 1,
     }  # fmt: skip
     tall = panel_of(tmp_path, block_shape=(32, 8))
-    assert tall.accuracy("dsb") == {0.9: Statistic(0.1, None, 1)}
+    assert tall.accuracy(BLOCKS) == {0.9: Statistic(0.1, None, 1)}
     assert tall.accuracy("rigl") == {}
 
 
@@ -86,7 +87,7 @@ def test_a_panel_takes_the_terms_of_most_runs(tmp_path):
         write(tmp_path, digits_run(seed, epochs=3), 0.6)
     panel = panel_of(tmp_path)
     assert panel.terms["epochs"] == 3
-    assert panel.accuracy("dsb")[0.9].n == 2
+    assert panel.accuracy(BLOCKS)[0.9].n == 2
     # What is missing is missing on these terms, whatever the preset has.
     assert {run.recipe.epochs for runs in panel.missing.values() for run in runs} == {3}
     assert figure_data.make_panel({}, "digits", "convnet", METHODS).terms["epochs"] == 24
@@ -160,8 +161,8 @@ def test_a_figure_of_the_paper_without_any_run_is_one_command():
     (line,) = planned.commands
     assert line == (
         "python -m experiments.sweep --root=DIR --preset=cifar_full --datasets=cifar10 "
-        "--models=resnet18,vgg16,wrn-22-2 --methods=dsb --sparsities=0.8,0.9,0.95 --block_aware_drop=false,true "
-        "--seeds=0,1,2"
+        "--models=resnet18,vgg16,wrn-22-2 --methods=dsb --sparsities=0.8,0.9,0.95 --granularities=block "
+        "--block_aware_drop=false,true --seeds=0,1,2"
     )
 
 
@@ -198,7 +199,7 @@ def test_adaptations_are_means_over_the_seeds_by_hand(tmp_path):
     write(tmp_path, digits_run(0), 0.9, [(44, 0.2, 0.1), (88, 0.1, 0.3), (132, 0.5, 0.4)])
     write(tmp_path, digits_run(1), 0.9, [(44, 0.4, 0.2), (88, 0.2, 0.4)])
     write(tmp_path, digits_run(2), 0.9)  # without metrics
-    outcomes = panel_of(tmp_path).runs["dsb"][0.9]
+    outcomes = panel_of(tmp_path).runs[BLOCKS][0.9]
     curve = figure_data.adaptations(outcomes.values())
     assert curve.epochs == [1.0, 2.0]  # 1056 steps are 24 epochs; the third step is not known of all
     assert curve.turnover == [pytest.approx(0.3), pytest.approx(0.15)]

@@ -21,7 +21,8 @@ from dsb_jax.train_state import create_train_state
 
 WIDTH = 512
 DENSE_LAYER = 4 * WIDTH * WIDTH
-METHOD = dsb(update_end_step=100, grow="norm")
+METHOD = dsb(update_end_step=100, grow="norm", granularity="block")  # which takes the most
+COLUMNS = dsb(update_end_step=100, grow="norm", granularity="panel_column")
 OPTIMIZER = optax.adamw(1e-3)
 IMAGES = jax.ShapeDtypeStruct((2, WIDTH), jnp.float32)
 LABELS = jax.ShapeDtypeStruct((2,), jnp.int32)
@@ -56,11 +57,11 @@ def training(depth, sparsity):
     return weight_bytes(state), lowered.compile().memory_analysis()
 
 
-def adapting(depth, sparsity):
+def adapting(depth, sparsity, method=METHOD):
     """The same of an adaptation."""
     model = Stack(depth, 1 - sparsity)
     state = abstract_state(model)
-    lowered = adapt_step.lower(state, IMAGES, LABELS, model=model, optimizer=OPTIMIZER, method=METHOD)
+    lowered = adapt_step.lower(state, IMAGES, LABELS, model=model, optimizer=OPTIMIZER, method=method)
     return weight_bytes(state), lowered.compile().memory_analysis()
 
 
@@ -106,6 +107,8 @@ def test_adapting_adds_the_scratch_of_one_layer():
     assert adapt_few.temp_size_in_bytes < 9 * DENSE_LAYER
     assert adapt.temp_size_in_bytes - adapt_few.temp_size_in_bytes < min(6 * (weights - few), 4 * DENSE_LAYER)
     assert total(adapt) - total(adapt_few) < 12 * (weights - few)  # no more than training holds
+    _, columns = adapting(6, 0.9, COLUMNS)
+    assert total(columns) < total(adapt) - 2 * DENSE_LAYER  # no layer is written out in dense form
 
 
 def test_layers_of_different_sizes_share_their_scratch():

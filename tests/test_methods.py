@@ -201,7 +201,7 @@ def test_panel_columns_by_hand():
     )
     # The best inactive columns are 0 of group 1 and 2 of group 0; the 9s belong to columns that are active already.
     statistic = {"panel_norm": np.array([[9, 9, 5, 1], [7, 3, 9, 0]], np.float32)}
-    update = adapt_by_hand(granularity="panel_column")
+    update = adapt_by_hand()
     new, report = update(jax.random.key(0), 0, blocks, layout, statistic)
     assert masks(new)[0].astype(int).tolist() == [[0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1], [1, 0, 0, 1]]
     assert [float(value) for value in report] == [4, 4, 0.5, 0, 0]
@@ -216,7 +216,7 @@ def two_blocks():
 
 def test_a_block_moves_by_hand():
     # k = 4 of 8: all of block 0, the smaller one. Group 0 grows columns 2 and 3 at the mean of the kept, 6.5.
-    new, report = adapt_by_hand()(jax.random.key(0), 0, *two_blocks())
+    new, report = adapt_by_hand(granularity="block")(jax.random.key(0), 0, *two_blocks())
     assert masks(new)[0].astype(int).tolist() == [[0, 0, 1, 1]] * 4
     assert [float(value) for value in report] == [4, 4, 0.5, 0, 0]
 
@@ -224,7 +224,7 @@ def test_a_block_moves_by_hand():
 def test_collateral_by_hand():
     # k = 2: row 0 of block 0 goes; .3 and .4 are kept. Group 0 grows its column 2, worth 2 * 26.7 / 6 = 8.9, and has
     # room for one column more: .4 stays, .3 at (1, 0) is lost, one of six kept weights. (0, 1) comes along with .4.
-    new, report = adapt_by_hand()(jax.random.key(0), 5, *two_blocks())
+    new, report = adapt_by_hand(granularity="block")(jax.random.key(0), 5, *two_blocks())
     assert masks(new)[0].astype(int).tolist() == [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     assert [float(value) for value in report] == pytest.approx([2, 2, 0.25, 1 / 6, 0])
 
@@ -232,7 +232,7 @@ def test_collateral_by_hand():
 def test_meek_growth_displaces_nothing_that_is_worth_more_by_hand():
     # As above, but a grown position is scored at 0.03 of the mean: column 2 is worth 0.27, less than .3 and .4.
     blocks, layout, statistic = two_blocks()
-    meek = adapt_by_hand(growth_score=0.03, regroup_interval=0)  # the rows would stay anyway
+    meek = adapt_by_hand(granularity="block", growth_score=0.03, regroup_interval=0)  # the rows would stay anyway
     new, report = meek(jax.random.key(0), 5, blocks, layout, statistic)
     np.testing.assert_array_equal(*masks(layout, new))
     assert [float(value) for value in report] == [2, 0, 0, 0, 0]
@@ -280,6 +280,8 @@ def test_what_each_method_is():
         ({"alpha": -0.1}, r"=-0.1 is not in \[0, 1\]; the paper uses 0.3"),
         ({"alpha": 1.5}, r"=1.5 is not in \[0, 1\]"),
         ({"min_group_blocks": -1}, "min_group_blocks=-1 is negative; give 0 or more"),
+        ({"block_aware_drop": False}, "block_aware_drop=False has no effect on granularity=panel_column; add granul"),
+        ({"growth_score": 0.5}, "growth_score=0.5 has no effect on granularity=panel_column"),
         ({"growth_score": 0.0}, "growth_score=0.0 is not positive; 1 is the paper's"),
         ({"regroup_interval": -5}, "regroup_interval=-5 is negative; give steps, or 0 for never"),
     ],

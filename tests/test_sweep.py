@@ -61,7 +61,7 @@ def test_the_digits_preset_runs_shared_cells_once():
     runs = grid.preset_runs("digits")
     # dense once for all sparsities; the parts share dsb at 16x16 with each other, ssb at 16x16, block_gradient at 0.9
     cells = {run.settings for run in runs}
-    assert len(cells) == (1 + 6 * 3) + 3 + 3 + 3 + 2 + 2 * 2 * 3
+    assert len(cells) == (1 + 6 * 3) + 2 * 3 + 2 * 3 + 2 + 2 * 2 * 3
     assert len(runs) == 5 * len(cells)
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)  # the whole grid with one seed comes first
 
@@ -71,12 +71,15 @@ def test_settings_without_effect_or_equal_to_the_default_make_no_new_run():
     assert grid.make_run({"method": "ssb", "grow": "norm"}, 0) == grid.make_run({"method": "ssb"}, 0)
     assert grid.make_run({"grow": "block_gradient", "epochs": "24"}, 0) == grid.make_run({}, 0)
     assert grid.make_run({"epochs": "24", "dataset": "cifar10"}, 0) != grid.make_run({"dataset": "cifar10"}, 0)
-    assert len(digits_runs(method=("dsb",), grow=("norm", "gradient"), block_aware_drop=("true", "false"))) == 4
-    run = grid.make_run({"block_shape": "32x8", "block_aware_drop": "false", "learning_rate": "0.1"}, 3)
-    assert run.name == "digits-convnet-dsb-0.9-32x8-block_aware_drop=False-learning_rate=0.1-seed3"
+    rule = {"method": ("dsb",), "grow": ("norm", "gradient"), "block_aware_drop": ("true", "false")}
+    assert len(digits_runs(**rule)) == 2  # whole panel columns know no rule
+    assert len(digits_runs(**rule, granularity=("block",))) == 4
+    settings = {"block_shape": "32x8", "granularity": "block", "block_aware_drop": "false", "learning_rate": "0.1"}
+    run = grid.make_run(settings, 3)
+    assert run.name == ("digits-convnet-dsb-0.9-32x8-block_aware_drop=False-granularity=block-learning_rate=0.1-seed3")
     assert {"--noblock_aware_drop", "--block_shape=32x8", "--seed=3"} <= set(run.arguments())
     assert run.recipe == dataclasses.replace(
-        Recipe(), block_shape=(32, 8), block_aware_drop=False, learning_rate=0.1, seed=3
+        Recipe(), block_shape=(32, 8), granularity="block", block_aware_drop=False, learning_rate=0.1, seed=3
     )
 
 
@@ -110,6 +113,17 @@ def test_a_run_is_done_if_the_recipe_is_the_same(tmp_path):
 def test_values_that_cannot_be_are_refused(settings, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         grid.check_runs([grid.make_run(settings, 0)])
+
+
+def test_a_value_that_no_run_looks_at_is_refused():
+    values = {"method": ["dsb", "dense"], "sparsity": ["0.8"], "block_aware_drop": ["true", "false"]}
+    runs = grid.expand([values], seeds=[0], common={})
+    with pytest.raises(ValueError, match="block_aware_drop=false has no effect on dense, dsb; it is for granularity"):
+        grid.check_effects(runs, values)
+    values["granularity"] = ["block"]
+    grid.check_effects(grid.expand([values], seeds=[0], common={}), values)
+    with pytest.raises(ValueError, match=r"sparsity=0\.8 has no effect on dense"):
+        grid.check_effects(grid.expand([{"method": ["dense"]}], seeds=[0], common={}), {"sparsity": ["0.8"]})
 
 
 def test_selecting_from_a_preset():

@@ -39,7 +39,7 @@ STEPS, ADAPT_AT = 10, 5
 CASES = {
     "sgd, block": (
         optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.2, momentum=0.9)),
-        dsb(update_end_step=20, alpha=0.5, grow="block_gradient", block_aware_drop=False),
+        dsb(update_end_step=20, alpha=0.5, granularity="block", block_aware_drop=False),
     ),
     "adamw, panel_column": (
         optax.adamw(3e-3, eps=1e-4, weight_decay=0.1),

@@ -16,8 +16,9 @@ and a dropped position may not be grown again in the same adaptation. `norm` tak
 the current layout, by the norm over the group: a strip of the R strongest outputs, as the paper words it, cuts
 across the groups, and re-blocking accepts none of it (digits, 0.9: 0 %). The literal form is `norm_unaligned`.
 
-`granularity="panel_column"` is a variant of this library's: the unit that is dropped and grown is one column of one
-panel (R weights), row groups stay as they are, and no kept weight is ever displaced, so collateral is zero.
+That is `granularity="block"`. The default, `granularity="panel_column"`, is a variant of this library's: the unit that
+is dropped and grown is one column of one panel (R weights), row groups stay as they are, and no kept weight is ever
+displaced, so collateral is zero. experiments/RESULTS.md compares the two.
 """
 
 from collections.abc import Callable
@@ -46,9 +47,9 @@ def dsb(
     *,
     update_end_step: int,
     alpha: float = 0.3,
-    grow: str = "norm",
+    grow: str = "block_gradient",
     block_aware_drop: bool = True,
-    granularity: str = "block",
+    granularity: str = "panel_column",
     min_group_blocks: int = 1,
     growth_score: float = 1.0,
     regroup_interval: int | None = None,
@@ -59,8 +60,8 @@ def dsb(
       update_end_step: T_end of the cosine schedule, in steps.
       alpha: drop fraction at step 0, in [0, 1].
       grow: growth criterion, one of `GROW`.
-      block_aware_drop: the paper's rule; False for the ablation of its Figures 14 and 15.
-      granularity: "block", the paper's, or "panel_column" (then `block_aware_drop` has no effect).
+      block_aware_drop: the paper's rule; False for the ablation of its Figures 14 and 15. For "block" only.
+      granularity: "panel_column", or "block", the paper's.
       min_group_blocks: blocks that every row group keeps, or as many as a layer has for each; 0 is the paper's rule,
         under which outputs can die.
       growth_score: score of a grown position in units of the mean of the kept |w|; 1 is the paper's. Below 1, growth
@@ -83,6 +84,10 @@ def dsb(
         raise ValueError(f"growth_score={growth_score} is not positive; 1 is the paper's, below 1 growth is meeker.")
     if regroup_interval is not None and regroup_interval < 0:
         raise ValueError(f"regroup_interval={regroup_interval} is negative; give steps, or 0 for never.")
+    if granularity == "panel_column" and not regroup_interval:
+        for name, value, default in (("block_aware_drop", block_aware_drop, True), ("growth_score", growth_score, 1.0)):
+            if value != default:
+                raise ValueError(f"{name}={value} has no effect on granularity=panel_column; add granularity=block.")
 
     def sizes(layout: BlockLayout) -> dict[str, Any]:
         """What re-blocking keeps of a layout."""
