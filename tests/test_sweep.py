@@ -90,6 +90,9 @@ def test_a_run_is_done_if_the_recipe_is_the_same(tmp_path):
     assert not run.matches(recipe | {"weight_decay": 0.5})
     assert not run.matches({k: v for k, v in recipe.items() if k != "grow"})
     assert not grid.make_run({}, 0).matches(grid.make_run({}, 0).recipe.to_json() | {"update_interval": 5})
+    for method, same in (("dsb", False), ("ssb", True)):  # what has no effect on a method is no other recipe
+        other = grid.make_run({"method": method}, 0)
+        assert other.matches(other.recipe.to_json() | {"granularity": "block", "grow": "norm"}) == same
     folder = grid.workdir(tmp_path, run)
     folder.mkdir()
     (folder / "summary.json").write_text('{"recipe": ')
