@@ -118,7 +118,7 @@ def to_blocks(
       block_shape: `(R, C)`.
       min_group_blocks: a layer's least are so many blocks for each of its row groups, or all that fit, so that no
         output is without weights: a 1x1 convolution of 32 channels has no 16 columns to spare at 0.9. If the total is
-        too small for that, and with 0, the least is one block.
+        too small for that, the least are fewer for each group, and without any, as with 0, one block a layer.
 
     Returns:
       `num_blocks` of each layer, from 1 to `layout.max_blocks`.
@@ -136,8 +136,7 @@ def to_blocks(
         if not 0 <= density <= 1:
             raise ValueError(f"density={density} of {shape} is not a fraction; give 0 to 1.")
     wanted = [density * shape.size for shape, density in zip(shapes, densities, strict=True)]
-    fed = [_blocks_for_groups(shape, block_shape, min_group_blocks) for shape in shapes]
-    least = fed if _held(shapes, block_shape, fed) <= sum(wanted) else [1] * len(shapes)
+    least = _least_blocks(shapes, sum(wanted), block_shape, min_group_blocks)
     targets = _fit_between_bounds(shapes, wanted, block_shape, least)
     num_blocks = [_blocks_within(shape, target, block_shape) for shape, target in zip(shapes, targets, strict=True)]
     held = [_num_active(shape, block_shape, count) for shape, count in zip(shapes, num_blocks, strict=True)]
@@ -162,14 +161,17 @@ def _num_active(shape: LayerShape, block_shape: tuple[int, int], num_blocks: int
     return layout.num_active((shape.out, shape.in_), block_shape, num_blocks)
 
 
-def _held(shapes: Sequence[LayerShape], block_shape: tuple[int, int], num_blocks: Sequence[int]) -> int:
-    return sum(_num_active(shape, block_shape, count) for shape, count in zip(shapes, num_blocks, strict=True))
-
-
-def _blocks_for_groups(shape: LayerShape, block_shape: tuple[int, int], min_group_blocks: int) -> int:
-    """So many blocks for each row group, or all that fit, and one at the least."""
-    each = min(min_group_blocks, shape.in_ // block_shape[1])
-    return max(1, each * layout.count_groups(shape.out, block_shape[0]))
+def _least_blocks(
+    shapes: Sequence[LayerShape], total: float, block_shape: tuple[int, int], min_group_blocks: int
+) -> list[int]:
+    """`min_group_blocks` for each row group, or all that fit; if that is more than `total` weights, one less, ..."""
+    groups = [layout.count_groups(shape.out, block_shape[0]) for shape in shapes]
+    fit = [shape.in_ // block_shape[1] for shape in shapes]
+    for each in range(min(min_group_blocks, max(fit, default=0)), 0, -1):
+        least = [min(each, most) * count for most, count in zip(fit, groups, strict=True)]
+        if sum(_num_active(s, block_shape, count) for s, count in zip(shapes, least, strict=True)) <= total:
+            return least
+    return [1] * len(shapes)
 
 
 def _blocks_within(shape: LayerShape, weights: float, block_shape: tuple[int, int]) -> int:

@@ -155,6 +155,6 @@ def make_plan(
         if reason is None:
             reason = distribution if count is not None else "density 1"
             if count is not None and count > densities[path] * shape.size / math.prod(block_shape) + 1:
-                reason = f"raised from {distribution}: {min_group_blocks} for each row group"
+                reason = f"raised from {distribution} for the sake of every row group"
         plans.append(LayerPlan(path, shape, count, reason, eligible=reasons[path] is None))
     return SparsityPlan(tuple(plans), block_shape)

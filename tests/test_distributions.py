@@ -119,7 +119,11 @@ def test_to_blocks_feeds_every_row_group_by_hand():
     shapes = [LayerShape(64, 32, (1, 1)), LayerShape(128, 576, (3, 3))]
     assert distributions.to_blocks(shapes, (0.1, 0.1), (16, 16)) == (1, 29)
     assert distributions.to_blocks(shapes, (0.1, 0.1), (16, 16), min_group_blocks=1) == (4, 26)
-    # 16 columns hold one block for each group, not five; and of 4.8 blocks not each of the 12 groups can have one.
+    # With two for each group the 8 of the first leave 21.6 to the second.
+    assert distributions.to_blocks(shapes, (0.1, 0.1), (16, 16), min_group_blocks=2) == (8, 22)
+    # Three for each of the 8 groups of the second and the two that fit in the first are 32: it stays at two.
+    assert distributions.to_blocks(shapes, (0.1, 0.1), (16, 16), min_group_blocks=3) == (8, 22)
+    # 16 columns hold one block for each group, not five; and of 9.6 blocks not each of the 12 groups can have one.
     assert distributions.to_blocks([LayerShape(64, 16)], (1.0,), (16, 16), min_group_blocks=5) == (4,)
     shapes = [LayerShape(64, 32, (1, 1)), LayerShape(128, 32)]
     assert distributions.to_blocks(shapes, (0.2, 0.2), (16, 16), min_group_blocks=1) == (2, 3)

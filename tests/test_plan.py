@@ -33,7 +33,7 @@ def test_what_stays_dense_and_why():
     assert reasons == {
         "stem": "kept dense by 'stem'",
         "stage_0/conv_0": "uniform",
-        "stage_0/skip": "raised from uniform: 1 for each row group",
+        "stage_0/skip": "raised from uniform for the sake of every row group",
         "stage_1/conv_0": "uniform",
         "stage_1/narrow": "smaller than a 16x16 block",
         "stage_1/short": "holds 4 blocks at the most",
