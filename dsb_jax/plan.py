@@ -154,7 +154,9 @@ def make_plan(
         reason, count = reasons[path], counts.get(path)
         if reason is None:
             reason = distribution if count is not None else "density 1"
-            if count is not None and count > densities[path] * shape.size / math.prod(block_shape) + 1:
+            # Wanting less is the cause; more than a block above it tells the raise from rounding.
+            wants_less = densities[path] * shape.in_ < min_group_blocks * block_shape[1]
+            if count is not None and wants_less and count > densities[path] * shape.size / math.prod(block_shape) + 1:
                 reason = f"raised from {distribution} for the sake of every row group"
         plans.append(LayerPlan(path, shape, count, reason, eligible=reasons[path] is None))
     return SparsityPlan(tuple(plans), block_shape)

@@ -55,6 +55,13 @@ def test_the_densities_as_they_are():
     assert plan["stage_0", "skip"].reason == "uniform"
 
 
+def test_a_layer_that_takes_over_what_another_cannot_hold_is_not_called_raised():
+    # Of 27 columns a block takes 16: at 0.2 the narrow layer holds 1024 of 1382 weights, and the other 1.4 blocks more.
+    layers = {("narrow",): LayerShape(64, 27, (3, 3)), ("wide",): LayerShape(256, 256)}
+    plan = make_plan(layers, sparsity=0.2, min_blocks=1, min_group_blocks=0)
+    assert [(layer.num_blocks, layer.reason) for layer in plan.layers] == [(4, "uniform"), (206, "uniform")]
+
+
 def test_the_limits_can_be_moved():
     plan = make_plan(LAYERS, sparsity=0.5, block_shape=(8, 4), keep_dense=(), min_blocks=1)
     assert len(plan.sparse_layers) == len(LAYERS)
