@@ -59,6 +59,7 @@ METHODS = (
     Variant(BLOCKS, {"method": "dsb", "granularity": "block"}),
     Variant(PANEL_COLUMNS, {"method": "dsb", "granularity": "panel_column"}),
 )
+_VARIED = {"sparsity"} | {name for variant in METHODS for name in variant.settings}
 ADAPTIVE = ("set", "rigl", "topkast", BLOCKS, PANEL_COLUMNS)
 WITHOUT_RULE = "dsb, blocks without the block-aware rule"
 BLOCK_AWARE = (
@@ -283,7 +284,7 @@ def other_settings(found: Mapping[Run, Outcome], panels: Iterable[Panel]) -> dic
         if outcome.folder in drawn or panel is None:
             continue
         # Only settings with an effect on this run can tell it from the panel's.
-        rival = grid.make_run(panel.terms | {"method": run.recipe.method, "sparsity": run.recipe.sparsity}, run.seed)
+        rival = grid.make_run(panel.terms | {name: getattr(run.recipe, name) for name in _VARIED}, run.seed)
         own, other = dict(run.settings), dict(rival.settings)
         recipe = dataclasses.asdict(run.recipe)
         names = [name for name in sorted(own.keys() | other.keys()) if own.get(name) != other.get(name)]

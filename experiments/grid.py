@@ -72,6 +72,7 @@ _FIRST = ("dataset", "model", "method", "sparsity", "block_shape")  # in names b
 _OF_SPARSITY = ("sparsity", "distribution", "block_shape", "keep_dense", "min_blocks", "min_group_blocks")
 _OF_ADAPTING = ("drop_fraction", "update_interval", "update_end_fraction", "adapt_batch_size")
 _OF_DSB = ("grow", "granularity", "block_aware_drop", "growth_score", "regroup_interval")
+_OF_BLOCKS = ("block_aware_drop", "growth_score")  # of dsb where it moves blocks
 
 
 def _without_effect(settings: Mapping[str, Any]) -> set[str]:
@@ -81,7 +82,7 @@ def _without_effect(settings: Mapping[str, Any]) -> set[str]:
     if method != "dsb":
         idle.update(_OF_DSB)
     elif settings.get("granularity", Recipe.granularity) == "panel_column" and not settings.get("regroup_interval"):
-        idle.update(("block_aware_drop", "growth_score"))
+        idle.update(_OF_BLOCKS)
     if method in ("dense", "small_dense", "ssb"):
         idle.update(_OF_ADAPTING)
     if method == "topkast":
@@ -255,7 +256,7 @@ def check_effects(runs: Iterable[Run], values: Mapping[str, Sequence[Any]]) -> N
         for value in (parse_value(name, text) for text in texts):
             if all(getattr(run.recipe, name) != value for run in runs):
                 methods = ", ".join(sorted({run.recipe.method for run in runs}))
-                why = "; it is for granularity=block" if name in ("block_aware_drop", "growth_score") else ""
+                why = "; it is for granularity=block" if name in _OF_BLOCKS else ""
                 raise ValueError(f"{name}={setting_text(value)} has no effect on {methods}{why}.")
 
 

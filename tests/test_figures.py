@@ -73,8 +73,7 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path):
     found, _ = figure_data.read_runs([tmp_path])
     place = ("digits", "convnet")
     assert figure_data.other_settings(found, [panel]) == {
-        (*place, "block_shape=32x8", "granularity=block"): 1, (*place, "granularity=block", "grow=norm"): 1,
-        (*place, "epochs=3", "granularity=block"): 1,
+        (*place, "block_shape=32x8"): 1, (*place, "grow=norm"): 1, (*place, "epochs=3"): 1
     }  # fmt: skip
     tall = panel_of(tmp_path, block_shape=(32, 8))
     assert tall.accuracy(BLOCKS) == {0.9: Statistic(0.1, None, 1)}
