@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 
 from dsb_jax.layout import BlockLayout, block_group, block_rows, real_rows, row_places
 from dsb_jax.methods.base import LayerReport, Method
-from dsb_jax.ops.probes import make_probe
+from dsb_jax.ops.statistics import make_probe
 from dsb_jax.train import Loss, cross_entropy, forward, step_key
 from dsb_jax.train_state import Path, TrainState, kept_beside, layouts, leaf_at, with_layouts
 

@@ -35,8 +35,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from dsb_jax.layout import validate
 from dsb_jax.ops.dispatch import check_implementation
-from dsb_jax.recipe import Assembly, Recipe, assemble
 from dsb_jax.train_state import TrainState, create_train_state, layouts
+from dsb_jax.training.config import Assembly, Recipe, assemble
 
 CHECKPOINTS = "checkpoints"
 RECIPE_FILE = "recipe.json"

@@ -28,10 +28,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsb_jax.distributions import LayerShape
+from dsb_jax.methods.schedule import update_due
 from dsb_jax.plan import Path, SparsityPlan, find_layers
-from dsb_jax.schedules import update_due
 
-# Products of the size of the dense weight gradient that a statistic of `dsb_jax.ops.probes` takes.
+# Products of the size of the dense weight gradient that a statistic of `dsb_jax.ops.statistics` takes.
 STATISTIC_PRODUCTS = {"norm": 0.0, "block_gradient": 1.0, "gradient": 1.0}
 
 

@@ -21,9 +21,9 @@ from dsb_jax.adapt import adapt_step, repack
 from dsb_jax.distributions import LayerShape, to_blocks
 from dsb_jax.layout import BlockLayout, random_layout
 from dsb_jax.ops import sparse_conv
-from dsb_jax.ops.probes import make_probe
-from dsb_jax.recipe import Recipe
+from dsb_jax.ops.statistics import make_probe
 from dsb_jax.train import train_step
+from dsb_jax.training.config import Recipe
 from experiments import program, timing
 from experiments import run as runs
 from experiments.flags import parse_block_shape

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS
-from dsb_jax.recipe import Recipe
+from dsb_jax.training.config import Recipe
 from experiments import program, timing
 from experiments.flags import parse_block_shape
 from experiments.training_times import LayerTime, sparse_recipes, stepper, time_layers

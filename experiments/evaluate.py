@@ -8,8 +8,9 @@ from pathlib import Path
 
 from absl import flags
 
-from dsb_jax import checkpoint, data
+from dsb_jax import checkpoint
 from dsb_jax.telemetry import Explored, count_bytes
+from dsb_jax.training import data
 from experiments import program, terminal
 from experiments import run as runs
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsb_jax.recipe import Recipe
+from dsb_jax.training.config import Recipe
 from experiments import grid
 from experiments.flags import default_values
 from experiments.grid import Run

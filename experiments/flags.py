@@ -12,7 +12,7 @@ from absl import flags
 from dsb_jax.methods import GRANULARITIES, GROW, METHODS
 from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS, KEEP_DENSE, MIN_GROUP_BLOCKS
-from dsb_jax.recipe import DTYPES, OPTIMIZERS, SCHEDULES, Recipe
+from dsb_jax.training.config import DTYPES, OPTIMIZERS, SCHEDULES, Recipe
 
 FLAGS = flags.FLAGS
 

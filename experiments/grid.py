@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsb_jax import models
-from dsb_jax.recipe import Recipe, check_recipe, make_method
+from dsb_jax.training import models
+from dsb_jax.training.config import Recipe, check_recipe, make_method
 from experiments.flags import default_values, parse_block_shape
 
 ALL_METHODS = ("dense", "small_dense", "ssb", "set", "rigl", "topkast", "dsb")

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsb_jax import models
 from dsb_jax.distributions import LayerShape, to_blocks
 from dsb_jax.plan import KEEP_DENSE
+from dsb_jax.training import models
 from pallas_kernels import ConvGeometry, matmul_geometry
 
 IMAGE_SIZE = 32  # of the CIFAR models
@@ -122,7 +122,7 @@ def model_layers(name: str, batch: int) -> list[Layer]:
     """The layers of a model that a plan may make sparse, each with its input in the model, in order.
 
     Args:
-      name: a model of `dsb_jax.models`, over 32x32 images; or `vit-b`, whose linear layers are listed here.
+      name: a model of `dsb_jax.training.models`, over 32x32 images; or `vit-b`, whose linear layers are listed here.
       batch: images.
 
     Raises:

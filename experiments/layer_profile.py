@@ -28,7 +28,7 @@ from rich.table import Table
 
 from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS
-from dsb_jax.recipe import DTYPES, Recipe, assemble
+from dsb_jax.training.config import DTYPES, Recipe, assemble
 from experiments import program, timing
 from experiments.flags import parse_block_shape
 from experiments.training_times import DENSE, LayerTime, sparse_recipes, stepper, time_layers

@@ -29,9 +29,9 @@ from rich.table import Table
 
 from dsb_jax import methods
 from dsb_jax.adapt import adapt_step, measure
-from dsb_jax.recipe import Assembly, Recipe, assemble
 from dsb_jax.train import train_step
 from dsb_jax.train_state import TrainState, create_train_state, kept_beside, layouts, leaf_at
+from dsb_jax.training.config import Assembly, Recipe, assemble
 from experiments import program, timing
 from experiments.flags import parse_block_shape
 

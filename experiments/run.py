@@ -23,13 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dsb_jax import checkpoint, data, flops, models
+from dsb_jax import checkpoint, flops
 from dsb_jax.adapt import Report, adapt_step
-from dsb_jax.recipe import Assembly, Recipe, assemble
-from dsb_jax.schedules import update_due
+from dsb_jax.methods.schedule import update_due
 from dsb_jax.telemetry import Explored, count_active, count_bytes
 from dsb_jax.train import eval_step, train_step
 from dsb_jax.train_state import TrainState, create_train_state
+from dsb_jax.training import data, models
+from dsb_jax.training.config import Assembly, Recipe, assemble
 
 LOG_EVERY = 10  # steps between two reads of the metrics, each of which waits for the device
 

@@ -9,8 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dsb_jax.ops import record_choices
-from dsb_jax.recipe import Assembly, Recipe
 from dsb_jax.train_state import TrainState, kept_beside, layouts, leaf_at
+from dsb_jax.training.config import Assembly, Recipe
 from experiments.run import measure_sparsity
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from absl import flags
 
-from dsb_jax import data
-from dsb_jax.recipe import Recipe, check_recipe
+from dsb_jax.training import data
+from dsb_jax.training.config import Recipe, check_recipe
 from experiments import curves, program, terminal
 from experiments import flags as recipe_flags
 from experiments import run as runs

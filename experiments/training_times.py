@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsb_jax.nn import SparseConv, SparseDense
+from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.ops import record_choices
 from dsb_jax.plan import Path
-from dsb_jax.recipe import Assembly, Recipe, assemble
 from dsb_jax.train import train_step
+from dsb_jax.training.config import Assembly, Recipe, assemble
 from experiments import run as runs
 from experiments import timing
 

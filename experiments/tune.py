@@ -27,10 +27,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dsb_jax.layout import max_blocks
-from dsb_jax.ops import tuned
-from dsb_jax.ops.tuned import LayerSizes, Result
+from dsb_jax.ops import tuning as tuned
+from dsb_jax.ops.tuning import LayerSizes, Result
 from dsb_jax.plan import MIN_BLOCKS
-from dsb_jax.recipe import DTYPES
+from dsb_jax.training.config import DTYPES
 from experiments import program
 from experiments.flags import parse_block_shape
 from experiments.kernel_shapes import layers_of

@@ -15,7 +15,7 @@ from jax import lax
 from dsb_jax.layout import BlockLayout, random_layout
 from dsb_jax.ops import sparse_conv, sparse_matmul
 from dsb_jax.ops.dispatch import refusal
-from dsb_jax.ops.tuned import LayerSizes, Result
+from dsb_jax.ops.tuning import LayerSizes, Result
 from experiments import timing
 from pallas_kernels import Kernels
 from pallas_kernels.tiles import KernelTiles, Tiles

@@ -12,8 +12,8 @@ from flax import linen as nn
 
 from dsb_jax.adapt import adapt_step, repack, repack_state, update_layers
 from dsb_jax.layout import BlockLayout, pack, random_layout, real_rows, to_mask, unpack, validate
+from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.methods import dense, dsb, ssb
-from dsb_jax.nn import SparseConv, SparseDense
 from dsb_jax.train import train_step
 from dsb_jax.train_state import create_train_state, layouts
 from tests.conftest import make_layout

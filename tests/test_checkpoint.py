@@ -15,9 +15,9 @@ import pytest
 from dsb_jax.adapt import adapt_step
 from dsb_jax.checkpoint import CheckpointError, Checkpoints, check_workdir, restore
 from dsb_jax.layout import random_layout
-from dsb_jax.recipe import Recipe, assemble
 from dsb_jax.train import train_step
 from dsb_jax.train_state import create_train_state, layouts, with_layouts
+from dsb_jax.training.config import Recipe, assemble
 
 # Two sparse layers are enough, and random growth compiles fastest.
 RECIPE = Recipe(

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dsb_jax import data
-from dsb_jax.recipe import Recipe
+from dsb_jax.training import data
+from dsb_jax.training.config import Recipe
 from experiments import run as runs
 
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dsb_jax import data
-from dsb_jax.data import datasets
+from dsb_jax.training import data
+from dsb_jax.training.data import datasets
 
 TFDS_DIR = pathlib.Path(__file__).parents[2] / "shared" / "tfds"
 

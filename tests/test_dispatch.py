@@ -9,11 +9,11 @@ import pytest
 from flax import linen as nn
 
 from dsb_jax.layout import random_layout
-from dsb_jax.nn import SparseConv, SparseDense
+from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.ops import IMPLEMENTATIONS, Choice, choose, record_choices, tuned
-from dsb_jax.ops.cost import GENERIC, device_facts
+from dsb_jax.ops.cost_model import GENERIC, device_facts
 from dsb_jax.ops.dispatch import predicted_time_ratio, record
-from dsb_jax.ops.tuned import LayerSizes, Result
+from dsb_jax.ops.tuning import LayerSizes, Result
 from pallas_kernels import ConvGeometry, matmul_geometry
 from pallas_kernels.tiles import KernelTiles, Tiles
 

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 from flax import linen as nn
 
-from dsb_jax import flops, models
+from dsb_jax import flops
 from dsb_jax.distributions import LayerShape
 from dsb_jax.plan import LayerPlan, SparsityPlan
-from dsb_jax.recipe import Recipe, assemble
+from dsb_jax.training import models
+from dsb_jax.training.config import Recipe, assemble
 
 # A convolution of 16 x 32 in blocks of 4x8 of which 4 of 16 exist (density 1/4), and a dense classifier of 10 x 16.
 PLAN = SparsityPlan(

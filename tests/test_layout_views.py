@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from dsb_jax import checkpoint
 from dsb_jax.layout import BlockLayout
-from dsb_jax.recipe import Recipe, assemble
 from dsb_jax.train_state import create_train_state, layouts, with_layouts
+from dsb_jax.training.config import Recipe, assemble
 from experiments import layout_views, show_layout
 from experiments.outcomes import read_adaptations
 from tests.conftest import make_layout

@@ -13,9 +13,9 @@ from flax import linen as nn
 
 from dsb_jax.adapt import adapt_step, update_layers
 from dsb_jax.layout import random_layout
+from dsb_jax.linen import SparseDense
 from dsb_jax.methods import dsb
-from dsb_jax.nn import SparseDense
-from dsb_jax.ops.probes import make_probe
+from dsb_jax.ops.statistics import make_probe
 from dsb_jax.train import train_step
 from dsb_jax.train_state import create_train_state
 

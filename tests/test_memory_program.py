@@ -6,7 +6,7 @@ import jax
 import pytest
 from absl.testing import flagsaver
 
-from dsb_jax.recipe import Recipe
+from dsb_jax.training.config import Recipe
 from experiments import memory
 from experiments import run as runs
 

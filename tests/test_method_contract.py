@@ -11,8 +11,8 @@ from flax import linen as nn
 from dsb_jax import methods
 from dsb_jax.adapt import adapt_step
 from dsb_jax.layout import validate
+from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.methods import METHODS
-from dsb_jax.nn import SparseConv, SparseDense
 from dsb_jax.plan import find_layers, make_plan, unstructured
 from dsb_jax.telemetry import count_active
 from dsb_jax.train import train_step

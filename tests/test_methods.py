@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dsb_jax.layout import BlockLayout, random_layout, real_rows, to_mask, validate
 from dsb_jax.methods import GROW, METHODS, dense, dsb, ssb
 from dsb_jax.methods.dsb import GRANULARITIES
-from dsb_jax.ops.probes import make_probe
+from dsb_jax.ops.statistics import make_probe
 from tests.conftest import make_layout
 
 T_END = 100

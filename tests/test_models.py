@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dsb_jax.models import create
-from dsb_jax.models.layers import max_pool
-from dsb_jax.nn import SparseConv, SparseDense
+from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.plan import find_layers, make_plan
+from dsb_jax.training.models import create
+from dsb_jax.training.models.layers import max_pool
 
 # name: image, all parameters (batch norm included) for 10 classes, convolutions and linear layers
 SIZES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsb_jax.recipe import Recipe, assemble
+from dsb_jax.training.config import Recipe, assemble
 
 ROOT = Path(__file__).parent.parent
 

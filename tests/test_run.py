@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from dsb_jax import checkpoint, data
+from dsb_jax import checkpoint
 from dsb_jax.layout import validate
-from dsb_jax.recipe import Recipe
 from dsb_jax.telemetry import Explored, active_positions, count_active, count_bytes
 from dsb_jax.train_state import layouts
+from dsb_jax.training import data
+from dsb_jax.training.config import Recipe
 from experiments import curves, run
 
 RECIPE = Recipe(

@@ -19,8 +19,9 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsb_jax import SparseConv, create_train_state, models, train_step
+from dsb_jax import SparseConv, create_train_state, train_step
 from dsb_jax.ops import sparse_conv, sparse_matmul
+from dsb_jax.training import models
 from pallas_kernels import ConvGeometry
 from tests.conftest import make_layout
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dsb_jax import checkpoint
 from dsb_jax.layout import to_mask
-from dsb_jax.recipe import Recipe
+from dsb_jax.training.config import Recipe
 from experiments import layout_views
 from experiments import run as runs
 from experiments.show_layout import caption, choose

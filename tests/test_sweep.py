@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dsb_jax import checkpoint
 from dsb_jax.methods import METHODS
-from dsb_jax.recipe import Recipe
+from dsb_jax.training.config import Recipe
 from experiments import grid, outcomes
 from experiments.sweep import Estimate, Sweep, format_seconds
 

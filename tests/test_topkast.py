@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from dsb_jax import checkpoint
 from dsb_jax.adapt import adapt_step
 from dsb_jax.layout import BlockLayout, validate
+from dsb_jax.linen import SparseConv, SparseDense
+from dsb_jax.linen.forward_set import forward_set
 from dsb_jax.methods import topkast
 from dsb_jax.methods.topkast import join
-from dsb_jax.nn import SparseConv, SparseDense
-from dsb_jax.nn.forward_set import forward_set
 from dsb_jax.plan import KEEP_DENSE
-from dsb_jax.recipe import Recipe, assemble, make_optimizer
 from dsb_jax.telemetry import active_positions, count_active, count_bytes
 from dsb_jax.train import train_step
 from dsb_jax.train_state import create_train_state, dense_params, kept_beside, layouts
+from dsb_jax.training.config import Recipe, assemble, make_optimizer
 from experiments import run as runs
 
 OUT, IN, ACTIVE = 7, 12, 20

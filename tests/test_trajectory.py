@@ -11,8 +11,8 @@ from flax import linen as nn
 
 from dsb_jax.adapt import adapt_step
 from dsb_jax.layout import to_mask, unpack
+from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.methods import dsb
-from dsb_jax.nn import SparseConv, SparseDense
 from dsb_jax.train import cross_entropy, forward, train_step
 from dsb_jax.train_state import create_train_state, layouts
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsb_jax.nn import SparseConv
+from dsb_jax.linen import SparseConv
 from dsb_jax.ops import record_choices, tuned
-from dsb_jax.ops.tuned import LayerSizes, Result
-from dsb_jax.recipe import Recipe, assemble, reads_feature_major
+from dsb_jax.ops.tuning import LayerSizes, Result
+from dsb_jax.training.config import Recipe, assemble, reads_feature_major
 from experiments import tune, tune_layer
 from pallas_kernels import REFERENCE, Kernels
 from pallas_kernels.tiles import KernelTiles, Tiles

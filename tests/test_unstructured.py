@@ -23,13 +23,13 @@ from dsb_jax.layout import (
     unpack,
     validate,
 )
+from dsb_jax.linen import SparseConv
 from dsb_jax.methods import rigl, set_, small_dense
 from dsb_jax.methods.unstructured import random_positions
-from dsb_jax.nn import SparseConv
 from dsb_jax.plan import LayerPlan, SparsityPlan, find_layers, make_plan, unstructured
-from dsb_jax.recipe import Recipe, assemble, make_optimizer
 from dsb_jax.train import train_step
 from dsb_jax.train_state import create_train_state, layouts, with_layouts
+from dsb_jax.training.config import Recipe, assemble, make_optimizer
 
 T_END = 100
 MAKERS = {"rigl": rigl, "set": set_}

@@ -37,7 +37,7 @@ class Method(NamedTuple):
       init: `(key, shape, *, block_shape, num_blocks) -> BlockLayout`.
       update: `(key, step, blocks, layout, statistic) -> (BlockLayout, LayerReport)`, or None if the topology never
         changes. It must be jit-able, keep every static size, and hold no more than one layer in dense form.
-      statistic: which probe of `dsb_jax.ops.probes` the update needs, or None for none.
+      statistic: which probe of `dsb_jax.ops.statistics` the update needs, or None for none.
       unstructured: layers store single weights, blocks of 1x1, as many as the plan's blocks hold.
       store: `(weights[out, in], num_active) -> (BlockLayout, blocks, Beside)` for a layer that keeps more than its
         active weights: how it holds a first draw of all of them; or None. `init` is not asked then.

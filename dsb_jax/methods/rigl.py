@@ -15,7 +15,7 @@ import jax
 from dsb_jax.grow import grow_gradient
 from dsb_jax.methods.base import Method
 from dsb_jax.methods.unstructured import random_positions, update_positions
-from dsb_jax.ops.probes import Probe
+from dsb_jax.ops.statistics import Probe
 
 
 def rigl(*, update_end_step: int, alpha: float = 0.3) -> Method:

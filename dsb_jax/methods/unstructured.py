@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from dsb_jax.drop import magnitude_drop, select_largest
 from dsb_jax.layout import BlockLayout, layout_of_positions, to_mask, unpack
 from dsb_jax.methods.base import LayerReport
-from dsb_jax.ops.probes import Probe
-from dsb_jax.schedules import drop_fraction
+from dsb_jax.methods.schedule import drop_fraction
+from dsb_jax.ops.statistics import Probe
 
 
 def random_positions(

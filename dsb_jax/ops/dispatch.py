@@ -6,8 +6,8 @@
     dense       unpack, then XLA's dense product; serves everything everywhere
     reference   the readable specification, slow
 
-"auto" looks a layer up in the tuned tables (`dsb_jax.ops.tuned`), takes the fastest implementation that serves it, and
-falls back on the cost model (`dsb_jax.ops.cost`) for layers that nothing near was measured of. All of it is plain
+"auto" looks a layer up in the tuned tables (`dsb_jax.ops.tuning`), takes the fastest implementation that serves it, and
+falls back on the cost model (`dsb_jax.ops.cost_model`) for layers that nothing near was measured of. All of it is plain
 Python on static sizes, while a model is traced.
 """
 
@@ -22,9 +22,9 @@ import jax
 from jax import lax
 
 from dsb_jax.layout import BlockLayout
-from dsb_jax.ops import tuned
-from dsb_jax.ops.cost import cpu_time_ratio, device_facts, gpu_time_ratio
-from dsb_jax.ops.tuned import LayerSizes
+from dsb_jax.ops import tuning as tuned
+from dsb_jax.ops.cost_model import cpu_time_ratio, device_facts, gpu_time_ratio
+from dsb_jax.ops.tuning import LayerSizes
 from pallas_kernels.interface import ConvGeometry
 from pallas_kernels.limits import unservable
 from pallas_kernels.tiles import KernelTiles

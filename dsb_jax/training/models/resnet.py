@@ -6,7 +6,7 @@ He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
 import jax
 from flax import linen as nn
 
-from dsb_jax.models.layers import Layers
+from dsb_jax.training.models.layers import Layers
 
 
 class BasicBlock(nn.Module):

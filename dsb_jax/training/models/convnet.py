@@ -3,7 +3,7 @@
 import jax
 from flax import linen as nn
 
-from dsb_jax.models.layers import Layers
+from dsb_jax.training.models.layers import Layers
 
 
 class ConvNet(nn.Module):

@@ -7,7 +7,7 @@ configuration D; the three linear layers give way to one, as usual for 32x32 ima
 import jax
 from flax import linen as nn
 
-from dsb_jax.models.layers import Layers, max_pool
+from dsb_jax.training.models.layers import Layers, max_pool
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from dsb_jax.layout import BlockLayout, unpack, validate
-from dsb_jax.nn import SparseConv, SparseDense
+from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.plan import find_layers, make_plan
 from tests.conftest import make_layout
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsb_jax import schedules
+from dsb_jax.methods import schedule as schedules
 
 ALPHAS = st.floats(0, 1)
 ENDS = st.integers(1, 1_000_000)

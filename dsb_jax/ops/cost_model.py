@@ -12,7 +12,7 @@ import re
 
 import jax.numpy as jnp
 
-from dsb_jax.ops.tuned import LayerSizes
+from dsb_jax.ops.tuning import LayerSizes
 
 # Nanoseconds for forward and backward together, fitted by least squares of the logarithms to 98 times of 14 layers
 # (64 channels at 32x32 to a 512x512 linear layer, strides 1 and 2, batch 128, float32; densities 0.1, 0.2, 0.5; 16x16

@@ -7,7 +7,7 @@ two convolutions, three stages of 16, 32, 64 times the width.
 import jax
 from flax import linen as nn
 
-from dsb_jax.models.layers import Layers
+from dsb_jax.training.models.layers import Layers
 
 
 class WideBlock(nn.Module):

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from dsb_jax import methods, models
+from dsb_jax import methods
 from dsb_jax.distributions import LayerShape
+from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.methods import Method
-from dsb_jax.nn import SparseConv, SparseDense
 from dsb_jax.ops.dense import conv_general_dilated
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, check_implementation, record_choices
 from dsb_jax.plan import (
@@ -30,6 +30,7 @@ from dsb_jax.plan import (
     unstructured,
 )
 from dsb_jax.train import Loss, smoothed_cross_entropy
+from dsb_jax.training import models
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "step", "constant")

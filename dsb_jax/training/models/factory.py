@@ -8,11 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsb_jax.models.convnet import ConvNet
-from dsb_jax.models.layers import Layers
-from dsb_jax.models.resnet import ResNet18
-from dsb_jax.models.vgg import VGG16
-from dsb_jax.models.wide_resnet import WideResNet
+from dsb_jax.training.models.convnet import ConvNet
+from dsb_jax.training.models.layers import Layers
+from dsb_jax.training.models.resnet import ResNet18
+from dsb_jax.training.models.vgg import VGG16
+from dsb_jax.training.models.wide_resnet import WideResNet
 
 MODELS = ("convnet", "resnet18", "vgg16", "wrn-DEPTH-WIDTH")
 

@@ -8,9 +8,9 @@ from flax import linen as nn
 from jax import lax
 
 from dsb_jax.layout import random_layout, unpack
-from dsb_jax.nn import SparseConv, SparseDense
+from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.ops import sparse_conv
-from dsb_jax.ops.probes import make_probe, observe
+from dsb_jax.ops.statistics import make_probe, observe
 from pallas_kernels import ConvGeometry
 from tests.conftest import make_layout
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsb_jax.layout import BlockLayout, count_groups, ragged_blocks, validate
-from dsb_jax.reblock import cut_columns, reblock, retained_score
+from dsb_jax.reblocking import cut_columns, reblock, retained_score
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "shared" / "golden"
 law = settings(deadline=None, max_examples=10)

@@ -6,7 +6,7 @@ Every argument of the dense class means what it means there. Without `density`, 
     params/.../blocks     float[num_blocks, R, C]   the weights that exist
     topology/.../layout   BlockLayout               where they are: integers, no gradient, carried beside
 
-and, while the topology adapts, to a variable of the collection `probes` (see `dsb_jax.ops.probes`).
+and, while the topology adapts, to a variable of the collection `probes` (see `dsb_jax.ops.statistics`).
 
 Initial weights are drawn by `kernel_init` as for the dense kernel and scaled by sqrt(in / fan_in) of each row
 group, so that a variance-scaling initializer sees the fan-in that each output really has.
@@ -24,11 +24,11 @@ from jaxtyping import Array, Float
 
 from dsb_jax.distributions import LayerShape, to_blocks
 from dsb_jax.layout import BlockLayout, block_group, pack, random_layout
-from dsb_jax.nn.forward_set import forward_set
+from dsb_jax.linen.forward_set import forward_set
 from dsb_jax.ops import choose, sparse_conv, sparse_matmul
 from dsb_jax.ops.dense import add_bias, conv_general_dilated, convolve
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, Choice, check_implementation, record
-from dsb_jax.ops.probes import observe
+from dsb_jax.ops.statistics import observe
 from dsb_jax.plan import SparsityPlan
 from pallas_kernels import ConvGeometry, matmul_geometry
 

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from dsb_jax.ops import tuned
-from dsb_jax.ops.tuned import LayerSizes, Result, Table, load, lookup, write
+from dsb_jax.ops import tuning as tuned
+from dsb_jax.ops.tuning import LayerSizes, Result, Table, load, lookup, write
 from pallas_kernels.tiles import KernelTiles, Tiles
 
 LAYER = LayerSizes(512, 512, (3, 3), (1, 1), ((1, 1), (1, 1)), (4, 4), 128, "bfloat16", (32, 8), 0.1)

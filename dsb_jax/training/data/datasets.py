@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from dsb_jax.data.batches import Augmentation
+from dsb_jax.training.data.batches import Augmentation
 
 # Records read at a time: enough to amortise array_record's own thread pool, small enough not to hold a set twice.
 _READ_BATCH = 2048

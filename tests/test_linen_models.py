@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from dsb_jax.layout import unpack, validate
-from dsb_jax.nn import SparseConv, SparseDense
+from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.plan import SparsityPlan, find_layers, make_plan
 from dsb_jax.train_state import layouts
 

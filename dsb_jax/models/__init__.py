@@ -1,4 +1,0 @@
-"""CIFAR-form image classifiers. Each takes its layer classes (`conv`, `dense`) as arguments, by name `create`."""
-
-from dsb_jax.models.factory import MODELS as MODELS
-from dsb_jax.models.factory import create as create
