@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dsb_jax.drop import select_largest, take_largest
 from dsb_jax.layout import row_places
+from dsb_jax.select import select_largest, take_largest
 
 
 def grow_norm(

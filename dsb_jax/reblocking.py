@@ -29,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsb_jax.drop import select_largest
 from dsb_jax.layout import (
     BlockLayout,
     check_sizes,
@@ -40,6 +39,7 @@ from dsb_jax.layout import (
     pack,
     ragged_blocks,
 )
+from dsb_jax.select import select_largest
 
 # Measured on recorded, planted and random scores: doubling both changed no retained score by 0.001.
 _SWAP_ROUNDS = 4

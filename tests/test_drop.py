@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from dsb_jax.drop import block_aware_drop, magnitude_drop, select_largest, select_smallest, take_largest
+from dsb_jax.drop import block_aware_drop, magnitude_drop
+from dsb_jax.select import select_largest, select_smallest, take_largest
 
 SHAPE = (5, 8)
 law = settings(deadline=None, max_examples=60)

@@ -28,13 +28,14 @@ import jax
 import jax.numpy as jnp
 
 from dsb_jax.drop import block_aware_drop as keep_structural_drops
-from dsb_jax.drop import magnitude_drop, select_smallest
+from dsb_jax.drop import magnitude_drop
 from dsb_jax.grow import grow_block_gradient, grow_gradient, grow_norm, grow_random
 from dsb_jax.layout import BlockLayout, block_group, pack, random_layout, real_rows, unpack
 from dsb_jax.methods.base import LayerReport, Method
 from dsb_jax.methods.schedule import drop_fraction
 from dsb_jax.ops.statistics import Probe
 from dsb_jax.reblocking import cut_columns, most_group_blocks, reblock
+from dsb_jax.select import select_smallest
 
 GROW = ("norm", "norm_unaligned", "block_gradient", "gradient", "random")
 GRANULARITIES = ("block", "panel_column")

@@ -8,10 +8,10 @@ same interval as for all methods, so that they compare on equal terms, and magni
 
 import jax
 
-from dsb_jax.drop import select_largest
 from dsb_jax.methods.base import Method
 from dsb_jax.methods.unstructured import random_positions, update_positions
 from dsb_jax.ops.statistics import Probe
+from dsb_jax.select import select_largest
 
 
 def set_(*, update_end_step: int, alpha: float = 0.3) -> Method:

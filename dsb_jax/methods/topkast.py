@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsb_jax.drop import select_largest
 from dsb_jax.layout import BlockLayout, layout_of_positions, pack, to_mask, unpack
 from dsb_jax.methods.base import Beside, LayerReport, Method
 from dsb_jax.methods.unstructured import random_positions
+from dsb_jax.select import select_largest
 
 
 def split(

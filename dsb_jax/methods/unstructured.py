@@ -10,11 +10,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dsb_jax.drop import magnitude_drop, select_largest
+from dsb_jax.drop import magnitude_drop
 from dsb_jax.layout import BlockLayout, layout_of_positions, to_mask, unpack
 from dsb_jax.methods.base import LayerReport
 from dsb_jax.methods.schedule import drop_fraction
 from dsb_jax.ops.statistics import Probe
+from dsb_jax.select import select_largest
 
 
 def random_positions(
