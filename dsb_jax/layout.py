@@ -56,11 +56,13 @@ class BlockLayout:
 
     @property
     def num_blocks(self) -> int:
-        return self.in_idx.shape[0]
+        """Blocks of one layer: stacked layouts (`jax.vmap`, `nn.scan`) have further axes in front."""
+        return self.in_idx.shape[-2]
 
     @property
     def num_groups(self) -> int:
-        return self.out_idx.shape[0]
+        """Row groups of one layer."""
+        return self.out_idx.shape[-2]
 
     @property
     def num_active(self) -> int:
@@ -177,10 +179,14 @@ def random_layout(
     full = groups if ragged is None else groups - 1
     spread = num_blocks - (ragged or 0)
     # Which groups get one block more than the others is random too.
-    counts = jax.random.permutation(group_key, spread // max(full, 1) + (jnp.arange(full) < spread % max(full, 1)))
+    counts = jax.random.permutation(
+        group_key, spread // max(full, 1) + (jnp.arange(full) < spread % max(full, 1)).astype(jnp.int32)
+    )
     if ragged is not None:
-        counts = jnp.concatenate([counts, jnp.array([ragged])])
-    group_start = jnp.concatenate([jnp.zeros(1), jnp.cumsum(counts)]).astype(jnp.int32)
+        counts = jnp.concatenate([counts, jnp.array([ragged], counts.dtype)])
+    group_start = jnp.concatenate([jnp.zeros(1, counts.dtype), jnp.cumsum(counts, dtype=counts.dtype)]).astype(
+        jnp.int32
+    )
     # Row g of `orders` is a permutation of the columns; block s of the group takes its s-th run of C.
     orders = jax.vmap(lambda k: jax.random.permutation(k, in_))(jax.random.split(col_key, groups))
     orders = orders[:, : in_ // cols * cols].reshape(groups, in_ // cols, cols).astype(jnp.int32)
@@ -210,6 +216,9 @@ def layout_of_positions(active: Bool[Array, "out in"], count: int) -> BlockLayou
 def check_sizes(shape: tuple[int, int], block_shape: tuple[int, int], num_blocks: int) -> None:
     """Raises ValueError unless `num_blocks` blocks of `block_shape` fit a matrix of `shape`."""
     (out, in_), (rows, cols) = shape, block_shape
+    for name, value in (("block_shape", rows), ("block_shape", cols), ("num_blocks", num_blocks)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool):
+            raise ValueError(f"{name} holds {value!r}, which is not a whole number; give integers.")
     if rows < 1 or cols < 1:
         raise ValueError(f"block_shape={rows}x{cols} has a side below 1; give positive sizes such as 16x16.")
     if rows > out or cols > in_:
@@ -257,6 +266,7 @@ def validate(layout: BlockLayout) -> None:
     """
     (out, in_), (rows, cols) = layout.shape, layout.block_shape
     out_idx, in_idx, start = (np.asarray(x) for x in (layout.out_idx, layout.in_idx, layout.group_start))
+    check_sizes((out, in_), (rows, cols), 1)
     check_arrays(layout)
     groups, num_blocks = count_groups(out, rows), in_idx.shape[0]
     check_sizes((out, in_), (rows, cols), num_blocks)

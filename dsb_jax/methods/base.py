@@ -1,17 +1,36 @@
-"""What a method is: how a layer's topology begins, and how it changes; pure functions, no inheritance."""
+"""What a method is: how the topology of a layer begins, and how it changes.
 
-from collections.abc import Callable
-from typing import NamedTuple
+A method is a value: a frozen dataclass, one paper a file. It compares, hashes and prints, goes to JSON and back
+(`dsb_jax.methods.to_json`), and refuses invalid settings when it is made. It knows the arrays of one layer, never a
+model, an optimizer or a step loop; layers, adaptation, telemetry and checkpoints know no method by its name.
+"""
+
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
+from jaxtyping import Array, Float
 
 from dsb_jax.layout import BlockLayout
+from dsb_jax.ops.statistics import Statistic
+from dsb_jax.spec import LayerSpec
 
-Beside = dict[str, jax.Array]  # what a layer keeps beside its layout, by name
+
+class LayerState(NamedTuple):
+    """One sparse layer, as a method sees it; a pytree.
+
+    Attributes:
+      blocks: float[num_blocks, R, C], the weights that exist.
+      layout: where they lie.
+      aux: what only the method knows (`dsb_jax.topology.Aux`), or None.
+    """
+
+    blocks: jax.Array
+    layout: BlockLayout
+    aux: Any = None
 
 
 class LayerReport(NamedTuple):
-    """What one adaptation did to one layer; scalars.
+    """What one update did to one layer; scalars.
 
     Attributes:
       requested: positions that were to be grown.
@@ -28,32 +47,58 @@ class LayerReport(NamedTuple):
     empty_groups: jax.Array
 
 
-class Method(NamedTuple):
-    """A sparse-training method for layers that store shuffled blocks.
+class Method(Protocol):
+    """A sparse-training method.
 
     Attributes:
-      name: as in the flags.
-      sparse: False if every layer stays dense.
-      init: `(key, shape, *, block_shape, num_blocks) -> BlockLayout`.
-      update: `(key, step, blocks, layout, statistic) -> (BlockLayout, LayerReport)`, or None if the topology never
-        changes. It must be jit-able, keep every static size, and hold no more than one layer in dense form.
-      statistic: which probe of `dsb_jax.ops.statistics` the update needs, or None for none.
-      unstructured: layers store single weights, blocks of 1x1, as many as the plan's blocks hold.
-      store: `(weights[out, in], num_active) -> (BlockLayout, blocks, Beside)` for a layer that keeps more than its
-        active weights: how it holds a first draw of all of them; or None. `init` is not asked then.
-      exchange: with `store`, `(blocks, old, new, Beside) -> (blocks, Beside)` after an update from layout `old` to
-        `new`: what is kept changes places. The `update` gets what is kept as its `statistic`.
-      backward_factor: weights that have a gradient over those that the layer computes with.
-      equal_width: whether a dense model is made narrower, until it has as many weights as the sparse one would have.
+      name: in the registry `dsb_jax.methods.METHODS`, in flags and in JSON.
+      storage: what its layers hold, see `LayerSpec.storage`; an adaptation refuses a layer of another one.
+      statistic: what an update must know of the backward pass, or None for nothing.
     """
 
-    name: str
-    sparse: bool
-    init: Callable[..., BlockLayout] | None
-    update: Callable[..., tuple[BlockLayout, LayerReport]] | None
-    statistic: str | None
-    unstructured: bool = False
-    equal_width: bool = False
-    store: Callable[..., tuple[BlockLayout, jax.Array, Beside]] | None = None
-    exchange: Callable[..., tuple[jax.Array, Beside]] | None = None
-    backward_factor: float = 1.0
+    name: ClassVar[str]
+    storage: ClassVar[str]
+
+    @property
+    def statistic(self) -> Statistic | None: ...
+
+    def stored(self, spec: LayerSpec) -> LayerSpec:
+        """What a layer holds that is planned as `spec`, in blocks: as many active weights, in this method's storage."""
+        ...
+
+    def due(self, step: int) -> bool:
+        """Whether a loop on the host adapts before the training step `step`."""
+        ...
+
+    def init(
+        self,
+        key: jax.Array,
+        weights: Float[Array, "out in"],
+        spec: LayerSpec,
+        *,
+        score: Float[Array, "out in"] | None = None,
+    ) -> LayerState:
+        """The first state of a layer.
+
+        Args:
+          key: a PRNG key.
+          weights: of the dense layer.
+          spec: what the layer holds, as `stored` gives it.
+          score: None draws the method's own first pattern and scales the values to the fan-in that each output has
+            left. With a score, >= 0, it is the best pattern by that, and the values are those of `weights`, bit by bit.
+        """
+        ...
+
+    def update(
+        self, key: jax.Array, step: jax.Array | int, state: LayerState, statistic: Any
+    ) -> tuple[LayerState, LayerReport]:
+        """The state after one adaptation, all sizes the same; the identity before the start and from the end on.
+
+        It must be jit-able, hold no more than one layer in dense form, and keep each weight that stays active bit by
+        bit. `statistic` is what `self.statistic` measured, or None.
+        """
+        ...
+
+    def resize(self, key: jax.Array, state: LayerState, spec: LayerSpec) -> LayerState:
+        """The state in another number of blocks, that of `spec`: the strongest weights stay, all of them if it grows."""
+        ...

@@ -1,123 +1,298 @@
-"""Statistics of the backward pass that growing needs, as cotangents of zero-valued probes.
+"""Statistics of the backward pass that growing needs, observed as the cotangents of zeros.
 
-`observe(y, x, probe, ...)` returns y unchanged; in the backward pass the "gradient" with respect to the probe is
+`observe(y, x, zero, layout, ...)` returns y unchanged; in the backward pass the "gradient" with respect to the zero is
 the wanted statistic of the layer, computed from its input x and its output gradient dY:
 
-    norm            (|dY_i|[out], |X_j|[in])   since |dW[i, j]| <= |dY_i| * |X_j|; nothing of size out * in exists
-    block_gradient  [num_groups, in]           |dW| summed in square over the R rows of a group, a few groups at a time
-    gradient        [out, in]                  the dense weight gradient, as RigL uses it
+    OutputInputNorms     |dY_i|[out], |X_j|[in]   since |dW[i, j]| <= |dY_i| * |X_j|; nothing of size out * in exists
+    PanelGradientNorm    [num_groups, in]         the norm of dW over the R rows of a group, a few groups at a time
+    Gradient             [out, in]                the dense weight gradient, as RigL uses it
 
-(Jiang et al. 2022, section 4, for `norm`; Evci et al. 2020 for `gradient`.) Differentiating with respect to the
-probes alone means that the gradients of the weights are never computed in an adaptation.
+(Jiang et al. 2022, section 4, for the first; Evci et al. 2020 for the last.) Differentiating with respect to the zeros
+alone means that the gradients of the weights are never computed in an adaptation.
+
+Norms are not linear: the mean of the norms of shards is not the norm of the batch. So
+  - over the devices of `axis_name` each chunk of the gradient is averaged before its norm is taken;
+  - a `vmap` over examples inside of the loss is folded into the batch. What tells it from a `vmap` over whole models
+    or batches, which keeps them apart, is that there the zeros themselves are mapped (`dsb_jax.measuring` sees to it);
+  - each observation adds 1 to `calls`, so that a layer that is called in a loop is noticed.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float
 
 from dsb_jax.layout import BlockLayout
+from dsb_jax.spec import LayerSpec
 from pallas_kernels.interface import ConvGeometry
-
-Probe = dict[str, jax.Array]
 
 PANEL_ROWS = 128  # output rows in one product: fewer waste a CPU's or GPU's matrix units, more hold more scratch
 
+AxisName = str | tuple[str, ...] | None
 
-def make_probe(kind: str, layout: BlockLayout) -> Probe:
-    """Zeros of the statistic's shape for one layer; the key says which statistic."""
-    out, in_ = layout.shape
-    if kind == "norm":
-        return {"dy_norm": jnp.zeros(out), "x_norm": jnp.zeros(in_)}
-    if kind == "block_gradient":
-        return {"panel_norm": jnp.zeros((layout.num_groups, in_))}
-    if kind == "gradient":
-        return {"gradient": jnp.zeros((out, in_))}
-    raise ValueError(f"no probe measures {kind!r}; choose norm, block_gradient or gradient.")
+
+class Observed(NamedTuple):
+    """What one call of a layer shows, in either order of activations (`feature_major`: the batch is the last axis).
+
+    Attributes:
+      x: its input, [N, H, W, C] or [C, H, W, N].
+      dy: the gradient of its output, [N, OH, OW, out] or [out, OH, OW, N].
+      layout: of the layer.
+      geometry: kernel size, strides, padding.
+      feature_major: the order.
+      axis_name: mapped axes over which the batch is spread; None on one device and under GSPMD.
+    """
+
+    x: jax.Array
+    dy: jax.Array
+    layout: BlockLayout
+    geometry: ConvGeometry
+    feature_major: bool = False
+    axis_name: AxisName = None
+
+
+class Statistic(Protocol):
+    """A statistic of the backward pass; a frozen dataclass.
+
+    Attributes:
+      is_additive: whether the observations of several calls of a layer may be summed.
+    """
+
+    is_additive: ClassVar[bool]
+
+    def zeros(self, spec: LayerSpec) -> Any:
+        """What is observed, as zeros, for one layer."""
+        ...
+
+    def cotangent(self, seen: Observed) -> Any:
+        """One observation, in the form of `zeros`."""
+        ...
+
+    def finish(self, value: Any, axis_name: AxisName = None) -> Any:
+        """The statistic of the whole batch from the sum of the observations on this device."""
+        ...
+
+
+class OutputInput(NamedTuple):
+    """Norms over the batch: `dy_norm[out]` of the output gradients, `x_norm[in]` of the inputs, any unit."""
+
+    dy_norm: jax.Array
+    x_norm: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputInputNorms:
+    """Norms of each output's gradient and of each input, `OutputInput`; observed as sums of squares."""
+
+    is_additive: ClassVar[bool] = True
+
+    def zeros(self, spec: LayerSpec) -> OutputInput:
+        return OutputInput(jnp.zeros(spec.out, jnp.float32), jnp.zeros(spec.in_, jnp.float32))
+
+    def cotangent(self, seen: Observed) -> OutputInput:
+        batch = 3 if seen.feature_major else 0
+        squares = jnp.square(seen.dy.astype(jnp.float32)).sum(axis=(batch, 1, 2))
+        return OutputInput(squares, _input_squares(seen))
+
+    def finish(self, value: OutputInput, axis_name: AxisName = None) -> OutputInput:
+        dy, x = value
+        if axis_name is not None:  # each device's loss is the mean over its own part of the batch
+            count = lax.psum(1, axis_name)
+            dy, x = lax.psum(dy, axis_name) / count**2, lax.psum(x, axis_name)
+        return OutputInput(jnp.sqrt(dy), jnp.sqrt(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class PanelGradientNorm:
+    """Norm of the weight gradient over the R rows of each (row group, input column): float32[num_groups, in]."""
+
+    is_additive: ClassVar[bool] = False
+
+    def zeros(self, spec: LayerSpec) -> Float[Array, "num_groups in"]:
+        return jnp.zeros((spec.num_groups, spec.in_), jnp.float32)
+
+    def cotangent(self, seen: Observed) -> Float[Array, "num_groups in"]:
+        """A few groups at a time, so that the dense gradient of a large layer never exists."""
+        num_groups, rows = seen.layout.out_idx.shape
+        together = min(num_groups, max(1, PANEL_ROWS // rows))
+        chunks = -(-num_groups // together)
+        spare = jnp.full((chunks * together - num_groups, rows), seen.layout.shape[0], seen.layout.out_idx.dtype)
+        index = jnp.concatenate([seen.layout.out_idx, spare]).reshape(chunks, together * rows)  # spare rows read zeros
+
+        def norms(rows_of_groups: jax.Array) -> jax.Array:
+            at = (..., rows_of_groups) if not seen.feature_major else rows_of_groups
+            some = seen._replace(dy=seen.dy.at[at].get(mode="fill", fill_value=0))
+            gradient = _weight_gradient(some).reshape(together, rows, -1)
+            if seen.axis_name is not None:
+                gradient = lax.pmean(gradient, seen.axis_name)
+            return _norm_over_rows(gradient)
+
+        return lax.map(norms, index).reshape(chunks * together, -1)[:num_groups]
+
+    def finish(self, value: jax.Array, axis_name: AxisName = None) -> Float[Array, "num_groups in"]:
+        return value
+
+    def from_gradient(self, gradient: Float[Array, "out in"], layout: BlockLayout) -> Float[Array, "num_groups in"]:
+        """The same from the dense gradient, for layers with several calls."""
+        return _norm_over_rows(gradient.at[layout.out_idx].get(mode="fill", fill_value=0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """The dense weight gradient, float32[out, in]."""
+
+    is_additive: ClassVar[bool] = True
+
+    def zeros(self, spec: LayerSpec) -> Float[Array, "out in"]:
+        return jnp.zeros(spec.shape, jnp.float32)
+
+    def cotangent(self, seen: Observed) -> Float[Array, "out in"]:
+        return _weight_gradient(seen)
+
+    def finish(self, value: jax.Array, axis_name: AxisName = None) -> Float[Array, "out in"]:
+        return value if axis_name is None else lax.pmean(value, axis_name)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Zero:
+    """What a layer finds in the collection `statistics` while a statistic is measured.
+
+    Attributes:
+      value: `statistic.zeros(spec)`.
+      calls: float32[], zero; its cotangent counts the observations.
+      statistic, axis_name: static.
+    """
+
+    value: Any
+    calls: jax.Array
+    statistic: Any = dataclasses.field(metadata={"static": True})
+    axis_name: AxisName = dataclasses.field(default=None, metadata={"static": True})
+
+
+def observe(
+    y: jax.Array, x: jax.Array, zero: Zero, layout: BlockLayout, *, geometry: ConvGeometry, feature_major: bool = False
+) -> jax.Array:
+    """y unchanged; see the module docstring.
+
+    Args:
+      y: the output of a layer, [N, OH, OW, out], or [out, OH, OW, N] if `feature_major`.
+      x: its input, [N, H, W, C] or [C, H, W, N].
+      zero: from the collection `statistics`.
+      layout: of the layer.
+      geometry: kernel size, strides, padding.
+      feature_major: the order of both activations.
+    """
+    return _observe((geometry, feature_major), y, x, zero, layout)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _observe(geometry: ConvGeometry, y: jax.Array, x: jax.Array, probe: Probe, out_idx: jax.Array) -> jax.Array:
+def _observe(how: tuple[ConvGeometry, bool], y: jax.Array, x: jax.Array, zero: Zero, layout: BlockLayout) -> jax.Array:
     return y
 
 
-def _observe_fwd(geometry, y, x, probe, out_idx):
-    return y, (x, {name: value.shape for name, value in probe.items()}, out_idx)
+def _observe_fwd(how, y, x, zero, layout):
+    return y, (x, zero, layout)
 
 
-def _observe_bwd(geometry, residuals, dy):
-    x, shapes, out_idx = residuals
-    (name, *_) = sorted(shapes)
-    if name == "dy_norm":
-        squares = jnp.square(dy.astype(jnp.float32)).sum(axis=(0, 1, 2))
-        statistic = {"dy_norm": jnp.sqrt(squares), "x_norm": _input_norms(x, geometry, dy.shape[1:3])}
-    elif name == "panel_norm":
-        statistic = {"panel_norm": _panel_norms(x, dy, out_idx, geometry)}
-    else:
-        statistic = {"gradient": _weight_gradient(x, dy, geometry)}
-    return dy, jnp.zeros_like(x), statistic, None
+def _observe_bwd(how, residuals, dy):
+    (geometry, feature_major), (x, zero, layout) = how, residuals
+    axis_name = zero.axis_name
+
+    def cotangent(x: jax.Array, dy: jax.Array, layout: BlockLayout) -> Any:
+        return zero.statistic.cotangent(Observed(x, dy, layout, geometry, feature_major, axis_name))
+
+    names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+    devices = {name: lax.axis_index(name) for name in names}
+    value = _fold_examples(cotangent, 3 if feature_major else 0, x, dy, layout, zero.calls, devices)
+    return dy, None, Zero(value, jnp.ones_like(zero.calls), zero.statistic, axis_name), None
 
 
 _observe.defvjp(_observe_fwd, _observe_bwd)
 
 
-def observe(
-    y: jax.Array, x: jax.Array, probe: Probe, layout: BlockLayout, *, geometry: ConvGeometry, feature_major: bool
-) -> jax.Array:
-    """y[N, OH, OW, out] unchanged; see the module docstring. x is [N, H, W, C] (CHWN if `feature_major`)."""
-    if feature_major:
-        y, x = y.transpose(3, 1, 2, 0), x.transpose(3, 1, 2, 0)
-    y = _observe(geometry, y, x, probe, layout.out_idx)
-    return y.transpose(3, 1, 2, 0) if feature_major else y
+def _fold_examples(
+    cotangent: Callable[..., Any],
+    batch: int,
+    x: jax.Array,
+    dy: jax.Array,
+    layout: BlockLayout,
+    marker: jax.Array,
+    devices: dict[str, jax.Array],
+) -> Any:
+    """`cotangent(x, dy, layout)`, where a mapped axis joins axis `batch` of x and dy unless it maps the marker, too.
+
+    `devices` are the positions along mapped axes that have a name, which is how such an axis is told from others.
+    """
+
+    @custom_vmap
+    def call(x: jax.Array, dy: jax.Array, layout: BlockLayout, marker: jax.Array, devices: Any) -> Any:
+        return cotangent(x, dy, layout)
+
+    @call.def_vmap
+    def map_once_more(size: int, is_mapped: Any, *operands: Any) -> Any:
+        x, dy, layout = jax.tree.map(
+            lambda a, mapped: a if mapped else jnp.broadcast_to(a, (size, *a.shape)), operands[:3], tuple(is_mapped[:3])
+        )
+        marker, devices = operands[3:]
+        marker_is_mapped, devices_mapped = is_mapped[3:]
+        if not marker_is_mapped:
+            one_layout = operands[2] if not is_mapped[2].group_start else jax.tree.map(lambda a: a[0], layout)
+            value = _fold_examples(cotangent, batch, _join(x, batch), _join(dy, batch), one_layout, marker, devices)
+            return value, jax.tree.map(lambda _: False, value)
+        name = next((name for name, mapped in devices_mapped.items() if mapped), None)
+        each = jax.vmap(cotangent, axis_size=size, axis_name=name)
+        others = {key: index for key, index in devices.items() if key != name}
+        value = _fold_examples(each, batch + 1, x, dy, layout, marker[0], others)
+        return value, jax.tree.map(lambda _: True, value)
+
+    return call(x, dy, layout, marker, devices)
 
 
-def _input_norms(x: jax.Array, geometry: ConvGeometry, output_size: tuple[int, int]) -> jax.Array:
-    """|X_j| of every column j = (kh, kw, c): the norm over the batch of what that tap reads of channel c."""
-    energy = jnp.square(x.astype(jnp.float32)).sum(axis=0)  # [H, W, C]
-    (top, bottom), (left, right) = geometry.padding
-    energy = lax.pad(energy, jnp.float32(0), ((top, bottom, 0), (left, right, 0), (0, 0, 0)))
+def _join(a: jax.Array, batch: int) -> jax.Array:
+    """[V, ..., N, ...] -> [..., V * N, ...] with V * N at axis `batch`."""
+    a = jnp.moveaxis(a, 0, batch)
+    return a.reshape(*a.shape[:batch], -1, *a.shape[batch + 2 :])
+
+
+def _taps(a: jax.Array, geometry: ConvGeometry, output_size: tuple[int, int]) -> list[jax.Array]:
+    """What each tap of the kernel reads of a[., H, W, ...], zero-padded: [., OH, OW, ...] in HW order."""
+    none = [(0, 0, 0)]
+    padding = none + [(low, high, 0) for low, high in geometry.padding] + none * (a.ndim - 3)
+    a = lax.pad(a, jnp.zeros((), a.dtype), padding)  # which takes negative padding, too
     (stride_h, stride_w), (out_h, out_w) = geometry.strides, output_size
-    taps = [
-        energy[kh : kh + out_h * stride_h : stride_h, kw : kw + out_w * stride_w : stride_w][:out_h, :out_w].sum((0, 1))
+    return [
+        a[:, kh : kh + (out_h - 1) * stride_h + 1 : stride_h, kw : kw + (out_w - 1) * stride_w + 1 : stride_w]
         for kh in range(geometry.kernel_size[0])
         for kw in range(geometry.kernel_size[1])
     ]
-    return jnp.sqrt(jnp.concatenate(taps))
 
 
-def _weight_gradient(x: jax.Array, dy: jax.Array, geometry: ConvGeometry) -> jax.Array:
-    """The dense gradient [out of dy, in] of the flattened kernel: one product for each tap.
+def _input_squares(seen: Observed) -> Float[Array, "in"]:
+    """|X_j|^2 of every column j = (kh, kw, c): the sum over the batch of what that tap reads of channel c."""
+    squares = jnp.square(seen.x.astype(jnp.float32)).sum(axis=3 if seen.feature_major else 0)
+    energy = squares if seen.feature_major else squares.transpose(2, 0, 1)  # [C, H, W]
+    taps = _taps(energy, seen.geometry, (seen.dy.shape[1], seen.dy.shape[2]))
+    return jnp.concatenate([tap.sum(axis=(1, 2)) for tap in taps])
+
+
+def _weight_gradient(seen: Observed) -> Float[Array, "out in"]:
+    """The dense gradient of the flattened kernel for the outputs of dy: one product for each tap.
 
     (XLA's own gradient of a convolution is many times slower on a CPU inside a loop.)
     """
-    (stride_h, stride_w), (out_h, out_w) = geometry.strides, dy.shape[1:3]
-    # In float32, since not every backend multiplies bfloat16 into float32. lax.pad takes negative padding, too.
-    x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
-    x = lax.pad(x, jnp.float32(0), ((0, 0, 0), *((low, high, 0) for low, high in geometry.padding), (0, 0, 0)))
-    numbers = (((0, 1, 2), (0, 1, 2)), ((), ()))
-    taps = [
-        lax.dot_general(
-            x[:, kh : kh + (out_h - 1) * stride_h + 1 : stride_h, kw : kw + (out_w - 1) * stride_w + 1 : stride_w],
-            dy, numbers,
-        )
-        for kh in range(geometry.kernel_size[0])
-        for kw in range(geometry.kernel_size[1])
-    ]  # fmt: skip
-    return jnp.concatenate(taps).T
+    # In float32, since not every backend multiplies bfloat16 into float32.
+    x, dy = seen.x.astype(jnp.float32), seen.dy.astype(jnp.float32)
+    over = (3, 1, 2) if seen.feature_major else (0, 1, 2)
+    taps = _taps(x, seen.geometry, (dy.shape[1], dy.shape[2]))
+    return jnp.concatenate([lax.dot_general(tap, dy, ((over, over), ((), ()))) for tap in taps]).T
 
 
-def _panel_norms(x: jax.Array, dy: jax.Array, out_idx: jax.Array, geometry: ConvGeometry) -> jax.Array:
-    """[num_groups, in]: a few groups at a time, so that the dense gradient of a large layer never exists."""
-    num_groups, rows = out_idx.shape
-    together = min(num_groups, max(1, PANEL_ROWS // rows))
-    turns = -(-num_groups // together)
-    spare = jnp.full((turns * together - num_groups, rows), dy.shape[-1], out_idx.dtype)  # reads zeros
-    index = jnp.concatenate([out_idx, spare]).reshape(turns, together * rows)
-
-    def some(rows_of_groups: jax.Array) -> jax.Array:
-        d_rows = dy.at[..., rows_of_groups].get(mode="fill", fill_value=0)
-        gradient = _weight_gradient(x, d_rows, geometry).reshape(together, rows, -1)
-        return jnp.sqrt(jnp.square(gradient).sum(axis=1))
-
-    return lax.map(some, index).reshape(turns * together, -1)[:num_groups]
+def _norm_over_rows(gradient: Float[Array, "num_groups R in"]) -> Float[Array, "num_groups in"]:
+    return jnp.sqrt(jnp.square(gradient).sum(axis=1))

@@ -1,0 +1,96 @@
+"""Leaves of trees by their paths: how weights, their topology and their statistics find each other.
+
+A path is a tuple of names and stays one; text made of it is only shown.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsb_jax.layout import validate
+from dsb_jax.topology import LayerTopology, split_stack
+
+Path = tuple[str, ...]
+
+
+def _name(key: Any) -> str:
+    return str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)))
+
+
+def by_path(tree: Any) -> dict[Path, Any]:
+    """Every leaf of a tree by its path; a `LayerTopology` is a leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, LayerTopology))
+    return {tuple(map(_name, path)): leaf for path, leaf in leaves}
+
+
+def nodes(topology: Any) -> dict[Path, LayerTopology]:
+    """Every sparse layer by the path of its weights."""
+    return {path: leaf for path, leaf in by_path(topology).items() if isinstance(leaf, LayerTopology)}
+
+
+def weights_at(tree: Any, paths: Mapping[Path, Any]) -> dict[Path, Any]:
+    """The leaf of a tree shaped like the parameters that belongs to each of `paths`.
+
+    A leaf in a box (`nn.Partitioned`, an NNX variable) lies a step below the path.
+
+    Raises:
+      ValueError: if there is no such leaf, or more than one.
+    """
+    found: dict[Path, list[Any]] = {path: [] for path in paths}
+    for path, leaf in by_path(tree).items():
+        for prefix in (path, path[:-1]):
+            if prefix in found:
+                found[prefix].append(leaf)
+    for path, leaves in found.items():
+        if len(leaves) != 1:
+            raise ValueError(
+                f"the tree has {len(leaves)} arrays at {path_name(path)!r}, where the topology has a sparse layer; "
+                "pass the topology that belongs to these parameters."
+            )
+    return {path: leaves[0] for path, leaves in found.items()}
+
+
+def replace_at(tree: Any, values: Mapping[Path, Any]) -> Any:
+    """The tree with other leaves (or nodes) at some paths, in the same boxes."""
+
+    def replaced(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = tuple(map(_name, path))
+        return values[names] if names in values else values.get(names[:-1], leaf)
+
+    return jax.tree_util.tree_map_with_path(replaced, tree, is_leaf=lambda node: isinstance(node, LayerTopology))
+
+
+def layer_path(path: Path) -> Path:
+    """The path of the layer whose weights are at `path`: without the name of the parameter."""
+    return path[:-1] if path[-1:] == ("blocks",) else path
+
+
+def path_name(path: Path) -> str:
+    """A path as text, to be shown and to be a key; never taken apart again. A "/" within a name is written %2F."""
+    return "/".join(part.replace("%", "%25").replace("/", "%2F") for part in path)
+
+
+def validate_topology(topology: Any) -> None:
+    """Checks every layout on the host, for topologies from files or of one's own making.
+
+    Raises:
+      ValueError: with the layer and the first rule that it breaks.
+    """
+    for path, node in nodes(topology).items():
+        try:
+            spec, layout = node.spec, node.layout
+            if (layout.shape, layout.block_shape) != (spec.shape, spec.block_shape):
+                raise ValueError(
+                    f"the layout is of {layout.shape} in {layout.block_shape} blocks, the spec of {spec.shape} in "
+                    f"{spec.block_shape}."
+                )
+            stack = jax.tree.map(np.asarray, split_stack(jax.device_get(layout), node.stack_axes))
+            for i in range(node.num_layers):
+                one = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
+                validate(one)
+                if one.num_blocks != spec.num_blocks:
+                    raise ValueError(f"the layout holds {one.num_blocks} blocks, the spec {spec.num_blocks}.")
+        except ValueError as error:
+            raise ValueError(f"topology/{path_name(path)}: {error}") from None
