@@ -100,5 +100,5 @@ class Method(Protocol):
         ...
 
     def resize(self, key: jax.Array, state: LayerState, spec: LayerSpec) -> LayerState:
-        """The state in another number of blocks, that of `spec`: the strongest weights stay, all of them if it grows."""
+        """The state in another number of blocks, that of `spec`: the strongest weights stay, all if it grows."""
         ...
