@@ -1,16 +1,31 @@
 """Dynamic shuffled-block sparse training in JAX: truly sparse from the first step to the last.
 
-    layer        SparseDense, SparseConv                 drop-in for nn.Dense and nn.Conv
-    model        find_layers, make_plan                  how many blocks each layer of a model holds
-    training     create_train_state, train_step, eval_step, adapt_step, methods.dsb(...)
-    structure    BlockLayout, pack, unpack, to_mask, validate, random_layout, reblock, block_aware_drop
+    layers       linen.SparseDense, linen.SparseConv     drop-in for nn.Dense and nn.Conv
+    plans        find_layers, make_plan, SparsityPlan    how many blocks each layer of a model holds
+    methods      methods.DSB(), RigL, SET, TopKAST, Static
+    any model    adaptation, measure, update, restage, repack, check_optimizer
+                 report, masks, permutations, to_dense, from_dense, validate_topology
+    classifiers  TrainState, create_train_state, train_step, eval_step, adapt_step
+    structure    LayerSpec, LayerTopology, BlockLayout, pack, unpack, to_mask, validate, random_layout,
+                 reblock, block_aware_drop
     products     sparse_matmul, sparse_conv
 
-Checkpoints are in `dsb_jax.checkpoint`, data sets, models and whole runs in `dsb_jax.training`.
+`linen` is loaded when it is touched. Checkpoints are in `dsb_jax.checkpoint`; data sets, models and whole trainings in
+`dsb_jax.training`.
 """
 
+import importlib
+from typing import Any
+
 from dsb_jax import methods as methods
-from dsb_jax.adapt import adapt_step as adapt_step
+from dsb_jax.adapt import Adaptation as Adaptation
+from dsb_jax.adapt import adaptation as adaptation
+from dsb_jax.adapt import repack as repack
+from dsb_jax.adapt import update as update
+from dsb_jax.convert import from_dense as from_dense
+from dsb_jax.convert import masks as masks
+from dsb_jax.convert import permutations as permutations
+from dsb_jax.convert import to_dense as to_dense
 from dsb_jax.drop import block_aware_drop as block_aware_drop
 from dsb_jax.layout import BlockLayout as BlockLayout
 from dsb_jax.layout import pack as pack
@@ -18,16 +33,66 @@ from dsb_jax.layout import random_layout as random_layout
 from dsb_jax.layout import to_mask as to_mask
 from dsb_jax.layout import unpack as unpack
 from dsb_jax.layout import validate as validate
-from dsb_jax.linen import SparseConv as SparseConv
-from dsb_jax.linen import SparseDense as SparseDense
+from dsb_jax.measuring import measure as measure
+from dsb_jax.model_report import ModelReport as ModelReport
+from dsb_jax.model_report import report as report
 from dsb_jax.ops import sparse_conv as sparse_conv
 from dsb_jax.ops import sparse_matmul as sparse_matmul
+from dsb_jax.optimizer_states import check_optimizer as check_optimizer
+from dsb_jax.paths import validate_topology as validate_topology
 from dsb_jax.plan import SparsityPlan as SparsityPlan
 from dsb_jax.plan import find_layers as find_layers
 from dsb_jax.plan import make_plan as make_plan
 from dsb_jax.reblocking import reblock as reblock
+from dsb_jax.spec import LayerSpec as LayerSpec
+from dsb_jax.stages import restage as restage
+from dsb_jax.topology import LayerTopology as LayerTopology
+from dsb_jax.train import adapt_step as adapt_step
 from dsb_jax.train import eval_step as eval_step
 from dsb_jax.train import train_step as train_step
 from dsb_jax.train_state import TrainState as TrainState
 from dsb_jax.train_state import create_train_state as create_train_state
-from dsb_jax.train_state import dense_params as dense_params
+
+# Without modules: `from dsb_jax import *` must not hide flax's `linen` or anybody's `methods`.
+__all__ = [
+    "Adaptation",
+    "BlockLayout",
+    "LayerSpec",
+    "LayerTopology",
+    "ModelReport",
+    "SparsityPlan",
+    "TrainState",
+    "adapt_step",
+    "adaptation",
+    "block_aware_drop",
+    "check_optimizer",
+    "create_train_state",
+    "eval_step",
+    "find_layers",
+    "from_dense",
+    "make_plan",
+    "masks",
+    "measure",
+    "pack",
+    "permutations",
+    "random_layout",
+    "reblock",
+    "repack",
+    "report",
+    "restage",
+    "sparse_conv",
+    "sparse_matmul",
+    "to_dense",
+    "to_mask",
+    "train_step",
+    "unpack",
+    "update",
+    "validate",
+    "validate_topology",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "linen":
+        return importlib.import_module("dsb_jax.linen")
+    raise AttributeError(f"module 'dsb_jax' has no attribute {name!r}")

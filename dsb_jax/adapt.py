@@ -1,232 +1,316 @@
-"""The adaptation step: statistics, new layouts, repacked weights and moments, in one jit-compiled function.
+"""The adaptation: statistics, new layouts, moved weights and moments, for any model, optimizer and loop.
 
-It maps (train state, batch) to (train state, report) outside of the gradient path: the batch is used to measure,
-never to update. Weights that stay active keep their values and moments bit by bit, wherever their block goes; newly
-active positions start with weight 0 and moments 0. Layers of equal sizes share one compiled loop and loops follow
-each other, so that one layer at a time is scored in dense form. Repacking needs no dense form at all.
+    adapt = adaptation(loss_fn, method, optimizer)
+    params, topology, opt_state, report = adapt(params, topology, opt_state, step, key, *batch)
+
+It lies outside of the gradient path: the batch is used to measure, never to update. Weights that stay active keep their
+values and moments bit by bit, wherever their block goes. Layers of equal sizes share one compiled loop and loops follow
+each other, so that one layer at a time is scored in dense form; moving values needs no dense form at all.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Int
 
-from dsb_jax.layout import BlockLayout, block_group, block_rows, real_rows, row_places
-from dsb_jax.methods.base import LayerReport, Method
-from dsb_jax.ops.statistics import make_probe
-from dsb_jax.train import Loss, cross_entropy, forward, step_key
-from dsb_jax.train_state import Path, TrainState, kept_beside, layouts, leaf_at, with_layouts
+from dsb_jax.filling import check_fill, fill_pairs, move_and_fill, move_leaf, origins_of
+from dsb_jax.layout import BlockLayout
+from dsb_jax.measuring import LossFn, Measure, Measured, measure
+from dsb_jax.methods.base import LayerReport, LayerState, Method
+from dsb_jax.ops.statistics import AxisName
+from dsb_jax.optimizer_states import check_storage, followers, frozen_layers
+from dsb_jax.paths import Path, by_path, layer_path, nodes, path_name, replace_at, weights_at
+from dsb_jax.placement import as_placed
+from dsb_jax.static_values import as_static, original
+from dsb_jax.topology import LayerTopology, join_stack, split_stack
 
-Report = dict[str, LayerReport]
+Report = dict[Path, LayerReport]
+Where = Callable[[Path], bool]
 
 
-def origins(old: BlockLayout, new: BlockLayout) -> Int[Array, "num_blocks R C"]:
-    """Where each weight of `new` is stored in `old`: a flat index into its blocks, past their end if nowhere.
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """`adaptation(...)`: a hashable value, compiled when it is called; equal ones compile once."""
 
-    Nothing of size `out * in` is made. Row i is found by its place among the rows in the order of the groups, column j
-    by its place in the panel of that row's group: `[num_groups, in]` integers.
+    measure: Measure
+    method: Method
+    optimizer: Any
+    where: Any = None
+    fill: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(
+        self, params: Any, topology: Any, opt_state: Any, step: Any, key: Any, *batch: Any, **other_collections: Any
+    ) -> tuple[Any, Any, Any, Report]:
+        trees = (params, topology, opt_state)
+        return as_placed(_adapt, self, trees, (step, key, batch, other_collections))
+
+    def adapted(
+        self, params: Any, topology: Any, opt_state: Any, step: Any, key: Any, batch: Any, others: Any
+    ) -> tuple[Any, Any, Any, Report]:
+        """The same inside of a compiled function."""
+        check_storage(self.method, topology)
+        statistics = self.measure.measured(params, topology, batch, others)
+        return updated(
+            self.method, original(self.optimizer), params, topology, opt_state, step, key, statistics,
+            where=original(self.where), fill=self.fill,
+        )  # fmt: skip
+
+
+def _adapt(how: Adaptation, trees: Any, rest: Any) -> tuple[Any, Any]:
+    step, key, batch, others = rest
+    *trees, report = how.adapted(*trees, step, key, batch, others)
+    return tuple(trees), report
+
+
+def adaptation(
+    loss_fn: LossFn,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    *,
+    axis_name: AxisName = None,
+    has_aux: bool = False,
+    where: Where | None = None,
+    fill: Mapping[str, Any] | None = None,
+) -> Adaptation:
+    """A function that adapts the topology of every sparse layer of a model.
+
+    Args:
+      loss_fn: `(variables, *batch) -> loss`, or `(loss, aux)` with `has_aux`; the mean over this device's examples.
+        What its model mutates is thrown away.
+      method: one of `dsb_jax.methods`.
+      optimizer: the one that `opt_state` belongs to.
+      axis_name: of `pmap` or `shard_map`, if this is called inside of one: the replicas then agree.
+      has_aux: whether the loss comes with something else.
+      where: `(layer path) -> bool`, False for layers that are to stay as they are.
+      fill: what the moments of newly active weights begin with, by the name of the optimizer state's field:
+        {"nu": "group_mean"}, "zero", or a function `(moved, is_new, layout) -> values`, all [num_blocks, R, C]. Zero
+        for every field that is not named.
+
+    Returns:
+      A hashable function `(params, topology, opt_state, step, key, *batch, **other_collections) -> (params, topology,
+      opt_state, report)`. All sizes stay, so nothing compiles again; outputs keep the shardings of inputs if it is
+      called outside of `jit`. The report is {path of the layer: `LayerReport`}.
+
+    Raises:
+      ValueError: when it is called: if the layers hold another storage than the method adapts, if the optimizer's state
+        cannot follow, or if `fill` names a field that the state does not have.
     """
-    rows, cols = old.block_shape
-    num_columns = old.in_idx.size
-    place = row_places(old.out_idx)
-    column = jnp.full((old.num_groups, old.shape[1]), -1, jnp.int32)
-    numbers = jnp.arange(num_columns, dtype=jnp.int32).reshape(old.in_idx.shape)
-    column = column.at[block_group(old)[:, None], old.in_idx].set(numbers)
-    row = place[block_rows(new)][:, :, None]
-    column = column[row // rows, new.in_idx[:, None, :]]
-    index = (column // cols * rows + row % rows) * cols + column % cols
-    return jnp.where((column >= 0) & real_rows(new), index, num_columns * rows)
+    measurement = measure(loss_fn, method, axis_name=axis_name, has_aux=has_aux)
+    return Adaptation(measurement, method, as_static(optimizer), as_static(where), fill_pairs(fill))
 
 
-def repack(blocks: jax.Array, old: BlockLayout, new: BlockLayout) -> jax.Array:
-    """Moves values to where their positions went: bit-identical if active in both layouts, 0 if newly active."""
-    return _take(blocks, origins(old, new))
+@dataclasses.dataclass(frozen=True)
+class _Update:
+    method: Method
+    optimizer: Any
+    where: Any
+    fill: tuple[tuple[str, Any], ...]
 
 
-def _take(blocks: jax.Array, origin: jax.Array) -> jax.Array:
-    return blocks.reshape(-1).at[origin].get(mode="fill", fill_value=0)
+def update(
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    topology: Any,
+    opt_state: Any,
+    step: Any,
+    key: jax.Array,
+    statistics: Any,
+    *,
+    where: Where | None = None,
+    fill: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any, Any, Report]:
+    """The second half of an adaptation, from `statistics` as `measure` gives them. Arguments as in `adaptation`."""
+    how = _Update(method, as_static(optimizer), as_static(where), fill_pairs(fill))
+    *trees, report = as_placed(_update, how, (params, topology, opt_state), (step, key, statistics))
+    return (*trees, report)
 
 
-def measure(
-    state: TrainState, images: jax.Array, labels: jax.Array, *, model: nn.Module, kind: str, loss: Loss
-) -> dict[Path, Any]:
-    """The statistic `kind` of every sparse layer on one batch, by differentiating with respect to the probes."""
-
-    def probes_tree(topology: Any) -> Any:
-        if isinstance(topology, BlockLayout):
-            return make_probe(kind, topology)
-        return {("statistic" if name == "layout" else name): probes_tree(value) for name, value in topology.items()}
-
-    def objective(probes: Any) -> jax.Array:
-        logits, _ = forward(model, {**state.variables, "probes": probes}, images, dropout_key=step_key(state))
-        return loss(logits, labels)
-
-    statistics = jax.grad(objective)(probes_tree(state.topology))
-    return {path: leaf_at(statistics, (*path, "statistic")) for path in layouts(state.topology)}
+def _update(how: _Update, trees: Any, rest: Any) -> tuple[Any, Any]:
+    *trees, report = updated(
+        how.method, original(how.optimizer), *trees, *rest, where=original(how.where), fill=how.fill
+    )
+    return tuple(trees), report
 
 
-def _signature(blocks: jax.Array, layout: BlockLayout) -> tuple[Any, ...]:
-    return layout.shape, layout.block_shape, blocks.shape, str(blocks.dtype)
+def updated(
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    topology: Any,
+    opt_state: Any,
+    step: Any,
+    key: jax.Array,
+    statistics: Any,
+    *,
+    where: Where | None,
+    fill: tuple[tuple[str, Any], ...],
+) -> tuple[Any, Any, Any, Report]:
+    """`update` inside of a compiled function."""
+    check_storage(method, topology)
+    old = nodes(topology)
+    following = followers(optimizer, params, topology)
+    check_fill(fill, {follower.field for follower in following.values()})
+    frozen = frozen_layers(optimizer, params, opt_state, topology)
+    weights = weights_at(params, old)
+    measured = by_path(statistics, leaf=Measured) if method.statistic is not None else {}
+    layers = {}
+    for path, node in old.items():
+        excluded = where is not None and not where(layer_path(path))
+        layers[path] = _layers_of(node, weights[path], measured.get(path), 1 if excluded else 2 * (path in frozen))
+    updates = _update_layers(method, key, step, layers)
+
+    new, moved, report = {}, {}, {}
+    for path, node in old.items():
+        (blocks, layout, aux), layer_report = updates[path]
+        axes, sizes = node.stack_axes, node.stack_shape
+        moved[path] = join_stack(blocks, axes, sizes)
+        new[path] = LayerTopology(*join_stack((layout, aux), axes, sizes), node.spec)
+        report[layer_path(path)] = jax.tree.map(lambda leaf, sizes=sizes: leaf.reshape(sizes), layer_report)
+    leaves, structure = jax.tree.flatten(opt_state)
+    origin = {path: origins_of(old[path], new[path]) for path in {f.path for f in following.values()}}
+    for i, follower in following.items():
+        how = dict(fill).get(follower.field, "zero")
+        leaves[i] = move_and_fill(leaves[i], origin[follower.path], new[follower.path], how)
+    opt_state = jax.tree.unflatten(structure, leaves)
+    return replace_at(params, moved), replace_at(topology, new), opt_state, report
 
 
-def _one_by_one(update: Callable[..., Any], args: list[Any], zero: jax.Array) -> Any:
-    """Stacked results of `update(*arg)`, computed so that no two of them hold their dense scratch at the same time.
+class _Layers(NamedTuple):
+    """The layers of one node; every array has one axis more, in front, for the layers of the stack.
+
+    Attributes:
+      state: blocks, layout, aux.
+      value: the statistic; None for methods without.
+      calls: float32, how often each was observed.
+      status: int32, a number in `STATUS`; only those with 0 are updated.
+      is_fixed: static, whether none of them is, whatever the statistics say.
+    """
+
+    state: LayerState
+    value: Any
+    calls: jax.Array
+    status: jax.Array
+    is_fixed: bool
+
+
+def _layers_of(node: LayerTopology, blocks: jax.Array, measured: Measured | None, status: int) -> _Layers:
+    axes, count = node.stack_axes, node.num_layers
+    state = LayerState(*split_stack((blocks, node.layout, node.aux), axes))
+    if measured is None:
+        return _Layers(state, None, jnp.zeros(count), jnp.full(count, status, jnp.int32), status > 0)
+    value, calls = split_stack(measured.value, axes), measured.calls.reshape(count)
+    is_finite = jnp.stack([jnp.isfinite(leaf).reshape(count, -1).all(axis=1) for leaf in jax.tree.leaves(value)])
+    most = measured.most_calls or jnp.inf
+    seen = jnp.select([calls < 1, calls > most, ~is_finite.all(axis=0)], [3, 4, 5], 0)
+    status_of_each = jnp.full(count, status) if status else seen
+    return _Layers(state, value, calls, status_of_each.astype(jnp.int32), status > 0)
+
+
+def _update_layers(
+    method: Method, key: jax.Array, step: Any, layers: Mapping[Path, _Layers]
+) -> dict[Path, tuple[LayerState, LayerReport]]:
+    """The new state and the report of every layer. Layers of one signature share one compiled loop."""
+    step = jnp.asarray(step)
+
+    def update(key: jax.Array, state: LayerState, value: Any, status: jax.Array) -> tuple[LayerState, LayerReport]:
+        new, report = method.update(key, step, state, value)
+        groups = jnp.sum(jnp.diff(state.layout.group_start) == 0, dtype=jnp.int32)
+        nothing = jax.tree.map(jnp.zeros_like, report)._replace(empty_groups=groups)
+        return jax.tree.map(
+            lambda changed, same: jnp.where(status == 0, changed, same), (new, report), (state, nothing)
+        )
+
+    keys = dict(zip(layers, jax.random.split(key, max(len(layers), 1)), strict=False))
+    same: dict[Any, list[Path]] = {}
+    results: dict[Path, tuple[LayerState, LayerReport]] = {}
+    for path, layer in layers.items():
+        same.setdefault(_signature(layer), []).append(path)
+    zero = jnp.minimum(step.astype(jnp.int32), 0)
+    for paths in same.values():
+        counts = [layers[path].calls.size for path in paths]
+        args = [
+            (_keys(keys[path], count), layers[path].state, layers[path].value, layers[path].status)
+            for path, count in zip(paths, counts, strict=True)
+        ]
+        every = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *args)
+        if all(layers[path].is_fixed for path in paths):
+            updated_layers = every[1], jax.vmap(_no_change)(every[1].layout)
+        else:
+            updated_layers = _one_by_one(update, every, zero)
+            zero = jnp.minimum(updated_layers[0].layout.out_idx[0, 0, 0], 0)
+        start = 0
+        for path, count in zip(paths, counts, strict=True):
+            state, report = jax.tree.map(lambda leaf, a=start, b=start + count: leaf[a:b], updated_layers)
+            calls, status = layers[path].calls.astype(jnp.int32), layers[path].status
+            results[path] = state, report._replace(calls=calls, status=status)
+            start += count
+    return results
+
+
+def _no_change(layout: BlockLayout) -> LayerReport:
+    groups = jnp.sum(jnp.diff(layout.group_start) == 0, dtype=jnp.int32)
+    none = jnp.zeros((), jnp.int32)
+    return LayerReport(none, none, jnp.zeros(()), jnp.zeros(()), groups)
+
+
+def _keys(key: jax.Array, count: int) -> jax.Array:
+    """A key for each layer of a stack, the key itself for a single one."""
+    return jax.random.split(key, count) if count > 1 else key[None]
+
+
+def _signature(layer: _Layers) -> Any:
+    """What layers that share a loop have in common."""
+    arrays = (layer.state, layer.value)
+    shapes = tuple((leaf.shape[1:], str(leaf.dtype)) for leaf in jax.tree.leaves(arrays))
+    return layer.is_fixed, jax.tree.structure(arrays), shapes
+
+
+def _one_by_one(update: Callable[..., Any], every: Any, zero: jax.Array) -> Any:
+    """Stacked results of `update(*args)`, computed so that no two of them hold their dense scratch at the same time.
 
     XLA assigns memory by data dependencies, when optimization barriers are gone already. So two numbers here are 0 and
     XLA does not know: `zero`, which comes out of the loop before, keeps this loop from being unrolled or starting
     early; `min(i, 0)`, added to the layout, keeps the update of a single layer from being moved out of the loop.
     """
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *args)
+    count = every[-1].shape[0]
 
     def update_one(i: jax.Array) -> Any:
-        key, blocks, layout, statistic = jax.tree.map(lambda leaf: leaf[i], stacked)
-        layout = dataclasses.replace(layout, group_start=layout.group_start + jnp.minimum(i, 0))
-        return update(key, blocks, layout, statistic)
+        key, state, value, status = jax.tree.map(lambda leaf: leaf[i], every)
+        start = state.layout.group_start + jnp.minimum(i, 0).astype(jnp.int32)
+        layout = dataclasses.replace(state.layout, group_start=start)
+        return update(key, state._replace(layout=layout), value, status)
 
-    def turn(i: jax.Array, results: Any) -> Any:
-        return jax.tree.map(lambda every, one: every.at[i].set(one), results, update_one(i))
+    def update_next(i: jax.Array, results: Any) -> Any:
+        return jax.tree.map(lambda all_, one: all_.at[i].set(one), results, update_one(i))
 
     shapes = jax.eval_shape(update_one, jnp.int32(0))
-    empty = jax.tree.map(lambda leaf: jnp.zeros((len(args), *leaf.shape), leaf.dtype), shapes)
-    return lax.fori_loop(0, len(args) + zero, turn, empty)
+    empty = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), shapes)
+    return lax.fori_loop(0, count + zero, update_next, empty)
 
 
-def update_layers(
-    method: Method,
-    key: jax.Array,
-    step: jax.Array,
-    blocks: Mapping[Path, jax.Array],
-    old: Mapping[Path, BlockLayout],
-    statistics: Mapping[Path, Any],
-) -> tuple[dict[Path, BlockLayout], Report, dict[Path, Any]]:
-    """New layouts, report, and what `method.exchange` returns for every layer (statistics are what is kept then).
+def repack(tree: Any, old_topology: Any, topology: Any, *, fill: float = 0) -> Any:
+    """Moves a tree that is shaped like the parameters along when the topology changes: an average, gradients, moments.
 
-    Layers of one signature share one compiled loop.
-    """
-    method_update, exchange = method.update, method.exchange
-    assert method_update is not None
-
-    def update(key: jax.Array, blocks: jax.Array, layout: BlockLayout, statistic: Any) -> Any:
-        layout_and_report = method_update(key, step, blocks, layout, statistic)
-        return *layout_and_report, exchange and exchange(blocks, layout, layout_and_report[0], statistic)
-
-    same: dict[tuple[Any, ...], list[Path]] = {}
-    for path in old:
-        same.setdefault(_signature(blocks[path], old[path]), []).append(path)
-    new: dict[Path, BlockLayout] = {}
-    report: Report = {}
-    exchanged: dict[Path, Any] = {}
-    keys = dict(zip(old, jax.random.split(key, max(len(old), 1)), strict=False))
-    zero = jnp.minimum(step, 0)
-    for paths in same.values():
-        args = [(keys[p], blocks[p], old[p], statistics.get(p)) for p in paths]
-        results = _one_by_one(update, args, zero)
-        zero = jnp.minimum(results[0].out_idx[0, 0, 0], 0)
-        for i, path in enumerate(paths):
-            new[path], report["/".join(path)], swapped = jax.tree.map(lambda leaf, i=i: leaf[i], results)
-            if swapped is not None:
-                exchanged[path] = swapped
-    return new, report, exchanged
-
-
-def repack_state(
-    state: TrainState,
-    new: Mapping[Path, BlockLayout],
-    optimizer: optax.GradientTransformation,
-    exchanged: Mapping[Path, Any] | None = None,
-) -> TrainState:
-    """Repacks the blocks and every block-shaped leaf of the optimizer state, for any optax optimizer.
-
-    Where something is `exchanged`, (blocks, what is kept beside) by layer, these are the blocks.
-
-    Raises:
-      NotImplementedError: if the optimizer keeps a state for blocks that has another shape than they have.
-    """
-    old = layouts(state.topology)
-    origin = {path: origins(old[path], new[path]) for path in new}
-
-    def move(leaf: Any, name: str) -> Any:
-        path = tuple(name.split("/"))
-        if path[-1] != "blocks" or path[:-1] not in new or not hasattr(leaf, "shape"):
-            return leaf
-        before = old[path[:-1]]
-        if leaf.shape != (before.num_blocks, *before.block_shape):
-            if leaf.size <= 1:  # a placeholder, such as Adafactor's unused factors
-                return leaf
-            raise NotImplementedError(
-                f"the optimizer keeps a state of shape {leaf.shape} for {name}, which cannot follow its "
-                "blocks; use one whose moments have the shape of the weights (SGD, Adam, Lion, ...)."
-            )
-        return _take(leaf, origin[path[:-1]])
-
-    def place(leaf: Any, name: str) -> Any:
-        layer = tuple(name.split("/"))[:-1]
-        return (
-            exchanged[layer][0] if exchanged and layer in exchanged and name.endswith("/blocks") else move(leaf, name)
-        )
-
-    names = jax.tree_util.tree_map_with_path(lambda path, _: "/".join(key.key for key in path), state.params)
-    return TrainState(
-        params=jax.tree.map(place, state.params, names),
-        batch_stats=state.batch_stats,
-        opt_state=optax.tree_utils.tree_map_params(
-            optimizer, move, state.opt_state, names, is_leaf=lambda node: isinstance(node, optax.MaskedNode)
-        ),
-        topology=with_layouts(state.topology, new, {path: beside for path, (_, beside) in (exchanged or {}).items()}),
-        step=state.step,
-        key=state.key,
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("model", "method", "optimizer", "loss"), donate_argnums=0)
-def adapt_step(
-    state: TrainState,
-    images: jax.Array,
-    labels: jax.Array,
-    *,
-    model: nn.Module,
-    method: Method,
-    optimizer: optax.GradientTransformation,
-    loss: Loss = cross_entropy,
-) -> tuple[TrainState, Report]:
-    """Adapts the topology of every sparse layer. The state is donated.
+    Bit-identical where a weight is active in both topologies, `fill` where it is new. Jit-able.
 
     Args:
-      state: the train state.
-      images, labels: the adaptation batch, used for the statistics that growing needs.
-      model: the model that `state` belongs to.
-      method: with an `update`, such as `methods.dsb(...)`.
-      optimizer: the one whose state is to follow the weights.
-      loss: as in training.
-
-    Returns:
-      The new state (same shapes, same number of active weights) and a report for each layer by its path.
+      tree: with an array [num_blocks, R, C] wherever `old_topology` has a layer.
+      old_topology: that it belongs to.
+      topology: that it is to belong to; the numbers of blocks may differ.
+      fill: value of the newly active weights.
 
     Raises:
-      ValueError: if the method does not adapt.
+      ValueError: if the trees do not have the same layers.
     """
-    if method.update is None:
-        raise ValueError(f"method {method.name!r} never adapts; call adapt_step for methods with an update only.")
-    old = layouts(state.topology)
-    for path, layout in old.items():
-        if layout.out_idx.ndim != 2:
-            raise NotImplementedError(
-                f"{'/'.join(path)} holds a stack of layouts (nn.scan or nn.vmap), which cannot be adapted yet; write "
-                "the layers out, or train them with method ssb."
-            )
-    statistics: dict[Path, Any] = {}
-    if method.statistic is not None:
-        statistics = measure(state, images, labels, model=model, kind=method.statistic, loss=loss)
-    blocks = {path: leaf_at(state.params, (*path, "blocks")) for path in old}
-    key = jax.random.fold_in(step_key(state), 1)  # apart from the key of the training step
-    if method.exchange is not None:
-        statistics = {path: kept_beside(state.topology, path) for path in old}
-    new, report, exchanged = update_layers(method, key, state.step, blocks, old, statistics)
-    return repack_state(state, new, optimizer, exchanged), report
+    old, new = nodes(old_topology), nodes(topology)
+    if old.keys() != new.keys():
+        odd = sorted(path_name(layer_path(path)) for path in old.keys() ^ new.keys())
+        raise ValueError(f"only one of the topologies has a layer {odd[0]}; pass two topologies of one model.")
+    leaves = weights_at(tree, old)
+    moved = {path: move_leaf(leaves[path], origins_of(old[path], new[path]), new[path], fill) for path in old}
+    return replace_at(tree, moved)

@@ -5,14 +5,15 @@ dense forward product, takes per training step
 
     forward          d
     input gradient   d
-    weight gradient  d; Top-KAST has d + M/N (Jayakumar et al. 2020: more weights have a gradient)
+    weight gradient  d, or more where more weights have a gradient than are computed with
 
 of which the dense model takes 1 + 1 + 1. An adaptation runs on `adapt_batch_size` images of a batch, every
-`update_interval` steps until `update_end_step`, and is spread over all steps. It takes by what the method measures
+`update_interval` steps until `update_end_step`, and is spread over all steps. It
+takes by what the method measures (`dsb_jax.ops.statistics`)
 
-    nothing (SET, random growth)             0           the batch is not looked at
-    `norm`                                   2 d         a forward pass and the input gradients
-    `block_gradient`, `gradient` (RigL)      2 d + 1     and one product of the size of the dense weight gradient
+    nothing                         0           the batch is not looked at
+    OutputInputNorms                2 d         a forward pass and the input gradients
+    PanelGradientNorm, Gradient     2 d + 1     and one product of the size of the dense weight gradient
 
 Deviations from the paper: RigL there adapts *instead of* training in that step, here besides. Not counted, as usual:
 normalization, activations, biases, the optimizer, the choice of positions (sorting), and that the first layer needs no
@@ -27,12 +28,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsb_jax.distributions import LayerShape
-from dsb_jax.methods.schedule import update_due
-from dsb_jax.plan import Path, SparsityPlan, find_layers
-
-# Products of the size of the dense weight gradient that a statistic of `dsb_jax.ops.statistics` takes.
-STATISTIC_PRODUCTS = {"norm": 0.0, "block_gradient": 1.0, "gradient": 1.0}
+from dsb_jax.methods.base import Method
+from dsb_jax.ops.statistics import Statistic
+from dsb_jax.paths import Path, layer_path, nodes
+from dsb_jax.plan import find_layers
+from dsb_jax.spec import LayerSpec
 
 
 class LayerFlops(NamedTuple):
@@ -65,16 +65,16 @@ class LayerFlops(NamedTuple):
         return self.forward / self.dense
 
 
-def find_positions(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[dict[Path, int], Any]:
-    """Where the linear layers and convolutions of a model are applied, seen while it is traced.
+def find_calls(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[Path, tuple[LayerSpec, int]]:
+    """The linear layers and convolutions of a model and where they are applied, seen while it is traced.
 
     Args:
       model: `__call__(x[N, H, W, C])`, of any class of layers in any order of activations.
       image_shape: `(H, W, C)`.
 
     Returns:
-      Path -> outputs of one image over output features: height * width of a convolution's output, 1 for the classifier;
-      summed if a layer is called more than once. And the shapes of the model's parameters.
+      Path -> sizes of the layer as it is, and outputs of one image over output features: height * width of a
+      convolution's output, 1 for the classifier; summed if a layer is called more than once.
     """
     found: dict[Path, int] = {}
     inside: set[Path] = set()  # a subclass that calls nn.Conv's own __call__ is one layer, not two
@@ -92,64 +92,45 @@ def find_positions(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with nn.intercept_methods(watch):
         variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    return found, variables["params"]
+    specs = find_layers(variables["params"])
+    specs |= {layer_path(path): node.spec for path, node in nodes(variables.get("topology", {})).items()}
+    return {path: (specs[path], positions) for path, positions in found.items()}
 
 
-def count_dense(layers: Mapping[Path, LayerShape], positions: Mapping[Path, int]) -> dict[Path, LayerFlops]:
-    """Every layer with all of its weights."""
-    sizes = {path: float(shape.size * positions[path]) for path, shape in layers.items()}
-    return {path: LayerFlops(size, size, size, size) for path, size in sizes.items()}
-
-
-def count_sparse(
-    plan: SparsityPlan,
-    positions: Mapping[Path, int],
-    *,
-    statistic: str | None = None,
-    adapt_share: float = 0.0,
-    backward_factor: float = 1.0,
+def count(
+    calls: Mapping[Path, tuple[LayerSpec, int]], *, statistic: Statistic | None = None, adapt_share: float = 0.0
 ) -> dict[Path, LayerFlops]:
-    """Every layer of a plan with the weights that it stores.
+    """Every layer with the weights that it has.
 
     Args:
-      plan: gives sizes and densities.
-      positions: as `find_positions` gives them.
-      statistic: what adaptations measure, a name of `STATISTIC_PRODUCTS`; None for nothing.
-      adapt_share: images that adaptations run on over images trained on, see `share_of_adaptations`.
-      backward_factor: weights that have a gradient over active ones, more than 1 for Top-KAST.
+      calls: as `find_calls` gives them.
+      statistic: what adaptations measure; None for nothing.
+      adapt_share: images that adaptations measure on over images trained on, see `share_of_adaptations`.
 
     Raises:
-      ValueError: if a share is not in [0, 1], or the statistic is unknown.
+      ValueError: if the share is not in [0, 1].
     """
     if not 0 <= adapt_share <= 1:
         raise ValueError(f"adapt_share={adapt_share} is not a share; give 0 to 1.")
-    if not backward_factor >= 1:
-        raise ValueError(f"backward_factor={backward_factor} is below 1; active weights have a gradient.")
-    if statistic is not None and statistic not in STATISTIC_PRODUCTS:
-        raise ValueError(f"statistic={statistic!r} is unknown; choose one of {', '.join(STATISTIC_PRODUCTS)}.")
     counted = {}
-    for layer in plan.layers:
-        dense = float(layer.shape.size * positions[layer.path])
-        density = plan.num_active(layer) / layer.shape.size
-        sparse = layer.num_blocks is not None
-        gradient = min(1.0, density * backward_factor) if sparse else 1.0
+    for path, (spec, positions) in calls.items():
+        dense = float(spec.size * positions)
         adaptation = 0.0
         if statistic is not None:
-            adaptation = adapt_share * (2 * density + (STATISTIC_PRODUCTS[statistic] if sparse else 0.0))
-        counted[layer.path] = LayerFlops(
-            dense, density * dense, density * dense, gradient * dense, adaptation * dense
-        )  # fmt: skip
+            products = 0.0 if spec.storage == "dense" else statistic.dense_products
+            adaptation = adapt_share * (2 * spec.density + products)
+        gradient = spec.num_stored / spec.size
+        counted[path] = LayerFlops(
+            dense, spec.density * dense, spec.density * dense, gradient * dense, adaptation * dense
+        )
     return counted
 
 
-def share_of_adaptations(
-    *, total_steps: int, update_interval: int, update_end_step: int, batch_size: int, adapt_batch_size: int
-) -> float:
-    """Images that the adaptations of a run measure on, over the images it trains on."""
-    due = sum(
-        update_due(step, update_interval=update_interval, update_end_step=update_end_step)
-        for step in range(min(total_steps, update_end_step))
-    )
+def share_of_adaptations(method: Method | None, *, total_steps: int, batch_size: int, adapt_batch_size: int) -> float:
+    """Images that the adaptations of a training measure on, over the images it trains on."""
+    if method is None:
+        return 0.0
+    due = sum(method.due(step) for step in range(total_steps))
     return due / total_steps * min(adapt_batch_size, batch_size) / batch_size
 
 
@@ -163,18 +144,20 @@ def compare(own: Mapping[Path, LayerFlops], dense: Mapping[Path, LayerFlops]) ->
 
 
 def measure(
-    model: nn.Module, plan: SparsityPlan | None, reference: nn.Module, image_shape: tuple[int, int, int], **costs: Any
+    model: nn.Module,
+    reference: nn.Module,
+    image_shape: tuple[int, int, int],
+    *,
+    statistic: Statistic | None = None,
+    adapt_share: float = 0.0,
 ) -> dict[str, float]:
-    """The two ratios of a model, sparse by its plan or dense without one, against a dense reference.
+    """The two ratios of a model, sparse or not, against a dense reference.
 
     Args:
-      model: may be narrower than the reference (`small_dense`).
-      plan: of the model.
+      model: may be narrower than the reference.
       reference: the dense model that 1 stands for.
       image_shape: `(H, W, C)`.
-      **costs: of `count_sparse`.
+      statistic, adapt_share: as in `count`.
     """
-    positions, params = find_positions(model, image_shape)
-    own = count_dense(find_layers(params), positions) if plan is None else count_sparse(plan, positions, **costs)
-    positions, params = find_positions(reference, image_shape)
-    return compare(own, count_dense(find_layers(params), positions))
+    own = count(find_calls(model, image_shape), statistic=statistic, adapt_share=adapt_share)
+    return compare(own, count(find_calls(reference, image_shape)))

@@ -19,9 +19,9 @@ def _name(key: Any) -> str:
     return str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)))
 
 
-def by_path(tree: Any) -> dict[Path, Any]:
-    """Every leaf of a tree by its path; a `LayerTopology` is a leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, LayerTopology))
+def by_path(tree: Any, *, leaf: type = LayerTopology) -> dict[Path, Any]:
+    """Every leaf of a tree by its path; nodes of type `leaf` are leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, leaf))
     return {tuple(map(_name, path)): leaf for path, leaf in leaves}
 
 

@@ -1,4 +1,4 @@
-"""What a run reports about itself, measured from its arrays: bytes, sparsity, exploration."""
+"""What a training reports about itself, measured from its arrays: bytes, active weights, exploration."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,51 +7,58 @@ import jax
 import numpy as np
 
 from dsb_jax.layout import BlockLayout
-from dsb_jax.train_state import Path, TrainState, kept_beside, layouts
+from dsb_jax.paths import Path, layer_path, nodes, path_name
+from dsb_jax.topology import LayerTopology, split_stack
 
 
-def active_positions(layout: BlockLayout, forward_mask: jax.Array | None = None) -> np.ndarray:
-    """int64[num_active]: flat positions `row * in + column` of the real weights, on the host.
+def active_positions(layout: BlockLayout, active: Any = None) -> np.ndarray:
+    """int64[num_active]: flat positions `row * in + column` of the real weights of one layer, on the host.
 
-    With a `forward_mask` (Top-KAST) those that the layer computes with.
+    With `active`, bool[num_blocks, R, C], those that are True there.
     """
     out_idx, in_idx, start = (np.asarray(a) for a in (layout.out_idx, layout.in_idx, layout.group_start))
     rows = out_idx[np.repeat(np.arange(layout.num_groups), np.diff(start))]
     flat = rows[:, :, None].astype(np.int64) * layout.shape[1] + in_idx[:, None, :]
-    active = rows[:, :, None] < layout.shape[0]
-    if forward_mask is not None:
-        active &= np.asarray(forward_mask)
-    return flat[np.broadcast_to(active, flat.shape)]
+    is_active = np.broadcast_to(rows[:, :, None] < layout.shape[0], flat.shape)
+    return flat[is_active if active is None else is_active & np.asarray(active)]
 
 
-def _positions(state: TrainState) -> dict[Path, np.ndarray]:
-    masks = {path: kept_beside(state.topology, path).get("forward_mask") for path in layouts(state.topology)}
-    return {path: active_positions(layout, masks[path]) for path, layout in layouts(state.topology).items()}
+def layers_of(node: LayerTopology) -> list[tuple[BlockLayout, Any]]:
+    """Layout and aux of each layer of a stack, on the host."""
+    stack = jax.device_get(split_stack((node.layout, node.aux), node.stack_axes))
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(node.num_layers)]
 
 
-def count_active(state: TrainState) -> dict[Path, int]:
-    """Distinct active positions of each sparse layer, counted from its index arrays."""
-    return {path: np.unique(positions).size for path, positions in _positions(state).items()}
+def _positions(node: LayerTopology) -> np.ndarray:
+    """Flat positions in the stack of a node: those of layer i begin at i * out * in."""
+    each = [active_positions(layout, None if aux is None else aux.active) for layout, aux in layers_of(node)]
+    return np.concatenate([positions + i * node.spec.size for i, positions in enumerate(each)])
 
 
-def count_bytes(state: TrainState) -> dict[str, int]:
+def count_active(topology: Any) -> dict[Path, int]:
+    """Distinct positions that each sparse layer computes with, counted from its index arrays; by the layer's path."""
+    return {layer_path(path): np.unique(_positions(node)).size for path, node in nodes(topology).items()}
+
+
+def count_bytes(params: Any, opt_state: Any, topology: Any) -> dict[str, int]:
     """Bytes held by the arrays of `params`, `opt_state` and `topology`, and by the gradient of `params`.
 
-    Weights that are kept beside a layout (Top-KAST's reserve) count as params.
+    Weights that a method keeps beside a layout without gradient (`Aux.reserve`) count as params.
     """
 
     def nbytes(tree: Any) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
     # The gradient has the structure of what is differentiated; nothing of it is stored between steps.
-    gradient = jax.eval_shape(jax.grad(lambda p: sum(leaf.astype("float32").sum() for leaf in jax.tree.leaves(p))),
-                              state.params)  # fmt: skip
-    reserve = nbytes([kept_beside(state.topology, path).get("reserve", ()) for path in layouts(state.topology)])
+    gradient = jax.eval_shape(
+        jax.grad(lambda p: sum(leaf.astype("float32").sum() for leaf in jax.tree.leaves(p))), params
+    )
+    reserve = nbytes([node.aux.reserve for node in nodes(topology).values() if node.aux is not None])
     return {
-        "params": nbytes(state.params) + reserve,
+        "params": nbytes(params) + reserve,
         "grads": nbytes(gradient),
-        "opt_state": nbytes(state.opt_state),
-        "topology": nbytes(state.topology) - reserve,
+        "opt_state": nbytes(opt_state),
+        "topology": nbytes(topology) - reserve,
     }
 
 
@@ -65,13 +72,12 @@ class Explored:
         self.bits: dict[str, np.ndarray] = {name: array.copy() for name, array in (bits or {}).items()}
         self._sizes: dict[str, int] = {}
 
-    def update(self, state: TrainState) -> None:
+    def update(self, topology: Any) -> None:
         """Adds what is active now."""
-        active = _positions(state)
-        for path, layout in layouts(state.topology).items():
-            name, size = "/".join(path), layout.shape[0] * layout.shape[1]
+        for path, node in nodes(topology).items():
+            name, size = path_name(layer_path(path)), node.spec.size * node.num_layers
             now = np.zeros(size, bool)
-            now[active[path]] = True
+            now[_positions(node)] = True
             packed = np.packbits(now)
             self.bits[name] = packed | self.bits[name] if name in self.bits else packed
             self._sizes[name] = size

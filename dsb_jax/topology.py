@@ -88,20 +88,20 @@ class LayerTopology:
         """Of the dense kernel, lifted axes included."""
         if self.spec.stack_axes:
             return self.spec.kernel_shape
-        return _insert(self.spec.kernel_shape, self.stack_axes, self.stack_shape)
+        return insert_axes(self.spec.kernel_shape, self.stack_axes, self.stack_shape)
 
     @property
     def blocks_shape(self) -> tuple[int, ...]:
         """Of the parameter, lifted axes included."""
         own = (self.spec.num_blocks, *self.spec.block_shape)
-        return _insert(own, self.stack_axes, self.stack_shape)
+        return insert_axes(own, self.stack_axes, self.stack_shape)
 
 
 def _drop(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
 
-def _insert(shape: tuple[int, ...], axes: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
+def insert_axes(shape: tuple[int, ...], axes: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
     rest, lifted = iter(shape), dict(zip(axes, sizes, strict=True))
     return tuple(lifted[axis] if axis in lifted else next(rest) for axis in range(len(shape) + len(axes)))
 
@@ -126,8 +126,10 @@ def join_stack(tree: Any, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Any:
 
 
 def by_layer(function: Callable[..., Any], node: LayerTopology, *trees: Any) -> Any:
-    """`function(layout, aux, *trees)` of each layer of the stack; results are stacked as the node is."""
+    """`function(layout, aux, *trees)` of each layer of the stack; arguments and results are stacked as the node is."""
     axes = node.stack_axes
+    if not axes:
+        return function(node.layout, node.aux, *trees)
     mapped = jax.vmap(function)(*split_stack((node.layout, node.aux, *trees), axes))
     return join_stack(mapped, axes, node.stack_shape)
 

@@ -1,4 +1,6 @@
-"""Flax Linen layers whose weights are shuffled blocks: drop-in for `nn.Dense` and `nn.Conv`."""
+"""Sparse layers for Flax's Linen."""
 
 from dsb_jax.linen.layers import SparseConv as SparseConv
 from dsb_jax.linen.layers import SparseDense as SparseDense
+
+__all__ = ["SparseConv", "SparseDense"]

@@ -3,97 +3,109 @@
 Every argument of the dense class means what it means there. Without `density`, `num_blocks` or `plan` the layer
 *is* the dense one. With one of them, the parameter `kernel` gives way to
 
-    params/.../blocks     float[num_blocks, R, C]   the weights that exist
-    topology/.../layout   BlockLayout               where they are: integers, no gradient, carried beside
+    params/.../blocks        float[num_blocks, R, C]   the weights that exist
+    topology/.../blocks      LayerTopology             where they are: integers, no gradient, carried beside
 
-and, while the topology adapts, to a variable of the collection `probes` (see `dsb_jax.ops.statistics`).
+and, while the topology adapts, to a zero in the collection `statistics` (see `dsb_jax.ops.statistics`).
 
-Initial weights are drawn by `kernel_init` as for the dense kernel and scaled by sqrt(in / fan_in) of each row
-group, so that a variance-scaling initializer sees the fan-in that each output really has.
+The arguments decide at initialization alone; after that a layer reads its sizes from its topology, whose number of
+blocks may change between the stages of a training. How a layer begins and what it stores is up to its method.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from dsb_jax.distributions import LayerShape, to_blocks
-from dsb_jax.layout import BlockLayout, block_group, pack, random_layout
-from dsb_jax.linen.forward_set import forward_set
+from dsb_jax.distributions import to_blocks
+from dsb_jax.methods import Static
+from dsb_jax.methods.base import Method
 from dsb_jax.ops import choose, sparse_conv, sparse_matmul
 from dsb_jax.ops.dense import add_bias, conv_general_dilated, convolve
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, Choice, check_implementation, record
 from dsb_jax.ops.statistics import observe
 from dsb_jax.plan import SparsityPlan
+from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
+from dsb_jax.topology import LayerTopology
 from pallas_kernels import ConvGeometry, matmul_geometry
 
+WEIGHTS = "blocks"  # the name of the parameter, and of what belongs to it in other collections
 
-def _num_blocks(layer: "SparseDense | SparseConv", shape: LayerShape) -> tuple[int | None, tuple[int, int]]:
-    """Number of blocks (None: dense) and block shape, by the plan or the layer's own arguments."""
+
+def _planned(layer: "SparseDense | SparseConv", dense: LayerSpec) -> LayerSpec | None:
+    """What the layer is to hold, in blocks, by its plan or its own arguments; None if it stays dense."""
     check_implementation(layer.implementation)
     given = [name for name in ("density", "num_blocks", "plan") if getattr(layer, name) is not None]
+    where = "/".join(layer.path)
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} are both given for {'/'.join(layer.path)}; give one of them.")
-    if layer.plan is not None and len(shape.kernel_size) not in (0, 2):
-        return None, layer.block_shape  # plans know linear layers and 2-D convolutions
+        raise ValueError(f"{' and '.join(given)} are both given for {where}; give one of them.")
     if layer.plan is not None:
+        if len(dense.kernel_size) not in (0, 2):
+            return None  # plans know linear layers and 2-D convolutions
         planned = layer.plan[layer.path]
-        if planned.shape != shape:
-            raise ValueError(f"{'/'.join(layer.path)} is {shape}, but the plan was made for {planned.shape}.")
-        return planned.num_blocks, layer.plan.block_shape
+        sizes = layer.plan.sizes[layer.path]
+        if sizes.kernel_shape != dense.kernel_shape:
+            raise ValueError(
+                f"{where} has a kernel of {dense.kernel_shape}, but its plan was made for {sizes.kernel_shape}."
+            )
+        return planned if isinstance(planned, LayerSpec) else None
     if layer.density is not None and layer.density != 1:
         if not 0 < layer.density < 1:
             raise ValueError(f"density={layer.density} is not in (0, 1]; density is 1 - sparsity.")
-        return to_blocks([shape], [layer.density], layer.block_shape)[0], layer.block_shape
-    return layer.num_blocks, layer.block_shape
+        return at_density(dense, layer.density, layer.block_shape, layer.min_group_blocks)
+    return None if layer.num_blocks is None else dense.with_blocks(layer.block_shape, layer.num_blocks)
 
 
-def _blocks_and_layout(
-    layer: Any, shape: LayerShape, num_blocks: int, block_shape: tuple[int, int], channels: int
-) -> tuple[jax.Array, BlockLayout]:
-    """The layer's parameter and topology, drawn at initialization; the blocks as the layer computes with them."""
-    matrix = (shape.out, shape.in_)
-    if layer.store is not None:
-        return _stored(layer, shape, num_blocks, channels)
-    layout = layer.variable(
-        "topology",
-        "layout",
-        lambda: layer.init_layout(layer.make_rng("params"), matrix, block_shape=block_shape, num_blocks=num_blocks),
-    ).value
-
-    def init(key: jax.Array) -> jax.Array:
-        kernel = layer.kernel_init(key, (*shape.kernel_size, channels, shape.out), layer.param_dtype)
-        fan_in = jnp.diff(layout.group_start)[block_group(layout)] * block_shape[1]
-        blocks = pack(kernel.reshape(-1, shape.out).T, layout)  # phantom rows read zero
-        return (blocks * jnp.sqrt(shape.in_ / fan_in)[:, None, None]).astype(layer.param_dtype)
-
-    return layer.param("blocks", init), layout
+def at_density(dense: LayerSpec, density: float, block_shape: tuple[int, int], min_group_blocks: int) -> LayerSpec:
+    """A layer of a density, or of more if that leaves less than `min_group_blocks` blocks for each row group."""
+    (count,) = to_blocks([dense], [density], block_shape, min_group_blocks=min_group_blocks)
+    spec = dense.with_blocks(block_shape, count)
+    least = spec.num_groups * min(min_group_blocks, dense.in_ // block_shape[1])
+    return dense.with_blocks(block_shape, max(count, least))
 
 
-def _stored(layer: Any, shape: LayerShape, num_active: int, channels: int) -> tuple[jax.Array, BlockLayout]:
-    """As `_blocks_and_layout` for a layer that keeps more weights than it computes with (Top-KAST).
+def _weights(layer: Any, dense: LayerSpec) -> tuple[jax.Array, LayerTopology] | None:
+    """The layer's parameter and topology, drawn by its method at initialization; None if the layer is dense."""
+    if layer.has_variable("topology", WEIGHTS):
+        # Read before an initializer is named: `Module.param` would trace it at every call.
+        return meta.unbox(layer.get_variable("params", WEIGHTS)), layer.get_variable("topology", WEIGHTS)
+    if layer.has_variable("params", WEIGHTS):
+        raise ValueError(
+            f"{'/'.join(layer.path)} has sparse weights but no topology; pass all collections, "
+            "model.apply(variables, ...), not the parameters alone."
+        )
+    planned = _planned(layer, dense)
+    if planned is None:
+        return None
+    spec = layer.method.stored(planned)
+    key, draw_key = jax.random.split(layer.make_rng("params"))
+    kernel = meta.unbox(layer.kernel_init(draw_key, dense.kernel_shape, layer.param_dtype))
+    state = layer.method.init(key, dense.to_matrix(kernel), spec)
+    node = LayerTopology(state.layout, state.aux, spec)
+    blocks = layer.param(WEIGHTS, lambda _: state.blocks.astype(layer.param_dtype))
+    return blocks, layer.variable("topology", WEIGHTS, lambda: node).value
 
-    All weights are drawn together, as dense ones, because their magnitudes decide on the first topology.
-    """
-    drawn: list[Any] = []
 
-    def draw(key: jax.Array) -> Any:
-        kernel = layer.kernel_init(key, (*shape.kernel_size, channels, shape.out), layer.param_dtype)
-        return layer.store(kernel.reshape(-1, shape.out).T, num_active)
+def _computed_with(blocks: jax.Array, node: LayerTopology) -> jax.Array:
+    return blocks if node.aux is None else node.aux.forward(blocks)
 
-    if not layer.has_variable("topology", "layout"):
-        drawn.append(draw(layer.make_rng("params")))
-        for name, value in drawn[0][2].items():
-            layer.variable("topology", name, lambda value=value: value)
-    layout = layer.variable("topology", "layout", lambda: drawn[0][0]).value
-    blocks = layer.param("blocks", lambda key: (drawn[0] if drawn else draw(key))[1])
-    penalty = layer.exploration * (shape.size / num_active - 1)  # the optimizer's weight decay is the 1
-    return forward_set(blocks, layer.get_variable("topology", "forward_mask"), penalty), layout
+
+def _observed(layer: Any, y: jax.Array, x: jax.Array, node: LayerTopology, geometry: ConvGeometry) -> jax.Array:
+    """y, seen by whoever measures a statistic of this layer."""
+    if not layer.has_variable("statistics", WEIGHTS):
+        return y
+    zero: Any = layer.get_variable("statistics", WEIGHTS)
+    if isinstance(layer, nn.Conv):
+        return observe(y, x, zero, node.layout, geometry=geometry, feature_major=layer.feature_major)
+    # A linear layer is a convolution over images of one pixel.
+    flat_y, flat_x = (a[:, None, None, :] if layer.feature_major else a.reshape(-1, 1, 1, a.shape[-1]) for a in (y, x))
+    seen = observe(flat_y, flat_x, zero, node.layout, geometry=geometry, feature_major=layer.feature_major)
+    return seen.reshape(y.shape)
 
 
 class SparseDense(nn.Dense):
@@ -106,9 +118,8 @@ class SparseDense(nn.Dense):
       plan: takes both from a `SparsityPlan` by the module's path, instead of `density`.
       implementation: "auto", "pallas", "triton", "xla", "dense" or "reference"; see `dsb_jax.ops.dispatch`.
       feature_major: inputs and outputs are [in, N] and [out, N].
-      init_layout: `(key, shape, *, block_shape, num_blocks) -> BlockLayout`, the first topology.
-      store: of a method that keeps more than the active weights, `Method.store`; instead of `init_layout`.
-      exploration: with `store`, the weight decay of active weights, from which that of the others follows.
+      method: how the layer begins and what it stores; by default shuffled blocks, which `DSB` adapts.
+      min_group_blocks: blocks that each row group has at the least, with `density`; 0 lets outputs be without weights.
     """
 
     density: float | None = None
@@ -117,27 +128,25 @@ class SparseDense(nn.Dense):
     plan: SparsityPlan | None = None
     implementation: str = "auto"
     feature_major: bool = False
-    init_layout: Callable[..., BlockLayout] = random_layout
-    store: Callable[..., Any] | None = None
-    exploration: float = 0.0
+    method: Method = Static()
+    min_group_blocks: int = 1
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "... in"]) -> Float[Array, "... out"]:
         in_features = inputs.shape[0 if self.feature_major else -1]
-        shape = LayerShape(out=self.features, in_=in_features, kernel_size=())
-        num_blocks, block_shape = _num_blocks(self, shape)
-        if num_blocks is None:
+        weights = _weights(self, linear_spec(in_features, self.features))
+        if weights is None:
             record(self.path, Choice("dense", A_DENSE_LAYER))
             y = super().__call__(inputs.T if self.feature_major else inputs)
             return y.T if self.feature_major else y
         if self.dot_general is not None or self.dot_general_cls is not None:
             raise NotImplementedError("dot_general cannot replace the shuffled-block product; leave it None.")
-        blocks, layout = _blocks_and_layout(self, shape, num_blocks, block_shape, in_features)
+        blocks, node = _computed_with(*weights), weights[1]
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         x, blocks, bias = promote_dtype(inputs, blocks, bias, dtype=self.dtype)
         choice = choose(
             self.implementation,
-            layout,
+            node.layout,
             geometry=matmul_geometry(in_features),
             input_size=(1, 1),
             batch=x.size // in_features,
@@ -146,17 +155,16 @@ class SparseDense(nn.Dense):
         )
         record(self.path, choice)
         y = sparse_matmul(
-            x, blocks, layout, bias=bias, implementation=choice.implementation, feature_major=self.feature_major,
-            precision=self.precision, tiles=choice.tiles,
-        )  # fmt: skip
-        if self.has_variable("probes", "statistic"):
-            flat_y, flat_x = (a if self.feature_major else a.reshape(-1, a.shape[-1]).T for a in (y, x))
-            flat_y = observe(
-                flat_y[:, None, None, :], flat_x[:, None, None, :], self.get_variable("probes", "statistic"), layout,
-                geometry=matmul_geometry(in_features), feature_major=True,
-            )[:, 0, 0, :]  # fmt: skip
-            y = flat_y if self.feature_major else flat_y.T.reshape(y.shape)
-        return y
+            x,
+            blocks,
+            node.layout,
+            bias=bias,
+            implementation=choice.implementation,
+            feature_major=self.feature_major,
+            precision=self.precision,
+            tiles=choice.tiles,
+        )
+        return _observed(self, y, x, node, matmul_geometry(in_features))
 
 
 class SparseConv(nn.Conv):
@@ -171,21 +179,16 @@ class SparseConv(nn.Conv):
     plan: SparsityPlan | None = None
     implementation: str = "auto"
     feature_major: bool = False
-    init_layout: Callable[..., BlockLayout] = random_layout
-    store: Callable[..., Any] | None = None
-    exploration: float = 0.0
+    method: Method = Static()
+    min_group_blocks: int = 1
     conv_general_dilated: Any = staticmethod(conv_general_dilated)  # of a layer that stays dense
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "*batch H W C"]) -> Float[Array, "*batch OH OW out"]:
         kernel_size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
         channels = inputs.shape[0 if self.feature_major else -1]
-        in_features = channels
-        for size in kernel_size:
-            in_features *= size
-        shape = LayerShape(out=self.features, in_=in_features // self.feature_group_count, kernel_size=kernel_size)
-        num_blocks, block_shape = _num_blocks(self, shape)
-        if num_blocks is None:
+        weights = _weights(self, conv_spec(kernel_size, channels // self.feature_group_count, self.features))
+        if weights is None:
             record(self.path, Choice("dense", A_DENSE_LAYER))
             if not self.feature_major:
                 return super().__call__(inputs)
@@ -198,7 +201,7 @@ class SparseConv(nn.Conv):
             return add_bias(y, bias, 0)
         self._refuse_what_is_not_served(kernel_size)
         geometry, x = self._geometry(inputs, kernel_size, channels)
-        blocks, layout = _blocks_and_layout(self, shape, num_blocks, block_shape, channels)
+        blocks, node = _computed_with(*weights), weights[1]
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         x, blocks, bias = promote_dtype(x, blocks, bias, dtype=self.dtype)
         lead = () if self.feature_major else x.shape[:-3]
@@ -206,17 +209,27 @@ class SparseConv(nn.Conv):
             x = x.reshape(-1, *x.shape[-3:])
         input_size, batch = (x.shape[1], x.shape[2]), x.shape[3 if self.feature_major else 0]
         choice = choose(
-            self.implementation, layout, geometry=geometry, input_size=input_size, batch=batch, dtype=x.dtype,
+            self.implementation,
+            node.layout,
+            geometry=geometry,
+            input_size=input_size,
+            batch=batch,
+            dtype=x.dtype,
             precision=self.precision,
-        )  # fmt: skip
+        )
         record(self.path, choice, x.size + self.features * math.prod(geometry.output_size(*input_size)) * batch)
         y = sparse_conv(
-            x, blocks, layout, geometry=geometry, bias=bias, implementation=choice.implementation,
-            feature_major=self.feature_major, precision=self.precision, tiles=choice.tiles,
-        )  # fmt: skip
-        if self.has_variable("probes", "statistic"):
-            statistic: Any = self.get_variable("probes", "statistic")
-            y = observe(y, x, statistic, layout, geometry=geometry, feature_major=self.feature_major)
+            x,
+            blocks,
+            node.layout,
+            geometry=geometry,
+            bias=bias,
+            implementation=choice.implementation,
+            feature_major=self.feature_major,
+            precision=self.precision,
+            tiles=choice.tiles,
+        )
+        y = _observed(self, y, x, node, geometry)
         return y if self.feature_major else y.reshape(*lead, *y.shape[1:])
 
     def _refuse_what_is_not_served(self, kernel_size: tuple[int, ...]) -> None:

@@ -30,7 +30,7 @@ class LayerState(NamedTuple):
 
 
 class LayerReport(NamedTuple):
-    """What one update did to one layer; scalars.
+    """What one update did to one layer; scalars, or one number for each layer of a stack.
 
     Attributes:
       requested: positions that were to be grown.
@@ -38,6 +38,8 @@ class LayerReport(NamedTuple):
       turnover: newly active positions over all active ones.
       collateral: share of the weights that were to be kept but are no longer active.
       empty_groups: row groups without any block, that is dead outputs in units of R.
+      calls: how often the layer was observed while its statistic was measured; 0 for methods that measure nothing.
+      status: 0 if the layer was updated, else the number of the reason in `STATUS`.
     """
 
     requested: jax.Array
@@ -45,6 +47,18 @@ class LayerReport(NamedTuple):
     turnover: jax.Array
     collateral: jax.Array
     empty_groups: jax.Array
+    calls: jax.Array | int = 0
+    status: jax.Array | int = 0
+
+
+STATUS = (
+    "updated",
+    "excluded by where=",
+    "frozen: the optimizer does not use its gradient",
+    "not observed: the loss does not call it, or dropped the collection `statistics`",
+    "observed more often than the loss names it: called in a loop, where norms do not add up",
+    "its statistic is not finite",
+)
 
 
 class Method(Protocol):

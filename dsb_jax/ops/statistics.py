@@ -62,9 +62,11 @@ class Statistic(Protocol):
 
     Attributes:
       is_additive: whether the observations of several calls of a layer may be summed.
+      dense_products: products of the size of the dense weight gradient that an observation takes.
     """
 
     is_additive: ClassVar[bool]
+    dense_products: ClassVar[float]
 
     def zeros(self, spec: LayerSpec) -> Any:
         """What is observed, as zeros, for one layer."""
@@ -91,6 +93,7 @@ class OutputInputNorms:
     """Norms of each output's gradient and of each input, `OutputInput`; observed as sums of squares."""
 
     is_additive: ClassVar[bool] = True
+    dense_products: ClassVar[float] = 0.0
 
     def zeros(self, spec: LayerSpec) -> OutputInput:
         return OutputInput(jnp.zeros(spec.out, jnp.float32), jnp.zeros(spec.in_, jnp.float32))
@@ -113,6 +116,7 @@ class PanelGradientNorm:
     """Norm of the weight gradient over the R rows of each (row group, input column): float32[num_groups, in]."""
 
     is_additive: ClassVar[bool] = False
+    dense_products: ClassVar[float] = 1.0
 
     def zeros(self, spec: LayerSpec) -> Float[Array, "num_groups in"]:
         return jnp.zeros((spec.num_groups, spec.in_), jnp.float32)
@@ -148,6 +152,7 @@ class Gradient:
     """The dense weight gradient, float32[out, in]."""
 
     is_additive: ClassVar[bool] = True
+    dense_products: ClassVar[float] = 1.0
 
     def zeros(self, spec: LayerSpec) -> Float[Array, "out in"]:
         return jnp.zeros(spec.shape, jnp.float32)

@@ -1,0 +1,35 @@
+"""Calling a model whose code is not known: its inputs, and its argument for training mode whatever that is called."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+# Names of the argument that tells training from evaluation, and what it is in training.
+_TRAIN_ARGUMENTS = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "inference": False,
+}
+
+
+def call_model(model: Any, first: Any, inputs: Any, *, train: bool, method: str = "apply", **options: Any) -> Any:
+    """`model.apply(first, inputs, ...)` or `model.init(first, inputs, ...)`.
+
+    Args:
+      model: with `init` and `apply` as a Linen module has them.
+      first: the variables, or for `init` the key.
+      inputs: a dictionary whose keys are arguments of the model goes in by name, a tuple argument by argument, anything
+        else (an array, another dictionary) as the one argument.
+      train: training mode; passed on if the model has an argument for it: train, training, is_training, deterministic
+        or inference.
+      method: "apply" or "init".
+      **options: of that method, such as `rngs` and `mutable`.
+    """
+    parameters = inspect.signature(type(model).__call__).parameters
+    named = {name: train == value for name, value in _TRAIN_ARGUMENTS.items() if name in parameters}
+    if isinstance(inputs, Mapping) and inputs.keys() <= parameters.keys():
+        return getattr(model, method)(first, **options, **named, **inputs)
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    return getattr(model, method)(first, *arguments, **options, **named)

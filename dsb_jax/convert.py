@@ -1,0 +1,189 @@
+"""Between sparse and dense: the same model with its kernels whole, masks, permutations.
+
+    dense_params = to_dense(params, topology)          what each layer computes with; loads into the dense model
+    params, topology = from_dense(dense_params, plan, method=DSB(), key=key)     a pre-trained model made sparse
+
+A sparse layer's `blocks` are the dense layer's `kernel`, in the kernel's own shape (HWIO, heads, lifted axes).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dsb_jax.layout import BlockLayout, pack, to_mask, unpack
+from dsb_jax.methods import Static
+from dsb_jax.methods.base import Method
+from dsb_jax.paths import Path, by_path, layer_path, nodes, path_name, weights_at
+from dsb_jax.plan import SparsityPlan
+from dsb_jax.spec import LayerSpec
+from dsb_jax.topology import LayerTopology, by_layer, join_stack, split_stack
+
+WEIGHTS, KERNEL = "blocks", "kernel"
+
+
+def to_dense(params: Any, topology: Any) -> Any:
+    """The parameters of the equal dense model: every `blocks` becomes the `kernel` that its layer computes with.
+
+    Args:
+      params: nested dictionaries.
+      topology: that belongs to them.
+
+    Returns:
+      Nested dictionaries of the dense model's names and shapes; zeros where no weight is.
+    """
+    found = nodes(topology)
+    weights = weights_at(params, found)
+
+    def kernel(path: Path) -> Array:
+        node = found[path]
+
+        def one(layout: BlockLayout, aux: Any, blocks: Array) -> Array:
+            return node.spec.from_matrix(unpack(blocks if aux is None else aux.forward(blocks), layout))
+
+        return by_layer(one, node, weights[path])
+
+    return _renamed(params, {path: (dense_path(path), kernel(path)) for path in found})
+
+
+def from_dense(
+    dense_params: Any,
+    plan: SparsityPlan | None = None,
+    *,
+    topology: Any = None,
+    method: Method | None = None,
+    key: jax.Array | None = None,
+    score: Callable[[Array], Array] = jnp.abs,
+) -> tuple[Any, Any]:
+    """Makes the parameters of a dense model sparse.
+
+    Args:
+      dense_params: nested dictionaries.
+      plan: which layers, and how many blocks each: the pattern is then the best by `score` that the method finds, and
+        the weights that stay keep their bits.
+      topology: instead of a plan, a pattern that is there already: `to_dense` and back gives the same bits.
+      method: of the layers; by default `Static()`, shuffled blocks, which `DSB` adapts.
+      key: a PRNG key, for methods that draw where the score leaves a choice.
+      score: of a kernel's values, elementwise, >= 0.
+
+    Returns:
+      Parameters and topology.
+
+    Raises:
+      ValueError: unless one of plan and topology is given, or if a planned layer is not there or has another shape.
+    """
+    if (plan is None) == (topology is None):
+        raise ValueError(
+            "from_dense takes a plan, which chooses a pattern, or a topology, which is one; give one of them."
+        )
+    leaves = by_path(dense_params)
+    if topology is not None:
+        found = nodes(topology)
+        packed = {}
+        for path, node in found.items():
+            kernel = _kernel_at(leaves, dense_path(path), node.kernel_shape)
+            blocks = by_layer(lambda layout, _, k, spec=node.spec: pack(spec.to_matrix(k), layout), node, kernel)
+            packed[dense_path(path)] = (path, blocks)
+        return _renamed(dense_params, packed), topology
+    method = Static() if method is None else method
+    key = jax.random.key(0) if key is None else key
+    assert plan is not None
+    packed, found = {}, {}
+    for i, (layer, planned) in enumerate(plan.sparse.items()):
+        spec = method.stored(planned)
+        kernel = _kernel_at(leaves, (*layer, KERNEL), spec.kernel_shape)
+        blocks, node = _init(method, jax.random.fold_in(key, i), kernel, spec, score)
+        path = (*layer, WEIGHTS)
+        packed[(*layer, KERNEL)] = (path, blocks)
+        found[path] = node
+    return _renamed(dense_params, packed), _nested(found)
+
+
+def _init(
+    method: Method, key: jax.Array, kernel: Array, spec: LayerSpec, score: Callable[[Array], Array]
+) -> tuple[Array, LayerTopology]:
+    """Every layer of a stack by its own scores."""
+
+    def one(key: jax.Array, kernel: Array) -> Any:
+        weights = spec.to_matrix(kernel)
+        return method.init(key, weights, spec, score=score(weights))
+
+    if not spec.stack_axes:
+        blocks, layout, aux = jax.jit(one)(key, kernel)
+        return blocks, LayerTopology(layout, aux, spec)
+    sizes = tuple(spec.kernel_shape[axis] for axis in spec.stack_axes)
+    states = jax.jit(jax.vmap(one))(jax.random.split(key, spec.num_layers), split_stack(kernel, spec.stack_axes))
+    blocks, layout, aux = join_stack(states, spec.stack_axes, sizes)
+    return blocks, LayerTopology(layout, aux, spec)
+
+
+def masks(topology: Any) -> Any:
+    """True where a weight takes part: bool arrays in the kernels' own shapes, by the paths of the dense model."""
+
+    def mask(node: LayerTopology) -> Array:
+        def one(layout: BlockLayout, aux: Any) -> Array:
+            if aux is None:
+                return node.spec.from_matrix(to_mask(layout))
+            return node.spec.from_matrix(unpack(aux.active.astype(jnp.int8), layout) > 0)
+
+        return by_layer(one, node)
+
+    return _nested({dense_path(path): mask(node) for path, node in nodes(topology).items()})
+
+
+def permutations(topology: Any) -> Any:
+    """The order in which each layer groups its outputs: int32[out], by the paths of the layers.
+
+    With `order = permutations(topology)["layer"]` and the matrix `W[out, in]` of a layer, `W[order]` has the rows of
+    each group side by side, R of them.
+    """
+
+    def order(layout: BlockLayout, _: Any) -> Array:
+        rows = layout.out_idx.reshape(-1)
+        is_phantom = rows >= layout.shape[0]
+        return rows[jnp.argsort(is_phantom, stable=True)][: layout.shape[0]]
+
+    return _nested({layer_path(path): by_layer(order, node) for path, node in nodes(topology).items()})
+
+
+def dense_path(path: Path) -> Path:
+    """The path of the dense kernel that the blocks at `path` stand for."""
+    return (*path[:-1], KERNEL) if path[-1] == WEIGHTS else path
+
+
+def _kernel_at(leaves: Mapping[Path, Any], path: Path, shape: tuple[int, ...]) -> Array:
+    if path not in leaves or jnp.shape(leaves[path]) != shape:
+        have = f"has shape {jnp.shape(leaves[path])}" if path in leaves else "is not among the parameters"
+        raise ValueError(f"{path_name(path)} {have}, expected {shape}; give the dense model that this was made for.")
+    return jnp.asarray(leaves[path])
+
+
+def _renamed(tree: Any, replacements: Mapping[Path, tuple[Path, Any]]) -> Any:
+    """Nested dictionaries in which some leaves have another name and value."""
+
+    def walk(node: Any, path: Path) -> Any:
+        if not isinstance(node, Mapping):
+            return node
+        renamed = {}
+        for name, value in node.items():
+            here = (*path, str(name))
+            if here in replacements:
+                new_path, new_value = replacements[here]
+                renamed[new_path[-1]] = new_value
+            else:
+                renamed[name] = walk(value, here)
+        return renamed
+
+    return walk(tree, ())
+
+
+def _nested(values: Mapping[Path, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        inner = tree
+        for name in path[:-1]:
+            inner = inner.setdefault(name, {})
+        inner[path[-1]] = value
+    return tree

@@ -1,0 +1,124 @@
+"""Which arrays of an optimizer's state follow the weights of a sparse layer; for any optax optimizer, without names.
+
+The optimizer is initialized abstractly twice, the second time with some more blocks in every sparse layer. What has
+grown as the blocks have is shaped like them and follows them. What has changed in any other way (factored, flattened or
+stacked moments) cannot follow, and is refused before training begins.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsb_jax.dataflow import dependencies
+from dsb_jax.paths import Path, layer_path, nodes, path_name, replace_at, weights_at
+
+
+@dataclasses.dataclass(frozen=True)
+class Follower:
+    """A leaf of an optimizer's state that is shaped like the weights at `path`; `field` is its name in the state."""
+
+    path: Path
+    field: str
+
+
+def followers(optimizer: optax.GradientTransformation, params: Any, topology: Any) -> dict[int, Follower]:
+    """The leaves of `optimizer.init(params)`, by number, that belong to sparse layers.
+
+    Raises:
+      ValueError: if the optimizer keeps something for a sparse layer that cannot follow its weights.
+    """
+    found = nodes(topology)
+    weights = weights_at(params, found)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params)
+    enlarged, growth = {}, {}
+    same_shape: dict[tuple[int, ...], int] = {}
+    for path, node in found.items():
+        shape = jnp.shape(weights[path])
+        if shape != node.blocks_shape:
+            raise ValueError(
+                f"{path_name(path)} has shape {shape}, but its topology holds {node.blocks_shape}; "
+                "pass the topology that belongs to these parameters."
+            )
+        same_shape[shape] = same_shape.get(shape, 0) + 1
+        axis = next(i for i in range(len(shape)) if i not in node.stack_axes)
+        grown = (*shape[:axis], shape[axis] + same_shape[shape], *shape[axis + 1 :])
+        growth[shape, grown] = path
+        enlarged[path] = jax.ShapeDtypeStruct(grown, weights[path].dtype)
+    # Within one function, so that masks and labels that are made of the parameters see arrays.
+    before = jax.tree_util.tree_leaves_with_path(jax.eval_shape(optimizer.init, abstract))
+    after = jax.tree.leaves(jax.eval_shape(optimizer.init, replace_at(abstract, enlarged)))
+    if len(before) != len(after):
+        raise ValueError(f"{_name_of(optimizer)} keeps a state whose structure depends on the number of blocks.")
+    following = {}
+    for i, ((keys, leaf), other) in enumerate(zip(before, after, strict=True)):
+        if leaf.shape == other.shape:
+            continue
+        path = growth.get((leaf.shape, other.shape))
+        if path is None:
+            raise ValueError(
+                f"the optimizer keeps a state of shape {leaf.shape} at {jax.tree_util.keystr(keys)}, which cannot "
+                "follow the blocks of a sparse layer; use one whose moments have the shape of the weights (SGD, Adam, Lion, "
+                "...), without optax.flatten and without factored moments."
+            )
+        following[i] = Follower(path, _field(keys))
+    return following
+
+
+def frozen_layers(optimizer: optax.GradientTransformation, params: Any, opt_state: Any, topology: Any) -> set[Path]:
+    """Sparse layers whose update does not depend on their own gradient, such as those of `optax.set_to_zero`.
+
+    By data flow, not by values. An optimizer that must be given more than gradients (a value, a key) freezes none.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    paths = list(nodes(topology))
+    numbers = weights_at(jax.tree.unflatten(structure, range(len(leaves))), dict.fromkeys(paths))
+
+    def update(gradients: list[Any], opt_state: Any, params: Any) -> list[Any]:
+        updates, _ = optimizer.update(jax.tree.unflatten(structure, gradients), opt_state, params)
+        return jax.tree.leaves(updates)
+
+    try:
+        traced = jax.make_jaxpr(update)(leaves, opt_state, params)
+    except TypeError:  # an argument is missing
+        return set()
+    reached = dependencies(traced)
+    return {path for path in paths if numbers[path] not in reached[numbers[path]]}
+
+
+def check_optimizer(optimizer: optax.GradientTransformation, params: Any, topology: Any, *, method: Any = None) -> None:
+    """Checks before the first step whether an optimizer's state can follow the weights when the topology changes.
+
+    Args:
+      optimizer: any optax transformation.
+      params: of the model; abstract ones will do.
+      topology: of the same model.
+      method: checks as well that the layers hold what this method adapts.
+
+    Raises:
+      ValueError: if not, with what the optimizer keeps and where, or with the layer and its storage.
+    """
+    followers(optimizer, params, topology)
+    if method is not None:
+        check_storage(method, topology)
+
+
+def check_storage(method: Any, topology: Any) -> None:
+    """Raises ValueError if a layer holds something else than what `method` adapts."""
+    for path, node in nodes(topology).items():
+        if node.spec.storage != method.storage:
+            raise ValueError(
+                f"{type(method).__name__} adapts layers with storage {method.storage!r}, but "
+                f"{path_name(layer_path(path))} has {node.spec.storage!r}; make the layers with method={method!r}."
+            )
+
+
+def _field(keys: tuple[Any, ...]) -> str:
+    """The name of the innermost field of a state, such as "nu" of `ScaleByAdamState`."""
+    return next((key.name for key in reversed(keys) if isinstance(key, jax.tree_util.GetAttrKey)), "")
+
+
+def _name_of(optimizer: Any) -> str:
+    return getattr(optimizer.init, "__qualname__", "the optimizer").split(".")[0]
