@@ -87,8 +87,8 @@ class Kernels(NamedTuple):
 
     The blocks of group g are `group_start[g]:group_start[g + 1]`; rows `>= out` of `out_idx` are phantom: they
     are computed by nobody, read as zero, and get zero gradient. Results have the dtype of the activations
-    (weight gradient: of `blocks`); products accumulate in `accumulator_dtype`, and the bias of each output, if there is one, is
-    added before the sum is rounded.
+    (weight gradient: of `blocks`); products accumulate in `accumulator_dtype`, and the bias of each output, if there is
+    one, is added before the sum is rounded.
 
     Attributes:
       forward: `(x[C, H, W, N], blocks[num_blocks, R, C'], index, *, out, geometry, bias=None) -> y[out, OH, OW, N]`,
