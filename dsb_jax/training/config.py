@@ -17,7 +17,7 @@ from dsb_jax import methods
 from dsb_jax.distributions import LayerShape
 from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.methods import Method
-from dsb_jax.ops.dense import conv_general_dilated
+from dsb_jax.ops.convolution import conv_general_dilated
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, check_implementation, record_choices
 from dsb_jax.plan import (
     KEEP_DENSE,
