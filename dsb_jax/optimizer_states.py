@@ -60,8 +60,8 @@ def followers(optimizer: optax.GradientTransformation, params: Any, topology: An
         if path is None:
             raise ValueError(
                 f"the optimizer keeps a state of shape {leaf.shape} at {jax.tree_util.keystr(keys)}, which cannot "
-                "follow the blocks of a sparse layer; use one whose moments have the shape of the weights (SGD, Adam, Lion, "
-                "...), without optax.flatten and without factored moments."
+                "follow the blocks of a sparse layer; use one whose moments have the shape of the weights (SGD, Adam, "
+                "Lion, ...), without optax.flatten and without factored moments."
             )
         following[i] = Follower(path, _field(keys))
     return following
