@@ -186,7 +186,7 @@ class Sweep:
         self.failed: list[Run] = []
         self.bar = Progress(
             MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"), TimeElapsedColumn(),
-            TextColumn("about {task.fields[left]} left"), console=console, disable=not console.is_terminal,
+            TextColumn("about {task.fields[left]} left"), console=console, disable=not console.is_interactive,
         )  # fmt: skip
 
     def make(self) -> list[Run]:

@@ -78,7 +78,7 @@ class TerminalProgress:
                        "sparsity {task.fields[sparsity]:.1%}  turnover {task.fields[turnover]:.1%}"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_interactive,
         )  # fmt: skip
         self.last: dict[str, float] = {}
 
@@ -100,10 +100,12 @@ class TerminalProgress:
     def epoch(self, epoch: int, values: dict[str, float]) -> None:
         accuracy = f"{values['test_accuracy']:.2%}"
         self.bar.update(self.task, epoch=f"epoch {min(epoch + 1, self.epochs)}/{self.epochs}", test=accuracy)
-        if not self.console.is_terminal:
+        if not self.console.is_interactive:
             self.console.print(
                 f"epoch {epoch}/{self.epochs}  loss {self.last['loss']:.3f}  test accuracy {accuracy}  "
-                f"sparsity {self.sparsity:.1%}  turnover {self.last['turnover']:.1%}"
+                f"sparsity {self.sparsity:.1%}  turnover {self.last['turnover']:.1%}",
+                highlight=False,  # colors inside the line would hide it from grep
+                soft_wrap=True,
             )
 
     def stop(self) -> None:

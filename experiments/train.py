@@ -50,13 +50,13 @@ def main() -> None:
         summary = runs.run(recipe, dataset, workdir, resume=FLAGS.resume, progress=progress, keep_last=FLAGS.keep_last)
     except KeyboardInterrupt:
         progress.stop()
-        console.print(f"\ninterrupted; continue with --resume --workdir={workdir}")
+        console.print(f"\ninterrupted; continue with --resume --workdir={workdir}", soft_wrap=True)
         raise SystemExit(130) from None
     finally:
         progress.stop()
     curves.draw(workdir, f"{recipe.dataset}, {recipe.model}, {recipe.method}, sparsity {summary['sparsity']:.1%}")
     console.print(terminal.outcome_table(summary))
-    console.print(f"written: {workdir}/summary.json, metrics.jsonl, curves.png, checkpoints/")
+    console.print(f"written: {workdir}/summary.json, metrics.jsonl, curves.png, checkpoints/", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def run_all(
 ) -> int:
     """Measures one layer after another until the time is up, and says so; how many were measured."""
     bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-                   console=console, disable=not console.is_terminal)  # fmt: skip
+                   console=console, disable=not console.is_interactive)  # fmt: skip
     longest, known = 0.0, {}  # type: ignore[var-annotated]
     with bar:
         task = bar.add_task("tuning", total=len(todo))

@@ -3,8 +3,11 @@
 import functools
 import io
 import pathlib
+import re
 import socket
+import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +159,9 @@ def test_sets_of_varying_sizes_or_without_labels_are_rejected_before_any_downloa
     with pytest.raises(ValueError, match=r"splits \['extra', 'train'\]"):
         data.load("no_test", data_dir=tmp_path)
     write_image_set(tmp_path, "unlabelled", images, np.full(6, -1))
-    with pytest.raises(ValueError, match="labels from -1 to -1"):
+    with pytest.raises(
+        ValueError, match="example 0 of split 'train' of data set 'unlabelled': its label -1 is outside"
+    ):
         data.load("unlabelled", data_dir=tmp_path)
 
 
@@ -166,6 +171,113 @@ def test_a_set_stored_as_tfrecord_is_rejected_with_the_command_that_converts_it(
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(ValueError, match=r"'old_set' is stored as tfrecord.*tfds build old_set"):
         data.load("old_set", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("test", "train")])
+def test_an_empty_split_is_named(tmp_path, splits):
+    write_image_set(tmp_path, "half", *random_images((1, 8, 8, 1)), splits=splits)  # the first split gets none
+    with pytest.raises(ValueError, match=f"split '{splits[0]}' of data set 'half' has no example"):
+        data.load("half", data_dir=tmp_path)
+
+
+def test_damaged_files_are_named_with_their_folder(tmp_path):
+    write_image_set(tmp_path, "damaged", *random_images((6, 8, 8, 1)))
+    (file,) = (tmp_path / "damaged" / "1.0.0").glob("*test.array_record*")
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"split 'test' of data set 'damaged' cannot be read from '.*/1.0.0' .*delete"):
+        data.load("damaged", data_dir=tmp_path)
+
+
+def builder_of(*records, shape=(8, 8, 1)):
+    """A prepared set without its files."""
+
+    class Source(list):
+        def __getitems__(self, ids):
+            return [self[i] for i in ids]
+
+    features = {"image": types.SimpleNamespace(shape=shape)}
+    source = Source({"image": image, "label": label} for image, label in records)
+    return types.SimpleNamespace(
+        name="made", info=types.SimpleNamespace(features=features), as_data_source=lambda **_: source
+    )
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+GOOD = png(np.arange(64, dtype=np.uint8).reshape(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "message"),
+    [
+        (png(np.zeros((4, 16), np.uint8)), 0, "its image has 4x16 pixels, but the set declares 8x8; prepare"),
+        (png(np.zeros((9, 8), np.uint8)), 0, "its image has 9x8 pixels"),
+        (GOOD[:-30], 0, r"its image is damaged \(OSError\); prepare the set again"),
+        (b"", 0, "its image is damaged"),
+        (GOOD, -1, r"its label -1 is outside 0\.\.2; choose"),
+        (GOOD, np.int64(3), r"its label 3 is outside 0\.\.2"),
+        (GOOD, 2**32 + 1, r"its label 4294967297 is outside 0\.\.2"),  # 1, if it wrapped
+        (GOOD, 1.5, "its label 1.5 is not an integer; choose"),
+        (GOOD, np.float32(1), r"its label np.float32\(1.0\) is not an integer"),
+        (GOOD, "1", "its label '1' is not an integer"),
+        (GOOD, None, "its label None is not an integer"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,
+)
+def test_an_example_that_is_not_as_declared_is_named(image, label, message):
+    builder = builder_of((GOOD, 0), (GOOD, np.int64(2)), (image, label), (GOOD, 1))
+    with pytest.raises(ValueError, match=rf"^example 2 of split 'train' of data set 'made': {message}") as error:
+        datasets.read_split(builder, "train", num_classes=3)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_examples_are_counted_over_all_reads(monkeypatch):
+    monkeypatch.setattr(datasets, "_READ_BATCH", 2)
+    images, labels = datasets.read_split(builder_of(*[(GOOD, i) for i in range(5)]), "train")
+    np.testing.assert_array_equal(images[..., 0], np.broadcast_to(np.arange(64).reshape(8, 8), (5, 8, 8)))
+    np.testing.assert_array_equal(labels, range(5))
+    with pytest.raises(ValueError, match="example 3 of split"):
+        datasets.read_split(builder_of(*[(GOOD, i) for i in range(5)]), "train", num_classes=3)
+    with pytest.raises(ValueError, match=r"split 'test\[:0\]' of data set 'made' has no example"):
+        datasets.read_split(builder_of(), "test[:0]")
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "extra"),
+    [
+        ("tensorflow_datasets", "cifar10", "data"),
+        ("PIL", "tiny", "data"),
+        ("sklearn", "digits", "train"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(package, name, extra, tmp_path, monkeypatch):
+    write_image_set(tmp_path, "tiny", *random_images((6, 8, 8, 1)))
+    for loaded in [key for key in sys.modules if key.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, package, None)  # what Python itself takes for "not there"
+    command = re.escape(f"pip install 'dsb-jax[{extra}]'")
+    with pytest.raises(ImportError, match=f"^data set '{name}' needs {package}, .*: {command}$"):
+        data.load(name, data_dir=tmp_path)
+
+
+def test_a_missing_reader_is_named_however_late_it_is_imported():
+    def as_data_source(**_):
+        raise ModuleNotFoundError("*** this probably means that you are running on macOS or Windows ***")
+
+    builder = builder_of()
+    builder.as_data_source = as_data_source
+    with pytest.raises(ImportError, match=r"^data set 'made' needs array_record, .*dsb-jax\[data\]'$"):
+        datasets.read_split(builder, "train")
+
+
+def test_only_the_sets_that_need_a_package_load_it():
+    code = "import sys, dsb_jax.training.data as d; print(*{'PIL', 'sklearn', 'tensorflow_datasets'} & {*sys.modules})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "\n"
 
 
 # Batches.

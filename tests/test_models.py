@@ -131,6 +131,28 @@ def test_a_plan_over_each_model_makes_its_sparse_twin(name, distribution):
     assert count(variables["params"]) == count(dense) - removed
 
 
+@pytest.mark.parametrize("feature_major", [False, True])
+def test_images_too_small_for_vgg_are_refused_with_the_least_size(feature_major):
+    model = create("vgg16", num_classes=10, conv=SparseConv, feature_major=feature_major)
+
+    def logits(height, width):
+        return jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((2, height, width, 3)))[0]
+
+    assert logits(32, 32).shape == logits(33, 63).shape == (2, 10)
+    for height, width in ((8, 8), (31, 32), (32, 31)):
+        with pytest.raises(
+            ValueError, match=rf"vgg16.* 32x32 pixels at least, not {height}x{width}; .*--model=convnet"
+        ):
+            logits(height, width)
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "wrn-10-1"])
+def test_the_other_models_take_images_of_any_size(name):
+    model = create(name, num_classes=10, width_multiplier=1 / 8)
+    logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((2, 1, 1, 3)))
+    assert logits.shape == (2, 10)
+
+
 def test_layer_classes_are_arguments():
     """Any class with the signatures of nn.Conv and nn.Dense will do."""
     built = []

@@ -7,7 +7,8 @@ most sets encodes its images with TensorFlow; where that cannot be done, the err
 
 import contextlib
 import dataclasses
-import io
+import importlib
+import operator
 import os
 import socket
 import urllib.parse
@@ -18,13 +19,12 @@ from typing import Any
 import absl.logging
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import Image
 
 from dsb_jax.training.data.batches import Augmentation
+from dsb_jax.training.data.images import MODES, decode
 
 # Records read at a time: enough to amortise array_record's own thread pool, small enough not to hold a set twice.
 _READ_BATCH = 2048
-_PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 # Images and labels of one split. Unnamed sizes, because the two splits of a set differ in n.
 Examples = tuple[UInt8[np.ndarray, "_ H W C"], Int[np.ndarray, "_"]]
@@ -68,8 +68,10 @@ def load(
         photographs, a crop after padding by H // 8 for everything else.
 
     Raises:
-      ValueError: if tfds does not know the set, or it is not one of images of one size with one label each.
+      ValueError: if tfds does not know the set, or it is not one of 8-bit images of one size with one label each; the
+        first example that is not so is named.
       FileNotFoundError: if the set is not prepared in `data_dir` and cannot be prepared here.
+      ImportError: if a package that the set needs is not installed.
     """
     if name == "digits":
         (train_images, train_labels), (test_images, test_labels), num_classes = _read_digits()
@@ -113,11 +115,9 @@ def _channel_moments(images: UInt8[np.ndarray, "n H W C"]) -> tuple[tuple[float,
 
 
 def _read_digits() -> tuple[Examples, Examples, int]:
-    # Imported here because scikit-learn takes a second and other sets do not need it.
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
+    sklearn_datasets = _import("sklearn.datasets", name="digits", extra="train")
+    train_test_split = _import("sklearn.model_selection", name="digits", extra="train").train_test_split
+    bunch = sklearn_datasets.load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int32)
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
@@ -125,9 +125,7 @@ def _read_digits() -> tuple[Examples, Examples, int]:
 
 
 def _read_tfds(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[Examples, Examples, int]:
-    # Imported here because tfds takes seconds and `digits` does not need it.
-    import tensorflow_datasets as tfds
-
+    tfds = _import("tensorflow_datasets", name=name, extra="data")
     where = f"data_dir={os.fspath(data_dir or tfds.core.constants.DATA_DIR)!r}"
     with _quiet():
         try:
@@ -148,16 +146,12 @@ def _read_tfds(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[Exam
             f"data set {name!r} in {where} has the splits {sorted(splits)}; choose one with 'train' and 'test' (or "
             "'validation')."
         )
+    for split in ("train", test_split):
+        if not splits[split].num_examples:
+            raise _empty_split(name, split)
     num_classes = builder.info.features[label_key].num_classes
-    train, test = (
-        read_split(builder, split, image_key=image_key, label_key=label_key) for split in ("train", test_split)
-    )
-    for split, (_, labels) in (("train", train), (test_split, test)):
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(
-                f"split {split!r} of data set {name!r} has labels from {labels.min()} to {labels.max()}, outside "
-                f"0..{num_classes - 1}; choose a set whose {split!r} split is labelled."
-            )
+    keys: dict[str, Any] = {"image_key": image_key, "label_key": label_key, "num_classes": num_classes}
+    train, test = (read_split(builder, split, **keys) for split in ("train", test_split))
     return train, test, num_classes
 
 
@@ -172,13 +166,14 @@ def _feature_keys(builder: Any, name: str) -> tuple[str, str]:
         and all(isinstance(key, str) and key in features for key in keys)
         and isinstance(features[keys[0]], tfds.features.Image)
         and isinstance(features[keys[1]], tfds.features.ClassLabel)
+        and features[keys[1]].num_classes
     ):
         raise ValueError(
             f"data set {name!r} is not an image-classification set: its supervised keys are {keys}; choose one that "
-            "maps an image to one class label, such as 'cifar10'."
+            "maps an image to one label of a known number of classes, such as 'cifar10'."
         )
     image = features[keys[0]]
-    if None in image.shape or image.shape[-1] not in _PIL_MODES or image.np_dtype != np.uint8:
+    if None in image.shape or image.shape[-1] not in MODES or image.np_dtype != np.uint8:
         raise ValueError(
             f"data set {name!r} has images of {np.dtype(image.np_dtype)}{list(image.shape)} (None: of varying size); "
             "choose a set of 8-bit images of one size, or prepare a resized copy, such as 'imagenet_resized/64x64'."
@@ -234,7 +229,7 @@ def _unreachable(hosts: list[tuple[str, int]], timeout_s: float = 3.0) -> str | 
 
 
 def read_split(
-    builder: Any, split: str, *, image_key: str = "image", label_key: str = "label"
+    builder: Any, split: str, *, image_key: str = "image", label_key: str = "label", num_classes: int | None = None
 ) -> tuple[UInt8[np.ndarray, "n H W C"], Int[np.ndarray, "n"]]:
     """Reads and decodes one split of a prepared tfds set, without TensorFlow.
 
@@ -242,36 +237,82 @@ def read_split(
       builder: a `tfds.core.DatasetBuilder` of a prepared set with uint8 images of one size.
       split: any tfds split, also a part of one, such as `test[:100]`.
       image_key, label_key: names of the features.
+      num_classes: labels outside 0..num_classes-1 are refused; with None any int32 will do.
 
     Returns:
       Images, uint8, and labels, int32.
 
     Raises:
-      ValueError: if the set is stored in a format without random access, such as tfrecord.
+      ValueError: if the set is stored in a format without random access, such as tfrecord; its files are damaged; the
+        split is empty; or an example is not as the set declares. An example is named by its place in the split, from 0.
+      ImportError: if a package that reads or decodes is not installed.
     """
-    import tensorflow_datasets as tfds
-
+    name = getattr(builder, "name", "?")  # only messages need it
+    tfds = _import("tensorflow_datasets", name=name, extra="data")
+    _import("PIL.Image", name=name, extra="data")
     shape = builder.info.features[image_key].shape
+    whose = f"split {split!r} of data set {name!r}"
     try:
         # Decoding here instead of by tfds halves the time, which is all overhead for images this small.
         source = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
     except NotImplementedError:
         raise ValueError(
-            f"data set {builder.name!r} is stored as {builder.info.file_format.value} in "
-            f"{os.fspath(builder.data_path)!r}, which only TensorFlow reads; prepare it in another data_dir with "
-            f"`tfds build {builder.name} --file_format=array_record`."
+            f"data set {name!r} is stored as {builder.info.file_format.value} in {os.fspath(builder.data_path)!r}, "
+            f"which only TensorFlow reads; prepare it in another data_dir with "
+            f"`tfds build {name} --file_format=array_record`."
         ) from None
+    except ImportError as error:  # tfds imports the reader of its format as late as this
+        raise _missing_package("array_record", name=name, extra="data") from error
+    if not len(source):
+        raise _empty_split(name, split)
+    lowest, highest = (np.iinfo(np.int32).min, np.iinfo(np.int32).max) if num_classes is None else (0, num_classes - 1)
     images = np.empty((len(source), *shape), np.uint8)
     labels = np.empty(len(source), np.int32)
     # One thread on purpose: images of 32x32 hold the interpreter's lock for most of their decoding, and two threads
     # took 1.5 times as long as one.
     for start in range(0, len(source), _READ_BATCH):
         stop = min(start + _READ_BATCH, len(source))
-        for i, record in zip(range(start, stop), source.__getitems__(range(start, stop)), strict=True):
-            with Image.open(io.BytesIO(record[image_key])) as image:
-                images[i] = np.asarray(image.convert(_PIL_MODES[shape[-1]])).reshape(shape)
-            labels[i] = record[label_key]
+        try:
+            records = source.__getitems__(range(start, stop))
+        except Exception as error:  # the reader's own types
+            raise ValueError(
+                f"{whose} cannot be read from {os.fspath(builder.data_path)!r} ({_first_line(error)}); delete this "
+                "folder and prepare the set again."
+            ) from error
+        for i, record in zip(range(start, stop), records, strict=True):
+            try:
+                images[i] = decode(record[image_key], shape)
+                labels[i] = _checked_label(record[label_key], lowest, highest)
+            except ValueError as error:
+                raise ValueError(f"example {i} of {whose}: {error}") from error
     return images, labels
+
+
+def _checked_label(label: Any, lowest: int, highest: int) -> int:
+    try:
+        number = operator.index(label)  # unlike int(), takes no 1.5 and no "1"
+    except TypeError:
+        raise ValueError(f"its label {label!r} is not an integer; choose a set with one class label each.") from None
+    if not lowest <= number <= highest:
+        raise ValueError(f"its label {number} is outside {lowest}..{highest}; choose a set whose split is labelled.")
+    return number
+
+
+def _empty_split(name: str, split: str) -> ValueError:
+    return ValueError(f"split {split!r} of data set {name!r} has no example; choose another set or prepare it again.")
+
+
+def _import(module: str, *, name: str, extra: str) -> Any:
+    """Imports what only some data sets need: it takes seconds, and the base install does not have it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise _missing_package(module, name=name, extra=extra) from error
+
+
+def _missing_package(module: str, *, name: str, extra: str) -> ImportError:
+    package = module.partition(".")[0]
+    return ImportError(f"data set {name!r} needs {package}, which cannot be imported: pip install 'dsb-jax[{extra}]'")
 
 
 @contextlib.contextmanager

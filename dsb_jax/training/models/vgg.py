@@ -13,7 +13,7 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 
 
 class VGG16(nn.Module):
-    """Five stages of 3x3 convolutions, each followed by a 2x2 max pooling."""
+    """Five stages of 3x3 convolutions, each followed by a 2x2 max pooling: images of 32x32 pixels at least."""
 
     num_classes: int
     layers: Layers = Layers()
@@ -21,6 +21,12 @@ class VGG16(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         layers = self.layers
+        least = 2 ** len(STAGES)
+        if min(x.shape[1:3]) < least:
+            raise ValueError(
+                f"model='vgg16' halves its images {len(STAGES)} times and needs {least}x{least} pixels at least, not "
+                f"{x.shape[1]}x{x.shape[2]}; choose another model: --model=convnet takes images of any size."
+            )
         x = layers.enter(x)
         for i, widths in enumerate(STAGES):
             for j, width in enumerate(widths):
