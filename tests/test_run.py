@@ -12,10 +12,10 @@ from dsb_jax.layout import validate
 from dsb_jax.telemetry import Explored, active_positions, count_active, count_bytes
 from dsb_jax.train_state import layouts
 from dsb_jax.training import data
-from dsb_jax.training.config import Recipe
+from dsb_jax.training.config import Config
 from experiments import curves, run
 
-RECIPE = Recipe(
+CONFIG = Config(
     epochs=3, batch_size=48, update_interval=4, update_end_fraction=0.8, learning_rate=0.1, block_shape=(8, 8)
 )
 
@@ -27,7 +27,7 @@ class Silent:
         self.interrupt_after = interrupt_after
         self.steps: list[int] = []
 
-    def begin(self, recipe, assembly, state, done):
+    def begin(self, config, components, state, done):
         self.steps.append(done)
 
     def advance(self, step, values):
@@ -54,13 +54,13 @@ def digits():
 @pytest.fixture(scope="module")
 def finished(digits, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "whole"
-    recipe = run.for_dataset(RECIPE, digits)
-    summary = run.run(recipe, digits, workdir, resume=False, progress=Silent())
-    return recipe, workdir, summary
+    config = run.for_dataset(CONFIG, digits)
+    summary = run.run(config, digits, workdir, resume=False, progress=Silent())
+    return config, workdir, summary
 
 
 def test_the_summary_holds_what_is_promised(finished):
-    recipe, workdir, summary = finished
+    config, workdir, summary = finished
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert summary["test_accuracy"] > 0.2  # chance is 0.1
     assert abs(summary["sparsity"] - 0.9) < 0.005
@@ -73,7 +73,7 @@ def test_the_summary_holds_what_is_promised(finished):
     # Training costs more than inference for 5 adaptations in 30 steps, each with one dense weight gradient.
     assert 0.1 < summary["flops"]["inference_ratio"] < summary["flops"]["train_ratio"] < 0.3
     assert summary["adaptations"] == 5  # steps 4, 8, ..., 20 of 30, T_end = 24
-    assert Recipe.from_json(summary["recipe"]) == recipe
+    assert Config.from_json(summary["config"]) == config
 
 
 def test_metrics_are_one_object_a_line(finished):
@@ -92,12 +92,12 @@ def test_the_curves_are_drawn(finished):
 
 
 def test_an_interrupted_run_resumes_to_the_same_bits(finished, digits, tmp_path):
-    recipe, workdir, _ = finished
+    config, workdir, _ = finished
     broken = tmp_path / "broken"
     with pytest.raises(KeyboardInterrupt):
-        run.run(recipe, digits, broken, resume=False, progress=Silent(interrupt_after=20))
+        run.run(config, digits, broken, resume=False, progress=Silent(interrupt_after=20))
     progress = Silent()
-    summary = run.run(recipe, digits, broken, resume=True, progress=progress)
+    summary = run.run(config, digits, broken, resume=True, progress=progress)
     assert progress.steps[0] in (10, 20)  # a checkpoint is written in the background: the last may not be complete
     assert summary["resumed_at_step"] == progress.steps[0]
     ours, theirs = checkpoint.restore(broken), checkpoint.restore(workdir)
@@ -113,18 +113,18 @@ def test_an_interrupted_run_resumes_to_the_same_bits(finished, digits, tmp_path)
 
 
 def test_a_finished_run_is_not_trained_again(finished, digits):
-    recipe, workdir, summary = finished
+    config, workdir, summary = finished
     progress = Silent()
-    again = run.run(recipe, digits, workdir, resume=True, progress=progress)
+    again = run.run(config, digits, workdir, resume=True, progress=progress)
     assert progress.steps == [30]
     assert again["test_accuracy"] == summary["test_accuracy"]
     assert again["step_time_s"] == summary["step_time_s"]
 
 
 def test_another_configuration_is_refused_and_nothing_overwritten(finished, digits):
-    recipe, workdir, _ = finished
+    config, workdir, _ = finished
     before = {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
-    other = dataclasses.replace(recipe, sparsity=0.8)
+    other = dataclasses.replace(config, sparsity=0.8)
     with pytest.raises(ValueError, match="sparsity"):
         run.run(other, digits, workdir, resume=True, progress=Silent())
     assert {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
@@ -132,7 +132,7 @@ def test_another_configuration_is_refused_and_nothing_overwritten(finished, digi
 
 def test_a_batch_larger_than_the_data_is_refused(digits):
     with pytest.raises(ValueError, match="batch_size=1000 is more than the 480 images"):
-        run.for_dataset(dataclasses.replace(RECIPE, batch_size=1000), digits)
+        run.for_dataset(dataclasses.replace(CONFIG, batch_size=1000), digits)
 
 
 def test_telemetry_counts_the_arrays(finished):
@@ -153,8 +153,8 @@ def test_telemetry_counts_the_arrays(finished):
 
 def test_dense_and_static_runs(digits, tmp_path):
     for method in ("dense", "ssb"):
-        recipe = run.for_dataset(dataclasses.replace(RECIPE, method=method, epochs=1), digits)
-        summary = run.run(recipe, digits, tmp_path / method, resume=False, progress=Silent())
+        config = run.for_dataset(dataclasses.replace(CONFIG, method=method, epochs=1), digits)
+        summary = run.run(config, digits, tmp_path / method, resume=False, progress=Silent())
         assert summary["accepted_growth"] is None
         assert np.isclose(summary["sparsity"], 0.9 if method == "ssb" else 0.0, atol=0.005)
         curves.draw(tmp_path / method, method)
