@@ -92,7 +92,8 @@ class Measure:
         value = kind.finish(seen.value, self.axis_name)
         if kind != self.statistic:
             value = by_layer(lambda layout, _, gradient: self.statistic.from_gradient(gradient, layout), node, value)
-        return Measured(value, seen.calls.reshape(node.stack_shape), places)
+        calls = seen.calls.reshape(node.stack_shape)
+        return Measured(value, calls if self.axis_name is None else jax.lax.pmax(calls, self.axis_name), places)
 
 
 @functools.partial(jax.jit, static_argnums=0)

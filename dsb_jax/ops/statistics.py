@@ -140,7 +140,8 @@ class PanelGradientNorm:
         return lax.map(norms, index).reshape(chunks * together, -1)[:num_groups]
 
     def finish(self, value: jax.Array, axis_name: AxisName = None) -> Float[Array, "num_groups in"]:
-        return value
+        # Equal on all devices already; this says so to `shard_map`.
+        return value if axis_name is None else lax.pmax(value, axis_name)
 
     def from_gradient(self, gradient: Float[Array, "out in"], layout: BlockLayout) -> Float[Array, "num_groups in"]:
         """The same from the dense gradient, for layers with several calls."""
@@ -208,15 +209,19 @@ def _observe_fwd(how, y, x, zero, layout):
 
 def _observe_bwd(how, residuals, dy):
     (geometry, feature_major), (x, zero, layout) = how, residuals
-    axis_name = zero.axis_name
+    statistic, axis_name = zero.statistic, zero.axis_name  # not `zero` in the closure: it would keep a tracer alive
 
     def cotangent(x: jax.Array, dy: jax.Array, layout: BlockLayout) -> Any:
-        return zero.statistic.cotangent(Observed(x, dy, layout, geometry, feature_major, axis_name))
+        return statistic.cotangent(Observed(x, dy, layout, geometry, feature_major, axis_name))
 
+    if jax.typeof(dy).sharding.mesh.explicit_axes:  # then the partitioner may decide how to multiply
+        cotangent = jax.sharding.auto_axes(cotangent, out_sharding=jax.sharding.PartitionSpec())
     names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
     devices = {name: lax.axis_index(name) for name in names}
     value = _fold_examples(cotangent, 3 if feature_major else 0, x, dy, layout, zero.calls, devices)
-    return dy, None, Zero(value, jnp.ones_like(zero.calls), zero.statistic, axis_name), None
+    nothing = zero.calls.sum()  # 0, but of the type that differs from device to device, as the zero does
+    value = jax.tree.map(lambda leaf: leaf + nothing, value)
+    return dy, None, Zero(value, jnp.ones_like(zero.calls), statistic, axis_name), None
 
 
 _observe.defvjp(_observe_fwd, _observe_bwd)
