@@ -249,6 +249,9 @@ def run(
             metrics.write("eval", step, epoch=epoch + 1, **test)
             checkpoints.save(training.state, step=step, test_accuracy=test["test_accuracy"], extra=explored.bits)
             progress.epoch(epoch + 1, test)
+        if not metrics.of_kind("eval"):  # a finished run whose metrics.jsonl is gone
+            test = evaluate(components, training.state, dataset, max(config.batch_size, 256))
+            metrics.write("eval", step, epoch=config.epochs, **test)
     summary = summarize(config, components, training.state, metrics, explored)
     summary |= {"train_time_s": time.perf_counter() - started, "resumed_at_step": resumed or 0}
     write_json(workdir / "summary.json", summary)

@@ -10,6 +10,7 @@ import optax
 
 from dsb_jax import flops
 from dsb_jax.paths import nodes
+from dsb_jax.spec import LayerSpec
 from dsb_jax.telemetry import Explored, count_active, count_bytes
 from dsb_jax.train_state import TrainState
 from dsb_jax.training import models
@@ -69,7 +70,9 @@ def summarize(
 
 def measure_flops(config: Config, components: Components) -> dict[str, float]:
     """`train_ratio` and `inference_ratio`: operations against the dense model of the config, see `dsb_jax.flops`."""
-    method = components.method
+    plan, method = components.plan, components.method
+    if plan is not None and not any(isinstance(planned, LayerSpec) for _, planned in plan.items()):
+        method = None  # at sparsity 0 there is nothing to adapt
     return flops.measure(
         components.model,
         models.create(config.model, num_classes=config.num_classes),
