@@ -1,15 +1,48 @@
-"""Sparse-training methods, one paper a file, each an `init`/`update` pair (`dsb_jax.methods.base.Method`)."""
+"""Sparse-training methods, one paper a file, each a value (`dsb_jax.methods.base.Method`)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from dsb_jax.methods.base import LayerReport as LayerReport
+from dsb_jax.methods.base import LayerState as LayerState
 from dsb_jax.methods.base import Method as Method
-from dsb_jax.methods.dense import dense as dense
+from dsb_jax.methods.dsb import DSB as DSB
 from dsb_jax.methods.dsb import GRANULARITIES as GRANULARITIES
-from dsb_jax.methods.dsb import GROW as GROW
-from dsb_jax.methods.dsb import dsb as dsb
-from dsb_jax.methods.rigl import rigl as rigl
-from dsb_jax.methods.set import set_ as set_
-from dsb_jax.methods.small_dense import small_dense as small_dense
-from dsb_jax.methods.ssb import ssb as ssb
-from dsb_jax.methods.topkast import topkast as topkast
+from dsb_jax.methods.dsb_growth import GROW as GROW
+from dsb_jax.methods.rigl import RigL as RigL
+from dsb_jax.methods.set import SET as SET
+from dsb_jax.methods.static import Static as Static
+from dsb_jax.methods.topkast import TopKAST as TopKAST
 
-METHODS = ("dsb", "ssb", "rigl", "set", "topkast", "dense", "small_dense")
+METHODS: dict[str, Any] = {method.name: method for method in (DSB, Static, RigL, SET, TopKAST)}
+
+
+def to_json(method: Method) -> dict[str, Any]:
+    """The method's name and fields, as JSON has them.
+
+    Raises:
+      ValueError: if it is not one of `METHODS`.
+    """
+    if type(method) not in METHODS.values():
+        raise ValueError(f"{method!r} is not one of the methods {', '.join(METHODS)}; write its fields yourself.")
+    return {"name": method.name, **dataclasses.asdict(method)}  # type: ignore[call-overload]
+
+
+def from_json(values: Mapping[str, Any]) -> Method:
+    """The inverse of `to_json`; a field that is missing has its default.
+
+    Raises:
+      ValueError: if the name or a field is unknown, or a value invalid.
+    """
+    fields = dict(values)
+    name = fields.pop("name", None)
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"method name={name!r} is unknown; choose one of {', '.join(METHODS)}.")
+    known = [field.name for field in dataclasses.fields(METHODS[name])]
+    if odd := [field for field in fields if field not in known]:
+        raise ValueError(f"method {name!r} has no field {odd[0]!r}; it has {', '.join(known) or 'none'}.")
+    try:
+        return METHODS[name](**fields)
+    except ValueError as error:
+        raise ValueError(f"method {name!r}: {error}") from None

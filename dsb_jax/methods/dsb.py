@@ -1,248 +1,189 @@
 """DSB: dynamic sparse training with shuffled blocks.
 
 Jiang, Hu, Song, "Exposing and Exploiting Fine-Grained Block Structures for Fast and Accurate Sparse Training",
-NeurIPS 2022, section 4. One adaptation of one layer at step t:
-
-    k       = round(alpha / 2 * (1 + cos(pi * t / T_end)) * num_active)
-    marked  = the k active weights of smallest magnitude
-    dropped = the marks that can free structure (block-aware rule), or all of them
-    grown   = as many inactive positions, chosen by `grow`
-    score   = |w| where kept, the mean of the kept |w| where grown, 0 elsewhere
-    layout  = reblock(score), exactly num_blocks blocks
+NeurIPS 2022, section 4. `granularity="block"` is the paper's adaptation (`dsb_jax.methods.dsb_reblocking`): drop single
+weights by magnitude and the block-aware rule, grow as many, block the whole layer anew. The default,
+`granularity="panel_column"`, is this library's (`dsb_jax.methods.dsb_panel_columns`); experiments/RESULTS.md compares
+the two.
 
 Deviations from the authors' public code, all deliberate: weights that leave are forgotten (nothing comes back to life
-when a block moves), linear layers are blocked too, the block-wise criterion `norm` is the one the paper describes,
-and a dropped position may not be grown again in the same adaptation. `norm` takes outputs in whole row groups of
-the current layout, by the norm over the group: a strip of the R strongest outputs, as the paper words it, cuts
-across the groups, and re-blocking accepts none of it (digits, 0.9: 0 %). The literal form is `norm_unaligned`.
-
-That is `granularity="block"`. The default, `granularity="panel_column"`, is a variant of this library's: the unit that
-is dropped and grown is one column of one panel (R weights), row groups stay as they are, and no kept weight is ever
-displaced, so collateral is zero. experiments/RESULTS.md compares the two.
+when a block moves), linear layers are blocked too, the block-wise criterion `norm` is the one the paper describes, in
+whole row groups of the current layout, and a dropped position may not be grown again in the same adaptation.
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from dsb_jax.drop import block_aware_drop as keep_structural_drops
-from dsb_jax.drop import magnitude_drop
-from dsb_jax.grow import grow_block_gradient, grow_gradient, grow_norm, grow_random
-from dsb_jax.layout import BlockLayout, block_group, pack, random_layout, real_rows, unpack
-from dsb_jax.methods.base import LayerReport, Method
-from dsb_jax.methods.schedule import drop_fraction
-from dsb_jax.ops.statistics import Probe
-from dsb_jax.reblocking import cut_columns, most_group_blocks, reblock
-from dsb_jax.select import select_smallest
+from dsb_jax.methods import schedule
+from dsb_jax.methods.base import LayerReport, LayerState
+from dsb_jax.methods.blocks import init_blocks, resize_blocks
+from dsb_jax.methods.dsb_growth import GROW, STATISTICS
+from dsb_jax.methods.dsb_panel_columns import adapt_panel_columns
+from dsb_jax.methods.dsb_reblocking import adapt_blocks, either
+from dsb_jax.methods.identity import identity_outside
+from dsb_jax.methods.sizes import check_resize, check_storage, check_weights
+from dsb_jax.ops.statistics import Statistic
+from dsb_jax.spec import LayerSpec
 
-GROW = ("norm", "norm_unaligned", "block_gradient", "gradient", "random")
 GRANULARITIES = ("block", "panel_column")
 
-# Among magnitudes, which are not negative: positions without a kept weight.
-_DROPPED, _INACTIVE, _GROWN = -1.0, -2.0, -3.0
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DSB:
+    """The method. See `dsb_jax.methods.base.Method` for the methods.
 
-def dsb(
-    *,
-    update_end_step: int,
-    alpha: float = 0.3,
-    grow: str = "block_gradient",
-    block_aware_drop: bool = True,
-    granularity: str = "panel_column",
-    min_group_blocks: int = 1,
-    growth_score: float = 1.0,
-    regroup_interval: int | None = None,
-) -> Method:
-    """Builds the method.
-
-    Args:
-      update_end_step: T_end of the cosine schedule, in steps.
-      alpha: drop fraction at step 0, in [0, 1].
+    Attributes:
+      drop_fraction, update_interval, update_start_step, update_end_step, anneal_steps: see
+        `dsb_jax.methods.schedule.Annealed`.
       grow: growth criterion, one of `GROW`.
-      block_aware_drop: the paper's rule; False for the ablation of its Figures 14 and 15. For "block" only.
       granularity: "panel_column", or "block", the paper's.
+      block_aware_drop: the paper's rule; False for the ablation of its Figures 14 and 15. For "block" only.
       min_group_blocks: blocks that every row group keeps, or as many as a layer has for each; 0 is the paper's rule,
         under which outputs can die.
       growth_score: score of a grown position in units of the mean of the kept |w|; 1 is the paper's. Below 1, growth
         displaces only blocks that are worth less, so that fewer kept weights are lost to it. For "block" only.
       regroup_interval: steps; rows may change groups at adaptations whose step is a multiple of it, 0 for never. None
         is 1 for "block", as in the paper, and 0 for "panel_column", of which such an adaptation is one of "block".
+      keep_grouping: where rows may change groups, whether the groups of before stay unless the new ones retain more of
+        the score; False is the paper's way, under which more is grown and more is displaced.
 
     Raises:
-      ValueError: if a name is unknown or a number out of range.
+      ValueError: if a setting is invalid, or has no effect.
     """
-    if grow not in GROW:
-        raise ValueError(f"grow={grow!r} is unknown; choose one of {', '.join(GROW)}.")
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity={granularity!r} is unknown; choose one of {', '.join(GRANULARITIES)}.")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"drop_fraction={alpha} is not in [0, 1]; the paper uses 0.3.")
-    if min_group_blocks < 0:
-        raise ValueError(f"min_group_blocks={min_group_blocks} is negative; give 0 or more.")
-    if not 0 < growth_score < float("inf"):
-        raise ValueError(f"growth_score={growth_score} is not positive; 1 is the paper's, below 1 growth is meeker.")
-    if regroup_interval is not None and regroup_interval < 0:
-        raise ValueError(f"regroup_interval={regroup_interval} is negative; give steps, or 0 for never.")
-    if granularity == "panel_column" and not regroup_interval:
-        for name, value, default in (("block_aware_drop", block_aware_drop, True), ("growth_score", growth_score, 1.0)):
-            if value != default:
-                raise ValueError(f"{name}={value} has no effect on granularity=panel_column; add granularity=block.")
 
-    def sizes(layout: BlockLayout) -> dict[str, Any]:
-        """What re-blocking keeps of a layout."""
-        most = most_group_blocks(layout.shape, layout.block_shape, layout.num_blocks)
-        return {
-            "block_shape": layout.block_shape,
-            "num_blocks": layout.num_blocks,
-            "min_group_blocks": min(min_group_blocks, most),
+    drop_fraction: float = 0.3
+    update_interval: int = 100
+    update_start_step: int = 0
+    update_end_step: int | None = None
+    anneal_steps: int | None = None
+    grow: str = "block_gradient"
+    granularity: str = "panel_column"
+    block_aware_drop: bool = True
+    min_group_blocks: int = 1
+    growth_score: float = 1.0
+    regroup_interval: int | None = None
+    keep_grouping: bool = True
+
+    name: ClassVar[str] = "dsb"
+    storage: ClassVar[str] = "blocks"
+
+    def __post_init__(self) -> None:
+        schedule.check_annealing(self)
+        for name, known in (("grow", GROW), ("granularity", GRANULARITIES)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
+        for name in ("block_aware_drop", "keep_grouping"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}={value!r} is neither True nor False.")
+        schedule.check_steps("min_group_blocks", self.min_group_blocks, least=0)
+        schedule.check_number(
+            "growth_score", self.growth_score, 1e-6, 1e6, hint="1 is the paper's, below 1 growth is meeker"
+        )
+        if self.regroup_interval is not None:
+            schedule.check_steps("regroup_interval", self.regroup_interval, least=0)
+        for name in ("drop_fraction", "growth_score"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        self._refuse_what_has_no_effect()
+
+    def _refuse_what_has_no_effect(self) -> None:
+        if self.granularity == "panel_column" and not self.regroup_interval:
+            for name, default in (("block_aware_drop", True), ("growth_score", 1.0)):
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(
+                        f"{name}={value} has no effect on granularity=panel_column; add granularity=block."
+                    )
+        if not self.keep_grouping and not self._regroup_interval:
+            raise ValueError(
+                f"keep_grouping=False has no effect with granularity={self.granularity}, "
+                f"regroup_interval={self.regroup_interval}, where rows never change groups; add granularity=block."
+            )
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "DSB":
+        """The authors' method and the schedule of their CIFAR runs, as near as this library comes to their simulation.
+
+        Single weights are dropped by the block-aware rule, blocks are grown by the norms of outputs and inputs, the
+        layer is blocked anew without regard to the groups of before, and outputs may be left without weights; the
+        drop fraction is annealed over 75,000 steps and adapting stops at 37,500 of 62,560 (`schedule.AUTHORS`).
+
+        Args:
+          **changes: other values of fields, such as the steps of another schedule.
+        """
+        paper: dict[str, Any] = {
+            **schedule.AUTHORS,
+            "granularity": "block",
+            "grow": "norm",
+            "min_group_blocks": 0,
+            "keep_grouping": False,
         }
+        return cls(**{**paper, **changes})
 
-    def update_blocks(
+    @property
+    def _regroup_interval(self) -> int:
+        if self.regroup_interval is None:
+            return 1 if self.granularity == "block" else 0
+        return self.regroup_interval
+
+    @property
+    def statistic(self) -> Statistic | None:
+        return STATISTICS[self.grow]
+
+    def stored(self, spec: LayerSpec) -> LayerSpec:
+        check_storage(self.name, self.storage, spec)
+        return spec
+
+    def due(self, step: int) -> bool:
+        return schedule.is_due(self, step)
+
+    def init(
+        self,
         key: jax.Array,
-        step: jax.Array,
-        blocks: jax.Array,
-        layout: BlockLayout,
-        statistic: Probe,
-        regroup: bool | jax.Array,
-    ) -> tuple[BlockLayout, LayerReport]:
-        fraction = drop_fraction(step, alpha=alpha, update_end_step=update_end_step)
-        real = real_rows(layout)
-        marked = magnitude_drop(blocks, jnp.round(fraction * layout.num_active).astype(jnp.int32), real=real)
-        dropped = keep_structural_drops(marked) if block_aware_drop else marked
-        requested = dropped.sum(dtype=jnp.int32)
-        kept = real & ~dropped
-        num_kept = kept.sum(dtype=jnp.int32)
-        magnitude = jnp.where(kept, jnp.abs(blocks), 0)
-        mean = magnitude.sum() / jnp.maximum(num_kept, 1)
-        # One dense matrix tells all: what is kept (its magnitude), was dropped, or is not active.
-        before = unpack(jnp.where(kept, magnitude, _DROPPED), layout, fill=_INACTIVE)
-        grown = _grown_positions(grow, key, statistic, requested, before == _INACTIVE, layout)
-        score = jnp.where(grown, growth_score * mean, jnp.maximum(before, 0))
-        new = _either(
-            regroup,
-            lambda: reblock(score, previous=layout, **sizes(layout)),
-            lambda: cut_columns(_group_sums(score, layout), layout.out_idx, shape=layout.shape, **sizes(layout)),
-        )
-        # What the active weights of the new layout were before.
-        were = jnp.where(real_rows(new), pack(jnp.where(grown, _GROWN, before), new), _DROPPED)
-        still_kept = (~(were < 0)).sum(dtype=jnp.int32)  # a NaN is kept, too
-        report = LayerReport(
-            requested=requested,
-            accepted=(were == _GROWN).sum(dtype=jnp.int32),
-            turnover=(were <= _INACTIVE).sum(dtype=jnp.int32) / layout.num_active,
-            collateral=(num_kept - still_kept) / jnp.maximum(num_kept, 1),
-            empty_groups=_empty_groups(new),
-        )
-        return new, report
-
-    def update_panel_columns(
-        key: jax.Array, step: jax.Array, blocks: jax.Array, layout: BlockLayout, statistic: Probe
-    ) -> tuple[BlockLayout, LayerReport]:
-        num_blocks, _, cols = blocks.shape
-        fraction = drop_fraction(step, alpha=alpha, update_end_step=update_end_step)
-        count = jnp.round(fraction * (num_blocks * cols)).astype(jnp.int32)
-        real = real_rows(layout)
-        # Mean square over the real rows: the columns of a ragged group are not weaker for being shorter.
-        strength = jnp.square(jnp.where(real, blocks, 0)).sum(axis=1) / jnp.maximum(real.sum(axis=1), 1)
-        dropped = select_smallest(strength, count, where=jnp.ones(strength.shape, jnp.bool_))
-        at = block_group(layout)[:, None], layout.in_idx
-        shape = (layout.num_groups, layout.shape[1])
-        active = jnp.zeros(shape, jnp.bool_).at[at].set(True)
-        kept = jnp.zeros(shape, jnp.bool_).at[at].set(~dropped)
-        growth = _panel_scores(grow, key, statistic, layout)
-        growth = jnp.where(active, 0, growth / jnp.maximum(growth.max(), jnp.finfo(jnp.float32).tiny))
-        # A run of C columns with a kept one outweighs any run without, so no kept column is ever left out.
-        new = cut_columns(
-            jnp.where(kept, cols + 1.0, growth),
-            layout.out_idx,
-            shape=layout.shape,
-            **sizes(layout),
-        )
-        now = jnp.zeros(shape, jnp.bool_).at[block_group(new)[:, None], new.in_idx].set(True)
-        weights = (layout.out_idx < layout.shape[0]).sum(axis=1, dtype=jnp.int32)[:, None]  # real ones in a column
-
-        def count_weights(mask: jax.Array) -> jax.Array:
-            return (mask * weights).sum(dtype=jnp.int32)
-
-        grown = count_weights(now & ~active)
-        return new, LayerReport(
-            requested=count_weights(active & ~kept),
-            accepted=grown,
-            turnover=grown / layout.num_active,
-            collateral=count_weights(kept & ~now) / jnp.maximum(count_weights(kept), 1),
-            empty_groups=_empty_groups(new),
-        )
-
-    interval = {"block": 1, "panel_column": 0}[granularity] if regroup_interval is None else regroup_interval
+        weights: Float[Array, "out in"],
+        spec: LayerSpec,
+        *,
+        score: Float[Array, "out in"] | None = None,
+    ) -> LayerState:
+        check_storage(self.name, self.storage, spec)
+        weights, score = check_weights(weights, score, spec)
+        return init_blocks(key, weights, spec, score=score, min_group_blocks=self.min_group_blocks)
 
     def update(
-        key: jax.Array, step: jax.Array, blocks: jax.Array, layout: BlockLayout, statistic: Probe
-    ) -> tuple[BlockLayout, LayerReport]:
-        due = step % interval == 0 if interval > 1 else interval == 1
-        if granularity == "block":
-            return update_blocks(key, step, blocks, layout, statistic, due)
-        return _either(
-            due,
-            lambda: update_blocks(key, step, blocks, layout, statistic, True),
-            lambda: update_panel_columns(key, step, blocks, layout, statistic),
-        )
+        self, key: jax.Array, step: jax.Array | int, state: LayerState, statistic: Any
+    ) -> tuple[LayerState, LayerReport]:
+        state, statistic, step = jax.tree.map(jnp.asarray, (state, statistic, step))
+        fraction = schedule.drop_fraction(self, step)
+        interval = self._regroup_interval
+        regroup = step % interval == 0 if interval > 1 else interval == 1
 
-    return Method(
-        name="dsb",
-        sparse=True,
-        init=random_layout,
-        update=update,
-        statistic={"random": None, "norm_unaligned": "norm"}.get(grow, grow),
-    )
+        def by_blocks(regroup: bool | jax.Array) -> tuple[LayerState, LayerReport]:
+            return adapt_blocks(
+                key,
+                fraction,
+                state,
+                statistic,
+                grow=self.grow,
+                block_aware_drop=self.block_aware_drop,
+                growth_score=self.growth_score,
+                min_group_blocks=self.min_group_blocks,
+                keep_grouping=self.keep_grouping,
+                regroup=regroup,
+            )
 
+        def by_panel_columns() -> tuple[LayerState, LayerReport]:
+            return adapt_panel_columns(
+                key, fraction, state, statistic, grow=self.grow, min_group_blocks=self.min_group_blocks
+            )
 
-def _grown_positions(
-    grow: str, key: jax.Array, statistic: Probe, k: jax.Array, candidate: jax.Array, layout: BlockLayout
-) -> jax.Array:
-    """bool[out, in]: the k candidates to grow."""
-    if grow in ("norm", "norm_unaligned"):
-        dy_norm = statistic["dy_norm"]
-        if grow == "norm":  # every row gets the norm of its group, so that the strips are whole groups
-            by_group = jnp.broadcast_to(_group_norms(dy_norm, layout)[:, None], layout.out_idx.shape)
-            dy_norm = jnp.zeros_like(dy_norm).at[layout.out_idx].set(by_group, mode="drop")
-        return grow_norm(dy_norm, statistic["x_norm"], k, candidate=candidate, block_shape=layout.block_shape)
-    if grow == "block_gradient":
-        return grow_block_gradient(statistic["panel_norm"], k, candidate=candidate, out_idx=layout.out_idx)
-    if grow == "gradient":
-        return grow_gradient(statistic["gradient"], k, candidate=candidate)
-    return grow_random(key, k, candidate=candidate, out_idx=layout.out_idx)
+        if self.granularity == "block":
+            new, report = by_blocks(regroup)
+        else:
+            new, report = either(regroup, lambda: by_blocks(True), by_panel_columns)
+        return identity_outside(self, step, state, new, report)
 
-
-def _panel_scores(grow: str, key: jax.Array, statistic: Probe, layout: BlockLayout) -> jax.Array:
-    """[num_groups, in]: the (bound on the) gradient norm of each panel column by the same criteria."""
-    if grow in ("norm", "norm_unaligned"):
-        return _group_norms(statistic["dy_norm"], layout)[:, None] * statistic["x_norm"][None]
-    if grow == "block_gradient":
-        return statistic["panel_norm"]
-    if grow == "gradient":
-        return _group_norms(statistic["gradient"], layout)
-    return jax.random.uniform(key, (layout.num_groups, layout.shape[1]), minval=0.01)
-
-
-def _either(condition: bool | jax.Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
-    """`yes()` or `no()`, of which only one is compiled where the condition is known."""
-    if isinstance(condition, bool):
-        return yes() if condition else no()
-    return jax.lax.cond(condition, yes, no)
-
-
-def _group_sums(score: jax.Array, layout: BlockLayout) -> jax.Array:
-    """[out, in] -> [num_groups, in]: the sum over the rows of each group."""
-    return score.at[layout.out_idx].get(mode="fill", fill_value=0).sum(axis=1)
-
-
-def _group_norms(rows: jax.Array, layout: BlockLayout) -> jax.Array:
-    """[out, ...] -> [num_groups, ...]: the norm over the rows of each group."""
-    rows = rows.at[layout.out_idx].get(mode="fill", fill_value=0)
-    return jnp.sqrt(jnp.square(rows).sum(axis=1))
-
-
-def _empty_groups(layout: BlockLayout) -> jax.Array:
-    return (jnp.diff(layout.group_start) == 0).sum(dtype=jnp.int32)
+    def resize(self, key: jax.Array, state: LayerState, spec: LayerSpec) -> LayerState:
+        check_resize(self.name, self.storage, state.layout, spec)
+        return resize_blocks(key, jax.tree.map(jnp.asarray, state), spec, min_group_blocks=self.min_group_blocks)

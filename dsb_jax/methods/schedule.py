@@ -10,7 +10,6 @@ Annealing and the end are two settings. The authors of DSB anneal over 75,000 st
 half of the drop fraction is left (`AUTHORS`); annealing until the stop, the default here, explores half as much.
 """
 
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -72,15 +71,15 @@ def check_annealing(method: Annealed) -> None:
 
 
 def check_steps(name: str, value: Any, *, least: int) -> None:
-    """Raises ValueError unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} is no whole number of at least {least}; give an integer.")
+    """Raises ValueError unless `value` is a whole number of at least `least` that an int32, as steps are, can hold."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        raise ValueError(f"{name}={value!r} is no whole number of at least {least} below 2**31; give an integer.")
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, hint: str) -> None:
-    """Raises ValueError unless `value` is a finite number in [low, high]."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not low <= value <= high:
+    """Raises ValueError unless `value` is a number in [low, high]."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:  # which NaN is not
         raise ValueError(f"{name}={value!r} is not in [{low:g}, {high:g}]; {hint}.")
 
 
