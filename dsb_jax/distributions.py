@@ -9,8 +9,9 @@ where layers that would exceed 1 are dense, and eps makes the total number of we
 the weights of all layers given here. Layers that stay dense by the model's own rule are not given here.
 
 `to_blocks` rounds densities to whole blocks without losing the total, because methods are compared at equal
-numbers of active weights. Worked example: 16x16 blocks, two linear layers of 64x64 (4096 weights, 16 blocks) and
-128x64 (8192 weights, 32 blocks), both at density 0.1:
+numbers of active weights. A stack of layers (`nn.scan`) has one density, and counts as often as it has layers.
+Worked example: 16x16 blocks, two linear layers of 64x64 (4096 weights, 16 blocks) and 128x64 (8192 weights, 32
+blocks), both at density 0.1:
 
     wanted weights          409.6     819.2     1228.8 in all
     whole blocks, down      1         3         1024 in all: 204.8 are missing
@@ -18,88 +19,56 @@ numbers of active weights. Worked example: 16x16 blocks, two linear layers of 64
     num_blocks              2         3         1280 in all, 51.2 more than wanted
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
-from dsb_jax import layout
+from dsb_jax.layout import check_sizes, count_groups, max_blocks, num_active
+from dsb_jax.spec import LayerSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerShape:
-    """The size of one sparse layer.
-
-    Attributes:
-      out: output features.
-      in_: input features of the matrix; for a convolution, flattened, `prod(kernel_size) * c_in`.
-      kernel_size: spatial size of a convolution's kernel, such as `(3, 3)`; empty for a linear layer.
-    """
-
-    out: int
-    in_: int
-    kernel_size: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.out < 1 or self.in_ < 1 or any(k < 1 for k in self.kernel_size):
-            raise ValueError(f"{self} has a size below 1; give positive sizes.")
-        if self.in_ % math.prod(self.kernel_size):
-            raise ValueError(
-                f"in_={self.in_} is not a multiple of the kernel's {math.prod(self.kernel_size)} taps "
-                f"{self.kernel_size}; a convolution flattened has in_ = prod(kernel_size) * c_in."
-            )
-
-    @property
-    def size(self) -> int:
-        """Number of weights of the dense layer."""
-        return self.out * self.in_
-
-    @property
-    def c_in(self) -> int:
-        """Input channels of a convolution, input features of a linear layer."""
-        return self.in_ // math.prod(self.kernel_size)
-
-
-def uniform(shapes: Sequence[LayerShape], sparsity: float) -> tuple[float, ...]:
+def uniform(specs: Sequence[LayerSpec], sparsity: float) -> tuple[float, ...]:
     """The density `1 - sparsity` for every layer.
 
     Raises:
       ValueError: if `sparsity` is not in [0, 1].
     """
     _check_sparsity(sparsity)
-    return (1.0 - sparsity,) * len(shapes)
+    return (1.0 - sparsity,) * len(specs)
 
 
-def erk(shapes: Sequence[LayerShape], sparsity: float) -> tuple[float, ...]:
+def erk(specs: Sequence[LayerSpec], sparsity: float) -> tuple[float, ...]:
     """Erdos-Renyi-Kernel densities; see the module docstring for the rule and the source.
 
     Args:
-      shapes: the sparse layers of the model, in any order.
+      specs: the sparse layers of the model, in any order.
       sparsity: fraction of zeros over all of them together.
 
     Returns:
-      One density per layer, in [0, 1], with `sum(density * size) == (1 - sparsity) * sum(size)`.
+      One density per layer, in [0, 1], with `sum(density * size) == (1 - sparsity) * sum(size)`; a stack counts as
+      all of its layers.
 
     Raises:
       ValueError: if `sparsity` is not in [0, 1].
     """
     _check_sparsity(sparsity)
-    # density = eps * score / size, so that eps * score is the number of weights of a layer.
-    scores = [shape.c_in + shape.out + sum(shape.kernel_size) for shape in shapes]
-    wanted = (1.0 - sparsity) * sum(shape.size for shape in shapes)
+    # density = eps * score / size, so that eps * score is the number of weights of a layer, one of a stack.
+    scores = [spec.c_in + spec.out + sum(spec.kernel_size) for spec in specs]
+    wanted = (1.0 - sparsity) * sum(spec.num_layers * spec.size for spec in specs)
     dense: set[int] = set()
-    while len(dense) < len(shapes):
-        free = [i for i in range(len(shapes)) if i not in dense]
-        eps = (wanted - sum(shapes[i].size for i in dense)) / sum(scores[i] for i in free)
+    while len(dense) < len(specs):
+        free = [i for i in range(len(specs)) if i not in dense]
+        left = wanted - sum(specs[i].num_layers * specs[i].size for i in dense)
+        eps = left / sum(specs[i].num_layers * scores[i] for i in free)
         # Saturating a layer hands its surplus to the others, so eps only grows and no layer is ever released.
-        over = {i for i in free if eps * scores[i] > shapes[i].size}
+        over = {i for i in free if eps * scores[i] > specs[i].size}
         if not over:
-            return tuple(1.0 if i in dense else eps * scores[i] / shapes[i].size for i in range(len(shapes)))
+            return tuple(1.0 if i in dense else eps * scores[i] / specs[i].size for i in range(len(specs)))
         dense |= over
-    return (1.0,) * len(shapes)
+    return (1.0,) * len(specs)
 
 
 def to_blocks(
-    shapes: Sequence[LayerShape],
+    specs: Sequence[LayerSpec],
     densities: Sequence[float],
     block_shape: tuple[int, int],
     *,
@@ -107,13 +76,13 @@ def to_blocks(
 ) -> tuple[int, ...]:
     """The number of blocks of each layer: densities rounded to whole blocks, the total kept.
 
-    The total of `layout.num_active` is within half a block (`R * C / 2` weights) of the wanted total,
-    `sum(density * size)`. Each layer is within one block of what it wants, unless some layer wants less than its
-    least or more than its columns can hold (`in` not a multiple of C); what that layer has too much or too
+    The total of `layout.num_active` is within half a block (`R * C / 2` weights, in each layer of a stack) of the
+    wanted total, `sum(density * size)`. Each layer is within one block of what it wants, unless some layer wants less
+    than its least or more than its columns can hold (`in` not a multiple of C); what that layer has too much or too
     little is shared by the others in proportion to their weights.
 
     Args:
-      shapes: the sparse layers.
+      specs: the sparse layers; what blocks they hold already does not matter.
       densities: the density wanted of each, in [0, 1].
       block_shape: `(R, C)`.
       min_group_blocks: a layer's least are so many blocks for each of its row groups, or all that fit, so that no
@@ -121,7 +90,7 @@ def to_blocks(
         too small for that, the least are fewer for each group, and without any, as with 0, one block a layer.
 
     Returns:
-      `num_blocks` of each layer, from 1 to `layout.max_blocks`.
+      `num_blocks` of each layer (of a stack: of each of its layers), from 1 to `layout.max_blocks`.
 
     Raises:
       ValueError: if a block is larger than a layer, a density is not in [0, 1], `min_group_blocks` is negative, or
@@ -129,25 +98,26 @@ def to_blocks(
     """
     if min_group_blocks < 0:
         raise ValueError(f"min_group_blocks={min_group_blocks} is negative; give 0 or more.")
-    if len(shapes) != len(densities):
-        raise ValueError(f"{len(densities)} densities for {len(shapes)} layers; give one density per layer.")
-    for shape, density in zip(shapes, densities, strict=True):
-        layout.check_sizes((shape.out, shape.in_), block_shape, 1)
+    if len(specs) != len(densities):
+        raise ValueError(f"{len(densities)} densities for {len(specs)} layers; give one density per layer.")
+    for spec, density in zip(specs, densities, strict=True):
+        check_sizes(spec.shape, block_shape, 1)
         if not 0 <= density <= 1:
-            raise ValueError(f"density={density} of {shape} is not a fraction; give 0 to 1.")
-    wanted = [density * shape.size for shape, density in zip(shapes, densities, strict=True)]
-    least = _least_blocks(shapes, sum(wanted), block_shape, min_group_blocks)
-    targets = _fit_between_bounds(shapes, wanted, block_shape, least)
-    num_blocks = [_blocks_within(shape, target, block_shape) for shape, target in zip(shapes, targets, strict=True)]
-    held = [_num_active(shape, block_shape, count) for shape, count in zip(shapes, num_blocks, strict=True)]
-    growable = [i for i, s in enumerate(shapes) if num_blocks[i] < layout.max_blocks((s.out, s.in_), block_shape)]
-    gain = {i: _num_active(shapes[i], block_shape, num_blocks[i] + 1) - held[i] for i in growable}
+            raise ValueError(f"density={density} of a {spec.out}x{spec.in_} layer is not a fraction; give 0 to 1.")
+    wanted = [density * spec.size for spec, density in zip(specs, densities, strict=True)]
+    least = _least_blocks(specs, _total(specs, wanted), block_shape, min_group_blocks)
+    targets = _fit_between_bounds(specs, wanted, block_shape, least)
+    num_blocks = [_blocks_within(spec, target, block_shape) for spec, target in zip(specs, targets, strict=True)]
+    held = [num_active(spec.shape, block_shape, count) for spec, count in zip(specs, num_blocks, strict=True)]
+    growable = [i for i, spec in enumerate(specs) if num_blocks[i] < max_blocks(spec.shape, block_shape)]
+    gain = {i: num_active(specs[i].shape, block_shape, num_blocks[i] + 1) - held[i] for i in growable}
     # `missing` is the sum of all remainders, each below one block. Every block that brings the total closer is
     # taken, largest remainder first, so what is left at the end is at most half a block, too much or too little.
-    missing = sum(targets) - sum(held)
+    missing = _total(specs, targets) - _total(specs, held)
     for i in sorted(growable, key=lambda i: ((held[i] - targets[i]) / gain[i], i)):
-        if missing >= gain[i] / 2:
-            missing -= gain[i]
+        more = specs[i].num_layers * gain[i]
+        if missing >= more / 2:
+            missing -= more
             num_blocks[i] += 1
     return tuple(num_blocks)
 
@@ -157,34 +127,36 @@ def _check_sparsity(sparsity: float) -> None:
         raise ValueError(f"sparsity={sparsity} is not a fraction of zeros; give 0 to 1, such as 0.9.")
 
 
-def _num_active(shape: LayerShape, block_shape: tuple[int, int], num_blocks: int) -> int:
-    return layout.num_active((shape.out, shape.in_), block_shape, num_blocks)
+def _total(specs: Sequence[LayerSpec], weights: Sequence[float]) -> float:
+    """The sum of weights that are given for one layer of each stack."""
+    return sum(spec.num_layers * each for spec, each in zip(specs, weights, strict=True))
 
 
 def _least_blocks(
-    shapes: Sequence[LayerShape], total: float, block_shape: tuple[int, int], min_group_blocks: int
+    specs: Sequence[LayerSpec], total: float, block_shape: tuple[int, int], min_group_blocks: int
 ) -> list[int]:
     """`min_group_blocks` for each row group, or all that fit; if that is more than `total` weights, one less, ..."""
-    groups = [layout.count_groups(shape.out, block_shape[0]) for shape in shapes]
-    fit = [shape.in_ // block_shape[1] for shape in shapes]
+    groups = [count_groups(spec.out, block_shape[0]) for spec in specs]
+    fit = [spec.in_ // block_shape[1] for spec in specs]
     for each in range(min(min_group_blocks, max(fit, default=0)), 0, -1):
         least = [min(each, most) * count for most, count in zip(fit, groups, strict=True)]
-        if sum(_num_active(s, block_shape, count) for s, count in zip(shapes, least, strict=True)) <= total:
+        held = [num_active(spec.shape, block_shape, count) for spec, count in zip(specs, least, strict=True)]
+        if _total(specs, held) <= total:
             return least
-    return [1] * len(shapes)
+    return [1] * len(specs)
 
 
-def _blocks_within(shape: LayerShape, weights: float, block_shape: tuple[int, int]) -> int:
+def _blocks_within(spec: LayerSpec, weights: float, block_shape: tuple[int, int]) -> int:
     """The most blocks (at least one) that hold no more than `weights` real weights, by bisection.
 
     With a ragged `out`, blocks of the last group hold fewer weights than others, so there is no division to do;
     but every block holds some, so the count of weights is increasing.
     """
-    low, high = 1, layout.max_blocks((shape.out, shape.in_), block_shape)
+    low, high = 1, max_blocks(spec.shape, block_shape)
     while low < high:
         middle = (low + high + 1) // 2
         # The slack of a millionth weight forgives the rounding of `density * size`.
-        if _num_active(shape, block_shape, middle) <= weights + 1e-6:
+        if num_active(spec.shape, block_shape, middle) <= weights + 1e-6:
             low = middle
         else:
             high = middle - 1
@@ -192,28 +164,30 @@ def _blocks_within(shape: LayerShape, weights: float, block_shape: tuple[int, in
 
 
 def _fit_between_bounds(
-    shapes: Sequence[LayerShape], wanted: Sequence[float], block_shape: tuple[int, int], least_blocks: Sequence[int]
+    specs: Sequence[LayerSpec], wanted: Sequence[float], block_shape: tuple[int, int], least_blocks: Sequence[int]
 ) -> list[float]:
     """Scales `wanted` by one factor, clipped to what each layer has to and can hold, so that its sum stays the same."""
-    if not shapes:
+    if not specs:
         return []
-    least = [float(_num_active(s, block_shape, count)) for s, count in zip(shapes, least_blocks, strict=True)]
-    most = [float(_num_active(s, block_shape, layout.max_blocks((s.out, s.in_), block_shape))) for s in shapes]
-    total, dense = sum(wanted), sum(shape.size for shape in shapes)
+    least = [float(num_active(s.shape, block_shape, count)) for s, count in zip(specs, least_blocks, strict=True)]
+    most = [float(num_active(s.shape, block_shape, max_blocks(s.shape, block_shape))) for s in specs]
+    total, dense = _total(specs, wanted), _total(specs, [spec.size for spec in specs])
+    total_least, total_most = _total(specs, least), _total(specs, most)
     rows, cols = block_shape
-    half_block = rows * cols / 2
+    layers = [spec.num_layers for spec in specs]
+    half_block = rows * cols / 2 * max(layers)
     # Limits quoted in the errors are rounded to the safe side: they have to work when they are tried.
-    if sum(least) > total + half_block:
+    if total_least > total + half_block:
         raise ValueError(
             f"sparsity={1 - total / dense:.6g} leaves {total:.0f} weights, but one {rows}x{cols} block in each of "
-            f"{len(shapes)} layers takes {sum(least):.0f}; use a sparsity of at most "
-            f"{math.floor((1 - sum(least) / dense) * 1e4) / 1e4}, or smaller blocks."
+            f"{sum(layers)} layers takes {total_least:.0f}; use a sparsity of at most "
+            f"{math.floor((1 - total_least / dense) * 1e4) / 1e4}, or smaller blocks."
         )
-    if sum(most) < total - half_block:
+    if total_most < total - half_block:
         raise ValueError(
             f"sparsity={1 - total / dense:.6g} asks for {total:.0f} weights, but whole {rows}x{cols} blocks hold at "
-            f"most {sum(most):.0f}, because C={cols} does not divide `in` everywhere; use a sparsity of at least "
-            f"{math.ceil((1 - sum(most) / dense) * 1e4) / 1e4}, or a C that divides `in`."
+            f"most {total_most:.0f}, because C={cols} does not divide `in` everywhere; use a sparsity of at least "
+            f"{math.ceil((1 - total_most / dense) * 1e4) / 1e4}, or a C that divides `in`."
         )
     # A layer that wants nothing still counts as its least, so that any total between the bounds is reached.
     shares = [max(want, low) for want, low in zip(wanted, least, strict=True)]
@@ -221,11 +195,11 @@ def _fit_between_bounds(
     def scaled(factor: float) -> list[float]:
         return [min(max(factor * share, lo), hi) for share, lo, hi in zip(shares, least, most, strict=True)]
 
-    if sum(scaled(1.0)) == total:
+    if _total(specs, scaled(1.0)) == total:
         return scaled(1.0)
     # The sum grows with the factor, from all layers at their least to all at their most: bisect.
     low, high = 0.0, max(hi / share for hi, share in zip(most, shares, strict=True))
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(scaled(middle)) <= total else (low, middle)
+        low, high = (middle, high) if _total(specs, scaled(middle)) <= total else (low, middle)
     return scaled(low)

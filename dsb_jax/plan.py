@@ -8,105 +8,123 @@ layer that the distribution gives density 1 is computed and stored densely.
 
 import dataclasses
 import fnmatch
+import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-import jax
-
-from dsb_jax.distributions import LayerShape, erk, to_blocks, uniform
-from dsb_jax.layout import max_blocks, num_active
+from dsb_jax.distributions import erk, to_blocks, uniform
+from dsb_jax.layout import max_blocks
+from dsb_jax.paths import Path, by_path, path_name
+from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
 
 DISTRIBUTIONS = {"uniform": uniform, "erk": erk}
 KEEP_DENSE = ("stem", "head")
 MIN_BLOCKS = 8
 MIN_GROUP_BLOCKS = 1
 
-Path = tuple[str, ...]
+DENSITY_1 = "density 1"  # the reason of an eligible layer that stays dense
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerPlan:
-    """One linear layer or convolution: its sizes, its number of blocks (None: dense) and the reason."""
+class PlannedLayer(NamedTuple):
+    """One layer of a plan.
+
+    Attributes:
+      path: of the layer, without the name of its parameter.
+      dense: the sizes of the dense layer.
+      planned: the layer in blocks, or the reason why it stays dense.
+      note: where its density comes from, or again the reason.
+    """
 
     path: Path
-    shape: LayerShape
-    num_blocks: int | None
-    reason: str
-    eligible: bool
+    dense: LayerSpec
+    planned: LayerSpec | str
+    note: str
 
 
 @dataclasses.dataclass(frozen=True)
-class SparsityPlan:
-    """The plan of a whole model; hashable, so that it can be an attribute of Flax modules."""
+class SparsityPlan(Mapping[Path, LayerSpec | str]):
+    """The plan of a whole model: path -> `LayerSpec` in blocks, or the reason (a text) why the layer stays dense.
 
-    layers: tuple[LayerPlan, ...]
-    block_shape: tuple[int, int]
+    Hashable, so that it can be an attribute of Flax modules.
+    """
 
-    def __getitem__(self, path: Path) -> LayerPlan:
-        for layer in self.layers:
-            if layer.path == path:
-                return layer
-        known = ", ".join("/".join(layer.path) for layer in self.layers[:4])
+    layers: tuple[PlannedLayer, ...]
+
+    @functools.cached_property
+    def _by_path(self) -> dict[Path, PlannedLayer]:
+        return {layer.path: layer for layer in self.layers}
+
+    def _layer(self, path: Path) -> PlannedLayer:
+        if path in self._by_path:
+            return self._by_path[path]
+        known = ", ".join(path_name(layer.path) for layer in self.layers[:4])
         raise KeyError(
-            f"no layer {'/'.join(path)!r} in the plan, which has {known}, ...; make the plan from this model."
+            f"no layer {path_name(path)!r} in the plan, which has {known}, ...; make the plan from this model."
         )
 
-    @property
-    def sparse_layers(self) -> tuple[LayerPlan, ...]:
-        return tuple(layer for layer in self.layers if layer.num_blocks is not None)
+    def __getitem__(self, path: Path) -> LayerSpec | str:
+        return self._layer(path).planned
 
-    def num_active(self, layer: LayerPlan) -> int:
-        """Weights that the layer stores."""
-        if layer.num_blocks is None:
-            return layer.shape.size
-        return num_active((layer.shape.out, layer.shape.in_), self.block_shape, layer.num_blocks)
+    def __contains__(self, path: object) -> bool:
+        return path in self._by_path
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self._by_path)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def sparse(self) -> dict[Path, LayerSpec]:
+        """The layers in blocks, in the order of the model."""
+        return {layer.path: layer.planned for layer in self.layers if isinstance(layer.planned, LayerSpec)}
+
+    @property
+    def sizes(self) -> dict[Path, LayerSpec]:
+        """Every layer as it would be dense."""
+        return {layer.path: layer.dense for layer in self.layers}
+
+    def note(self, path: Path) -> str:
+        """Where the density of a layer comes from: the distribution, a raise for its row groups, or why it is dense."""
+        return self._layer(path).note
 
     def sparsity(self, *, eligible_only: bool = True) -> float:
         """Fraction of zeros over the eligible layers, or over all linear layers and convolutions."""
-        layers = [layer for layer in self.layers if layer.eligible or not eligible_only]
-        size = sum(layer.shape.size for layer in layers)
-        return 1 - sum(self.num_active(layer) for layer in layers) / size if size else 0.0
+        size = active = 0
+        for _, dense, planned, _ in self.layers:
+            if isinstance(planned, LayerSpec) or planned == DENSITY_1 or not eligible_only:
+                size += dense.num_layers * dense.size
+                active += dense.num_layers * (planned if isinstance(planned, LayerSpec) else dense).num_active
+        return 1 - active / size if size else 0.0
 
 
-def unstructured(plan: SparsityPlan) -> SparsityPlan:
-    """The plan with as many single weights in each layer, stored as 1x1 blocks, as its blocks hold."""
-    layers = tuple(
-        layer if layer.num_blocks is None else dataclasses.replace(layer, num_blocks=plan.num_active(layer))
-        for layer in plan.layers
-    )
-    return SparsityPlan(layers, (1, 1))
-
-
-def find_layers(params: Mapping[str, Any]) -> dict[Path, LayerShape]:
+def find_layers(params: Mapping[str, Any]) -> dict[Path, LayerSpec]:
     """The linear layers and 2-D convolutions of a dense model: every `kernel` of rank 2 or 4 among its params."""
     layers = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = tuple(key.key for key in keys)
+    for path, leaf in by_path(params).items():
         if path[-1] == "kernel" and len(leaf.shape) in (2, 4):
-            *kernel_size, channels, out = leaf.shape
-            in_ = channels
-            for size in kernel_size:
-                in_ *= size
-            layers[path[:-1]] = LayerShape(out=out, in_=in_, kernel_size=tuple(kernel_size))
+            *kernel_size, c_in, out = leaf.shape
+            layers[path[:-1]] = conv_spec(tuple(kernel_size), c_in, out) if kernel_size else linear_spec(c_in, out)
     return layers
 
 
-def _dense_reason(path: Path, shape: LayerShape, block_shape: tuple[int, int], keep_dense: tuple[str, ...],
-                  min_blocks: int) -> str | None:  # fmt: skip
+def _dense_reason(
+    path: Path, spec: LayerSpec, block_shape: tuple[int, int], keep_dense: tuple[str, ...], min_blocks: int
+) -> str | None:
     for pattern in keep_dense:
-        if fnmatch.fnmatchcase("/".join(path), pattern) or any(fnmatch.fnmatchcase(part, pattern) for part in path):
+        if any(fnmatch.fnmatchcase(text, pattern) for text in (path_name(path), *path)):
             return f"kept dense by {pattern!r}"
     rows, cols = block_shape
-    if rows > shape.out or cols > shape.in_:
+    if rows > spec.out or cols > spec.in_:
         return f"smaller than a {rows}x{cols} block"
-    if (most := max_blocks((shape.out, shape.in_), block_shape)) < min_blocks:
+    if (most := max_blocks(spec.shape, block_shape)) < min_blocks:
         return f"holds {most} blocks at the most"
     return None
 
 
 def make_plan(
-    layers: Mapping[Path, LayerShape],
+    layers: Mapping[Path, LayerSpec],
     *,
     sparsity: float,
     distribution: str = "uniform",
@@ -122,7 +140,7 @@ def make_plan(
     outputs that have no weights. Only if `sparsity` leaves too few weights for that, some do.
 
     Args:
-      layers: path -> sizes, as `find_layers` gives them.
+      layers: path -> sizes of the dense layers, as `find_layers` gives them.
       sparsity: fraction of zeros, in [0, 1).
       distribution: "uniform" or "erk".
       block_shape: `(R, C)`.
@@ -131,32 +149,36 @@ def make_plan(
       min_group_blocks: blocks for each row group; 0 takes the densities as they are.
 
     Raises:
+      TypeError: if `keep_dense` is one text, whose characters would be patterns.
       ValueError: if the distribution is unknown, the sparsity impossible, or no layer can be sparse.
     """
+    if isinstance(keep_dense, str):
+        raise TypeError(f"keep_dense={keep_dense!r} is one text; give patterns, as in keep_dense=({keep_dense!r},).")
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution={distribution!r} is unknown; choose one of {', '.join(DISTRIBUTIONS)}.")
-    reasons = {path: _dense_reason(path, shape, block_shape, keep_dense, min_blocks) for path, shape in layers.items()}
+    reasons = {path: _dense_reason(path, spec, block_shape, keep_dense, min_blocks) for path, spec in layers.items()}
     eligible = [path for path, reason in reasons.items() if reason is None]
     if not eligible:
         raise ValueError(
             f"no layer can hold {block_shape[0]}x{block_shape[1]} blocks: "
-            + "; ".join(f"{'/'.join(path)} {reason}" for path, reason in list(reasons.items())[:3])
+            + "; ".join(f"{path_name(path)} {reason}" for path, reason in list(reasons.items())[:3])
             + ". Use a smaller block_shape, a wider model, or method=dense."
         )
     densities = dict(
         zip(eligible, DISTRIBUTIONS[distribution]([layers[path] for path in eligible], sparsity), strict=True)
     )
     sparse = [path for path in eligible if densities[path] < 1]
-    shapes, wanted = [layers[path] for path in sparse], [densities[path] for path in sparse]
-    counts = dict(zip(sparse, to_blocks(shapes, wanted, block_shape, min_group_blocks=min_group_blocks), strict=True))
-    plans = []
-    for path, shape in layers.items():
-        reason, count = reasons[path], counts.get(path)
-        if reason is None:
-            reason = distribution if count is not None else "density 1"
-            # Wanting less is the cause; more than a block above it tells the raise from rounding.
-            wants_less = densities[path] * shape.in_ < min_group_blocks * block_shape[1]
-            if count is not None and wants_less and count > densities[path] * shape.size / math.prod(block_shape) + 1:
-                reason = f"raised from {distribution} for the sake of every row group"
-        plans.append(LayerPlan(path, shape, count, reason, eligible=reasons[path] is None))
-    return SparsityPlan(tuple(plans), block_shape)
+    specs, wanted = [layers[path] for path in sparse], [densities[path] for path in sparse]
+    counts = dict(zip(sparse, to_blocks(specs, wanted, block_shape, min_group_blocks=min_group_blocks), strict=True))
+    planned = []
+    for path, spec in layers.items():
+        if path not in counts:
+            reason = reasons[path] or DENSITY_1
+            planned.append(PlannedLayer(path, spec, reason, reason))
+            continue
+        # Wanting less is the cause; more than a block above it tells the raise from rounding.
+        wants_less = densities[path] * spec.in_ < min_group_blocks * block_shape[1]
+        raised = wants_less and counts[path] > densities[path] * spec.size / math.prod(block_shape) + 1
+        note = f"raised from {distribution} for the sake of every row group" if raised else distribution
+        planned.append(PlannedLayer(path, spec, spec.with_blocks(block_shape, counts[path]), note))
+    return SparsityPlan(tuple(planned))

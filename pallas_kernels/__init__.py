@@ -1,7 +1,7 @@
 """Array-level kernels of the shuffled-block matmul and convolution: arrays in, arrays out, jax only.
 
 `interface` says what an implementation is; `reference` is the specification every implementation is tested
-against. Implementations that run on an accelerator are further modules beside `reference`.
+against. Implementations for an accelerator are further modules beside `reference`.
 """
 
 from pallas_kernels.interface import ConvGeometry as ConvGeometry

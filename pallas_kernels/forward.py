@@ -3,10 +3,10 @@
 One program owns one row group and a tile of positions of one output row, and walks over the panel:
 
     for k in columns of the panel, `tiles.columns` at a time:
-        acc[R, positions] += entries[k, :]^T @ x[run of column in_idx[k], positions]
+        acc[R, positions] += entries[k, :]^T @ x[row of column in_idx[k], positions]
 
 All blocks of a group share its rows, so the loop does not care where a block ends and any C will do. Programs that
-run side by side own different groups of the same positions: a run gathered by one is in the L2 cache for the others.
+work side by side own different groups of the same positions: a row gathered by one is in the L2 cache for the others.
 A bias is added to `acc` before that is rounded and stored: one load a row, where a sum of its own would read and write
 all of Y again.
 """
@@ -19,23 +19,23 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.runs import Runs, quotient, remainder
+from pallas_kernels.rows import ImageRows, quotient, remainder
 from pallas_kernels.tiles import Tiles, padded_rows
 
 
-def load_inputs(x_ref, in_idx_ref, k, end, row, positions, runs: Runs):
-    """The runs of panel columns `k` (those from `end` on are zero) at positions of output row `row`: [k, positions]."""
+def load_inputs(x_ref, in_idx_ref, k, end, row, positions, image: ImageRows):
+    """Inputs of panel columns `k` (zero from `end` on) at positions of output row `row`: [k, positions]."""
     inside = k < end
     column = plgpu.load(in_idx_ref.at[k], mask=inside, other=0)
-    source, down, shift = runs.decode(column)
-    height = row * runs.geometry.strides[0] + down
-    if any(runs.geometry.padding[0]):
-        inside &= (height >= 0) & (height < runs.height)
+    source, down, shift = image.decode(column)
+    height = row * image.geometry.strides[0] + down
+    if any(image.geometry.padding[0]):
+        inside &= (height >= 0) & (height < image.height)
     at = positions[None, :] + shift[:, None]
-    mask = inside[:, None] & (positions < runs.out_run)[None, :]
-    if not runs.split and any(runs.geometry.padding[1]):
-        mask &= (at >= 0) & (at < runs.length)
-    return plgpu.load(x_ref.at[runs.row(source, height)[:, None], at], mask=mask, other=0)
+    mask = inside[:, None] & (positions < image.out_length)[None, :]
+    if not image.split and any(image.geometry.padding[1]):
+        mask &= (at >= 0) & (at < image.length)
+    return plgpu.load(x_ref.at[image.row(source, height)[:, None], at], mask=mask, other=0)
 
 
 def load_rows(ref, k, end, rows: int):
@@ -51,14 +51,14 @@ def locate(tile, length: int, positions: int):
     return quotient(tile, per_row), remainder(tile, per_row) * positions + jnp.arange(positions, dtype=jnp.int32)
 
 
-def own_part(start_ref, num_groups: int, cols: int, runs: Runs, tiles: Tiles):
+def own_part(start_ref, num_groups: int, cols: int, image: ImageRows, tiles: Tiles):
     """What this program owns: group, output row, positions, and the panel columns `begin` to `end` of the group.
 
     Programs of consecutive numbers own different groups of the same positions.
     """
     program = pl.program_id(0)
     group = remainder(program, num_groups)
-    row, positions = locate(quotient(program, num_groups), runs.out_run, tiles.positions)
+    row, positions = locate(quotient(program, num_groups), image.out_length, tiles.positions)
     return group, row, positions, start_ref[group] * cols, start_ref[group + 1] * cols
 
 
@@ -68,20 +68,33 @@ def load_targets(out_idx_ref, group, rows: int, out: int):
     return plgpu.load(out_idx_ref.at[group * rows + r], mask=r < rows, other=out)
 
 
-def at_outputs(ref, targets, row, positions, runs: Runs, out: int):
+def at_outputs(ref, targets, row, positions, image: ImageRows, out: int):
     """Where a group's outputs are at positions of output row `row`, and which exist: [padded R, positions]."""
-    mask = (targets < out)[:, None] & (positions < runs.out_run)[None, :]
-    return ref.at[(targets * runs.out_size[0] + row)[:, None], positions[None, :]], mask
+    mask = (targets < out)[:, None] & (positions < image.out_length)[None, :]
+    return ref.at[(targets * image.out_size[0] + row)[:, None], positions[None, :]], mask
 
 
-def _kernel(start_ref, out_idx_ref, in_idx_ref, entries_ref, x_ref, *last_refs, runs, tiles, num_groups, rows, cols,
-            out, precision):  # fmt: skip
+def _kernel(
+    start_ref,
+    out_idx_ref,
+    in_idx_ref,
+    entries_ref,
+    x_ref,
+    *last_refs,
+    image,
+    tiles,
+    num_groups,
+    rows,
+    cols,
+    out,
+    precision,
+):
     *bias_ref, y_ref = last_refs  # without a bias there is no operand for it
-    group, row, positions, begin, end = own_part(start_ref, num_groups, cols, runs, tiles)
+    group, row, positions, begin, end = own_part(start_ref, num_groups, cols, image, tiles)
 
     def step(i, acc):
         k = begin + i * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
-        inputs = load_inputs(x_ref, in_idx_ref, k, end, row, positions, runs)
+        inputs = load_inputs(x_ref, in_idx_ref, k, end, row, positions, image)
         weights = load_rows(entries_ref, k, end, rows)
         return acc + jnp.dot(weights.T, inputs, precision=precision, preferred_element_type=jnp.float32)
 
@@ -91,24 +104,24 @@ def _kernel(start_ref, out_idx_ref, in_idx_ref, entries_ref, x_ref, *last_refs, 
     if bias_ref:
         bias = plgpu.load(bias_ref[0].at[targets], mask=targets < out, other=0)
         acc += bias.astype(jnp.float32)[:, None]
-    where, mask = at_outputs(y_ref, targets, row, positions, runs, out)
+    where, mask = at_outputs(y_ref, targets, row, positions, image, out)
     plgpu.store(where, acc.astype(y_ref.dtype), mask=mask)
 
 
 def forward_kernel(
-    x_rows, entries, index, *, bias, runs: Runs, tiles: Tiles, cols: int, out: int, precision, interpret
+    x_rows, entries, index, *, bias, image: ImageRows, tiles: Tiles, cols: int, out: int, precision, interpret
 ):
     """x_rows[C * H * phases, length], entries[num_blocks * C, R], bias[out] or None -> y[out * OH, OW * N]."""
     out_idx, in_idx, group_start = index
     num_groups, rows = out_idx.shape
-    count = num_groups * runs.out_size[0] * pl.cdiv(runs.out_run, tiles.positions)
+    count = num_groups * image.out_size[0] * pl.cdiv(image.out_length, tiles.positions)
     kernel = functools.partial(
-        _kernel, runs=runs, tiles=tiles, num_groups=num_groups, rows=rows, cols=cols, out=out, precision=precision
-    )  # fmt: skip
+        _kernel, image=image, tiles=tiles, num_groups=num_groups, rows=rows, cols=cols, out=out, precision=precision
+    )
     return pl.pallas_call(
         kernel,
         grid=(count,),
-        out_shape=jax.ShapeDtypeStruct((out * runs.out_size[0], runs.out_run), x_rows.dtype),
+        out_shape=jax.ShapeDtypeStruct((out * image.out_size[0], image.out_length), x_rows.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="shuffled_block_forward",

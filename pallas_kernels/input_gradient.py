@@ -4,7 +4,7 @@
     collect   dX[c, :] = sum of P[k, :] over the panel columns k that read channel c, each shifted by its tap
 
 Every element of P is written once and read once, in a fixed order, so equal inputs give equal bits on any GPU. The
-scratch P is larger than dY by C * num_blocks / out; `over_runs` cuts the batch where that is too much. Atomic additions
+scratch P is larger than dY by C * num_blocks / out; `over_rows` cuts the batch where that is too much. Atomic additions
 need no scratch, but are not deterministic and in float32 only.
 """
 
@@ -17,73 +17,74 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.forward import at_outputs, load_rows, load_targets, locate, own_part
-from pallas_kernels.runs import Runs, quotient, remainder
+from pallas_kernels.rows import ImageRows, quotient, remainder
 from pallas_kernels.tiles import Tiles
 
 COLLECTED = 16  # panel columns that the second pass adds in one step
 
 
-def _scatter_kernel(start_ref, out_idx_ref, entries_ref, dy_ref, p_ref, *, runs, tiles, num_groups, rows, cols, out,
-                    precision):  # fmt: skip
-    group, row, positions, begin, end = own_part(start_ref, num_groups, cols, runs, tiles)
-    where, mask = at_outputs(dy_ref, load_targets(out_idx_ref, group, rows, out), row, positions, runs, out)
+def _scatter_kernel(
+    start_ref, out_idx_ref, entries_ref, dy_ref, p_ref, *, image, tiles, num_groups, rows, cols, out, precision
+):
+    group, row, positions, begin, end = own_part(start_ref, num_groups, cols, image, tiles)
+    where, mask = at_outputs(dy_ref, load_targets(out_idx_ref, group, rows, out), row, positions, image, out)
     d_rows = plgpu.load(where, mask=mask, other=0)
 
     def step(i, carry):
         k = begin + i * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
         weights = load_rows(entries_ref, k, end, rows)
         partial = jnp.dot(weights, d_rows, precision=precision, preferred_element_type=jnp.float32)
-        target = p_ref.at[(k * runs.out_size[0] + row)[:, None], positions[None, :]]
-        inside = (k < end)[:, None] & (positions < runs.out_run)[None, :]
+        target = p_ref.at[(k * image.out_size[0] + row)[:, None], positions[None, :]]
+        inside = (k < end)[:, None] & (positions < image.out_length)[None, :]
         plgpu.store(target, partial.astype(p_ref.dtype), mask=inside)
         return carry
 
     lax.fori_loop(0, quotient(end - begin + tiles.columns - 1, tiles.columns), step, 0)
 
 
-def _collect_kernel(first_ref, order_ref, in_idx_ref, p_ref, dx_ref, *, runs, tiles):
-    per_row = pl.cdiv(runs.length, tiles.positions)
+def _collect_kernel(first_ref, order_ref, in_idx_ref, p_ref, dx_ref, *, image, tiles):
+    per_row = pl.cdiv(image.length, tiles.positions)
     program = pl.program_id(0)
-    target, tile = quotient(program, runs.height * per_row), remainder(program, runs.height * per_row)
-    row, positions = locate(tile, runs.length, tiles.positions)
+    target, tile = quotient(program, image.height * per_row), remainder(program, image.height * per_row)
+    row, positions = locate(tile, image.length, tiles.positions)
     begin, end = first_ref[target], first_ref[target + 1]
-    stride = runs.geometry.strides[0]
+    stride = image.geometry.strides[0]
 
     def step(i, acc):
         at = begin + i * COLLECTED + jnp.arange(COLLECTED, dtype=jnp.int32)
         inside = at < end
         k = plgpu.load(order_ref.at[at], mask=inside, other=0)
         column = plgpu.load(in_idx_ref.at[k], mask=inside, other=0)
-        _, down, shift = runs.decode(column)
+        _, down, shift = image.decode(column)
         above = row - down  # the output row times the stride
         out_row = quotient(above, stride)
-        inside &= (above >= 0) & (above - out_row * stride == 0) & (out_row < runs.out_size[0])
+        inside &= (above >= 0) & (above - out_row * stride == 0) & (out_row < image.out_size[0])
         source = positions[None, :] - shift[:, None]
-        mask = inside[:, None] & (source >= 0) & (source < runs.out_run)
-        part = plgpu.load(p_ref.at[(k * runs.out_size[0] + out_row)[:, None], source], mask=mask, other=0)
+        mask = inside[:, None] & (source >= 0) & (source < image.out_length)
+        part = plgpu.load(p_ref.at[(k * image.out_size[0] + out_row)[:, None], source], mask=mask, other=0)
         return acc + part.astype(jnp.float32).sum(axis=0)
 
     acc = jnp.zeros((tiles.positions,), jnp.float32)
     acc = lax.fori_loop(0, quotient(end - begin + COLLECTED - 1, COLLECTED), step, acc)
-    rows = jnp.zeros((tiles.positions,), jnp.int32) + runs.row(target, row)
-    plgpu.store(dx_ref.at[rows, positions], acc.astype(dx_ref.dtype), mask=positions < runs.length)
+    rows = jnp.zeros((tiles.positions,), jnp.int32) + image.row(target, row)
+    plgpu.store(dx_ref.at[rows, positions], acc.astype(dx_ref.dtype), mask=positions < image.length)
 
 
-def columns_by_source(in_idx: jax.Array, runs: Runs) -> tuple[jax.Array, jax.Array]:
+def columns_by_source(in_idx: jax.Array, image: ImageRows) -> tuple[jax.Array, jax.Array]:
     """The inverse index: panel columns in the order of the (channel, phase) that they read.
 
     Returns:
       first: int32[channels * phases + 1], where the panel columns of each begin in `order`.
       order: int32[num_blocks * C].
     """
-    source, _, _ = runs.decode(in_idx.reshape(-1))
+    source, _, _ = image.decode(in_idx.reshape(-1))
     order = jnp.argsort(source, stable=True).astype(jnp.int32)
-    ids = jnp.arange(runs.geometry.in_channels * runs.phases + 1, dtype=source.dtype)
+    ids = jnp.arange(image.geometry.in_channels * image.phases + 1, dtype=source.dtype)
     return jnp.searchsorted(source[order], ids).astype(jnp.int32), order
 
 
 def input_gradient_kernels(
-    dy_rows, entries, index, *, runs: Runs, tiles: Tiles, cols: int, out: int, precision, interpret
+    dy_rows, entries, index, *, image: ImageRows, tiles: Tiles, cols: int, out: int, precision, interpret
 ):
     """dy_rows[out * OH, OW * N], entries[num_blocks * C, R] -> dx_rows[channels * H * phases, length]."""
     out_idx, in_idx, group_start = index
@@ -92,20 +93,26 @@ def input_gradient_kernels(
         "compiler_params": plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         "interpret": interpret,
     }
-    count = num_groups * runs.out_size[0] * pl.cdiv(runs.out_run, tiles.positions)
+    count = num_groups * image.out_size[0] * pl.cdiv(image.out_length, tiles.positions)
     scatter = functools.partial(
-        _scatter_kernel, runs=runs, tiles=tiles, num_groups=num_groups, rows=rows, cols=cols, out=out,
+        _scatter_kernel,
+        image=image,
+        tiles=tiles,
+        num_groups=num_groups,
+        rows=rows,
+        cols=cols,
+        out=out,
         precision=precision,
-    )  # fmt: skip
-    scratch = jax.ShapeDtypeStruct((entries.shape[0] * runs.out_size[0], runs.out_run), dy_rows.dtype)
+    )
+    scratch = jax.ShapeDtypeStruct((entries.shape[0] * image.out_size[0], image.out_length), dy_rows.dtype)
     p = pl.pallas_call(scatter, grid=(count,), out_shape=scratch, name="shuffled_block_scatter", **options)(
         group_start, out_idx.reshape(-1), entries, dy_rows
     )
-    first, order = columns_by_source(in_idx, runs)
-    sources = runs.geometry.in_channels * runs.phases
-    count = sources * runs.height * pl.cdiv(runs.length, tiles.positions)
-    collect = functools.partial(_collect_kernel, runs=runs, tiles=tiles)
-    dx = jax.ShapeDtypeStruct((runs.num_rows, runs.length), dy_rows.dtype)
+    first, order = columns_by_source(in_idx, image)
+    sources = image.geometry.in_channels * image.phases
+    count = sources * image.height * pl.cdiv(image.length, tiles.positions)
+    collect = functools.partial(_collect_kernel, image=image, tiles=tiles)
+    dx = jax.ShapeDtypeStruct((image.num_rows, image.length), dy_rows.dtype)
     return pl.pallas_call(collect, grid=(count,), out_shape=dx, name="shuffled_block_collect", **options)(
         first, order, in_idx.reshape(-1), p
     )

@@ -1,7 +1,7 @@
 """What an implementation of the shuffled-block product is: three array-level operations, one geometry.
 
-Activations are feature-major, `x[C, H, W, N]` with the batch innermost, so that a gathered input row is one
-contiguous run and a convolution tap a mere change of base address. A linear layer is the same thing with a
+Activations are feature-major, `x[C, H, W, N]` with the batch innermost, so that a gathered input row is
+contiguous and a convolution tap a mere change of base address. A linear layer is the same thing with a
 1x1 kernel and `H = W = 1`.
 
 Column j of the flattened matrix `W[out, in]` means tap and channel in HWIO order,
@@ -14,9 +14,13 @@ Column j of the flattened matrix `W[out, in]` means tap and channel in HWIO orde
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+
+Index = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +63,32 @@ def matmul_geometry(in_features: int) -> ConvGeometry:
     return ConvGeometry(in_channels=in_features)
 
 
+def patches(x: jax.Array, geometry: ConvGeometry) -> jax.Array:
+    """x[C, H, W, N] -> [in, OH, OW, N]: row (kh, kw, c) is channel c shifted by the tap and strided."""
+    (top, bottom), (left, right) = geometry.padding
+    out_h, out_w = geometry.output_size(x.shape[1], x.shape[2])
+    stride_h, stride_w = geometry.strides
+    padded = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (top, bottom, 0), (left, right, 0), (0, 0, 0)))
+    taps = [
+        padded[:, kh : kh + (out_h - 1) * stride_h + 1 : stride_h, kw : kw + (out_w - 1) * stride_w + 1 : stride_w]
+        for kh in range(geometry.kernel_size[0])
+        for kw in range(geometry.kernel_size[1])
+    ]
+    return jnp.concatenate(taps)
+
+
+def accumulator_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype of sums over values of `dtype`: float32, or float64 for float64."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
 class Kernels(NamedTuple):
     """One implementation. `index` is `(out_idx[num_groups, R], in_idx[num_blocks, C], group_start[num_groups + 1])`.
 
     The blocks of group g are `group_start[g]:group_start[g + 1]`; rows `>= out` of `out_idx` are phantom: they
     are computed by nobody, read as zero, and get zero gradient. Results have the dtype of the activations
-    (weight gradient: of `blocks`); products accumulate in float32, and the bias of each output, if there is one, is
-    added before the sum is rounded.
+    (weight gradient: of `blocks`); products accumulate in `accumulator_dtype`, and the bias of each output, if there is
+    one, is added before the sum is rounded.
 
     Attributes:
       forward: `(x[C, H, W, N], blocks[num_blocks, R, C'], index, *, out, geometry, bias=None) -> y[out, OH, OW, N]`,

@@ -1,4 +1,4 @@
-"""What the GPU kernels can serve, decided on the host from static sizes alone, before any kernel runs."""
+"""What the GPU kernels can serve, decided on the host from static sizes alone, before any kernel image."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ def is_exact(precision: Any) -> bool:
     return precision in (lax.Precision.HIGHEST, "highest", "float32")
 
 
-def unservable(
+def unsupported_reason(
     dtype: str | jnp.dtype,
     block_shape: tuple[int, int],
     shape: tuple[int, int],

@@ -14,8 +14,8 @@ import jax
 from pallas_kernels.forward import forward_kernel
 from pallas_kernels.input_gradient import input_gradient_kernels
 from pallas_kernels.interface import Kernels
-from pallas_kernels.over_runs import RunKernels, over_runs
-from pallas_kernels.runs import Runs
+from pallas_kernels.over_rows import RowKernels, over_rows
+from pallas_kernels.rows import ImageRows
 from pallas_kernels.tiles import DEFAULT_TILES, KernelTiles, Tiles
 from pallas_kernels.weight_gradient import weight_gradient_kernel
 
@@ -26,27 +26,27 @@ def pallas_kernels(tiles: KernelTiles = DEFAULT_TILES, *, interpret: bool = Fals
 
     Args:
       tiles: tile sizes of each kernel.
-      interpret: run the kernels in Pallas' interpreter, on any device: slow, for tests.
+      interpret: compute in Pallas' interpreter, on any device: slow, for tests.
 
     Returns:
-      The three operations; see `pallas_kernels.over_runs`.
+      The three operations; see `pallas_kernels.over_rows`.
     """
 
-    def fit(mine: Tiles, arrays: tuple[Any, ...], runs: Runs) -> Tiles:
+    def fit(mine: Tiles, arrays: tuple[Any, ...], image: ImageRows) -> Tiles:
         *_, (out_idx, _, _) = arrays  # the index comes last
-        return mine.fit(runs.out_run, out_idx.shape[1], arrays[0].dtype.itemsize)
+        return mine.fit(image.out_length, out_idx.shape[1], arrays[0].dtype.itemsize)
 
-    def forward(*arrays: Any, runs: Runs, **sizes: Any) -> jax.Array:
-        fitted = fit(tiles.forward, arrays, runs)
-        return forward_kernel(*arrays, runs=runs, tiles=fitted, interpret=interpret, **sizes)
+    def forward(*arrays: Any, image: ImageRows, **sizes: Any) -> jax.Array:
+        fitted = fit(tiles.forward, arrays, image)
+        return forward_kernel(*arrays, image=image, tiles=fitted, interpret=interpret, **sizes)
 
-    def input_gradient(*arrays: Any, runs: Runs, **sizes: Any) -> jax.Array:
-        fitted = fit(tiles.input_gradient, arrays, runs)
-        return input_gradient_kernels(*arrays, runs=runs, tiles=fitted, interpret=interpret, **sizes)
+    def input_gradient(*arrays: Any, image: ImageRows, **sizes: Any) -> jax.Array:
+        fitted = fit(tiles.input_gradient, arrays, image)
+        return input_gradient_kernels(*arrays, image=image, tiles=fitted, interpret=interpret, **sizes)
 
-    def weight_gradient(*arrays: Any, runs: Runs, cols: int, **sizes: Any) -> jax.Array:
+    def weight_gradient(*arrays: Any, image: ImageRows, cols: int, **sizes: Any) -> jax.Array:
         del cols
-        fitted = fit(tiles.weight_gradient, arrays, runs)
-        return weight_gradient_kernel(*arrays, runs=runs, tiles=fitted, interpret=interpret, **sizes)
+        fitted = fit(tiles.weight_gradient, arrays, image)
+        return weight_gradient_kernel(*arrays, image=image, tiles=fitted, interpret=interpret, **sizes)
 
-    return over_runs("Pallas", RunKernels(forward, input_gradient, weight_gradient))
+    return over_rows("Pallas", RowKernels(forward, input_gradient, weight_gradient))

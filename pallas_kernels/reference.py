@@ -4,23 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.interface import ConvGeometry, Kernels
-
-Index = tuple[jax.Array, jax.Array, jax.Array]
-
-
-def patches(x: jax.Array, geometry: ConvGeometry) -> jax.Array:
-    """x[C, H, W, N] -> [in, OH, OW, N]: row (kh, kw, c) is channel c shifted by the tap and strided."""
-    (top, bottom), (left, right) = geometry.padding
-    out_h, out_w = geometry.output_size(x.shape[1], x.shape[2])
-    stride_h, stride_w = geometry.strides
-    padded = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (top, bottom, 0), (left, right, 0), (0, 0, 0)))
-    taps = [
-        padded[:, kh : kh + (out_h - 1) * stride_h + 1 : stride_h, kw : kw + (out_w - 1) * stride_w + 1 : stride_w]
-        for kh in range(geometry.kernel_size[0])
-        for kw in range(geometry.kernel_size[1])
-    ]
-    return jnp.concatenate(taps)
+from pallas_kernels.interface import ConvGeometry, Index, Kernels, accumulator_dtype, patches
 
 
 def rows_of_blocks(index: Index) -> jax.Array:
@@ -30,9 +14,9 @@ def rows_of_blocks(index: Index) -> jax.Array:
     return out_idx[group]
 
 
-def _einsum(spec: str, a: jax.Array, b: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
-    """In float32: a CPU has no batched product of bfloat16 that accumulates in float32."""
-    return jnp.einsum(spec, a.astype(jnp.float32), b.astype(jnp.float32), precision=precision)
+def _einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype, precision: lax.PrecisionLike) -> jax.Array:
+    """In the dtype of sums: a CPU has no batched product of bfloat16 that accumulates in float32."""
+    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), precision=precision)
 
 
 def forward(
@@ -46,11 +30,11 @@ def forward(
     bias: jax.Array | None = None,
 ) -> jax.Array:
     """Y[rows(b)] += blocks[b] @ X[in_idx[b]] for every block b (SpMM), then Y[i] += bias[i]."""
-    panels = patches(x, geometry)[index[1]]
-    partial = _einsum("brc,bchwn->brhwn", blocks, panels, precision)
-    y = jnp.zeros((out, *partial.shape[2:]), jnp.float32).at[rows_of_blocks(index)].add(partial, mode="drop")
+    wide, panels = accumulator_dtype(x.dtype), patches(x, geometry)[index[1]]
+    partial = _einsum("brc,bchwn->brhwn", blocks, panels, wide, precision)
+    y = jnp.zeros((out, *partial.shape[2:]), wide).at[rows_of_blocks(index)].add(partial, mode="drop")
     if bias is not None:
-        y += bias.astype(jnp.float32)[:, None, None, None]
+        y += bias.astype(wide)[:, None, None, None]
     return y.astype(x.dtype)
 
 
@@ -64,10 +48,10 @@ def input_gradient(
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
     """dX[in_idx[b]] += blocks[b]^T @ dY[rows(b)] (transposed SpMM), then the taps are summed back."""
-    rows = dy.at[rows_of_blocks(index)].get(mode="fill", fill_value=0)
-    partial = _einsum("brc,brhwn->bchwn", blocks, rows, precision)
-    d_patches = jnp.zeros((geometry.in_features, *dy.shape[1:]), jnp.float32).at[index[1]].add(partial)
-    x_spec = jax.ShapeDtypeStruct((geometry.in_channels, *input_size, dy.shape[-1]), jnp.float32)
+    wide, rows = accumulator_dtype(dy.dtype), dy.at[rows_of_blocks(index)].get(mode="fill", fill_value=0)
+    partial = _einsum("brc,brhwn->bchwn", blocks, rows, wide, precision)
+    d_patches = jnp.zeros((geometry.in_features, *dy.shape[1:]), wide).at[index[1]].add(partial)
+    x_spec = jax.ShapeDtypeStruct((geometry.in_channels, *input_size, dy.shape[-1]), wide)
     (dx,) = jax.linear_transpose(lambda x: patches(x, geometry), x_spec)(d_patches)
     return dx.astype(dy.dtype)
 
@@ -84,7 +68,7 @@ def weight_gradient(
     """dblocks[b] = dY[rows(b)] @ X[in_idx[b]]^T (SDDMM sampled at the stored blocks)."""
     rows = dy.at[rows_of_blocks(index)].get(mode="fill", fill_value=0)
     panels = patches(x, geometry)[index[1]]
-    return _einsum("brhwn,bchwn->brc", rows, panels, precision).astype(dtype)
+    return _einsum("brhwn,bchwn->brc", rows, panels, accumulator_dtype(x.dtype), precision).astype(dtype)
 
 
 REFERENCE = Kernels(forward, input_gradient, weight_gradient)

@@ -4,8 +4,8 @@ Line by line the same algorithm as the Pallas kernels (`forward`, `input_gradien
 explain it. Sizes are compile-time constants in capitals:
 
     CHANNELS, HEIGHT, PHASES, LENGTH      the input as rows [CHANNELS * HEIGHT * PHASES, LENGTH]
-    OUT, OUT_H, OUT_RUN                   the output as rows [OUT * OUT_H, OUT_RUN]
-    KERNEL_W, STRIDE_H, STRIDE_W, TOP, LEFT, BATCH, SPLIT    see `pallas_kernels.runs.Runs.decode`
+    OUT, OUT_H, OUT_LENGTH                   the output as rows [OUT * OUT_H, OUT_LENGTH]
+    KERNEL_W, STRIDE_H, STRIDE_W, TOP, LEFT, BATCH, SPLIT    see `pallas_kernels.rows.ImageRows.decode`
     R, PADDED_R, COLS                     rows of a group, the power of two above, columns of a block
 """
 
@@ -16,7 +16,7 @@ import triton.language as tl
 @triton.jit
 def _decode(column, CHANNELS: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_W: tl.constexpr, PHASES: tl.constexpr,
             TOP: tl.constexpr, LEFT: tl.constexpr, BATCH: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
-    """Column j of the matrix -> channel and phase, row offset, shift of the run."""
+    """Column j of the matrix -> channel and phase, row offset, shift within the row."""
     tap = column // CHANNELS
     channel = column - tap * CHANNELS
     kernel_row = tap // KERNEL_W
@@ -32,25 +32,26 @@ def _decode(column, CHANNELS: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_W: tl
 
 @triton.jit
 def _inputs(x, in_idx, k, end, row, positions, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, PHASES: tl.constexpr,
-            LENGTH: tl.constexpr, OUT_RUN: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr,
+            LENGTH: tl.constexpr, OUT_LENGTH: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr,
             STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, BATCH: tl.constexpr,
             SPLIT: tl.constexpr):  # fmt: skip
-    """The runs of panel columns `k` at positions of output row `row`: [k, positions]."""
+    """The inputs of panel columns `k` at positions of output row `row`: [k, positions]."""
     inside = k < end
     column = tl.load(in_idx + k, mask=inside, other=0)
     source, down, shift = _decode(column, CHANNELS, KERNEL_W, STRIDE_W, PHASES, TOP, LEFT, BATCH, SPLIT)
     height = row * STRIDE_H + down
     inside = inside & (height >= 0) & (height < HEIGHT)
     at = positions[None, :] + shift[:, None]
-    mask = inside[:, None] & (positions < OUT_RUN)[None, :] & (at >= 0) & (at < LENGTH)
+    mask = inside[:, None] & (positions < OUT_LENGTH)[None, :] & (at >= 0) & (at < LENGTH)
     rows = ((source // PHASES) * HEIGHT + height) * PHASES + source % PHASES
     return tl.load(x + rows[:, None] * LENGTH + at, mask=mask, other=0.0)
 
 
 @triton.jit
 def forward(start, out_idx, in_idx, entries, x, bias, y, NUM_GROUPS: tl.constexpr, R: tl.constexpr,
-            PADDED_R: tl.constexpr, COLS: tl.constexpr, OUT: tl.constexpr, OUT_H: tl.constexpr, OUT_RUN: tl.constexpr,
-            CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, PHASES: tl.constexpr, LENGTH: tl.constexpr,
+            PADDED_R: tl.constexpr, COLS: tl.constexpr, OUT: tl.constexpr, OUT_H: tl.constexpr,
+            OUT_LENGTH: tl.constexpr, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, PHASES: tl.constexpr,
+            LENGTH: tl.constexpr,
             KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr,
             LEFT: tl.constexpr, BATCH: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
             POSITIONS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
@@ -58,7 +59,7 @@ def forward(start, out_idx, in_idx, entries, x, bias, y, NUM_GROUPS: tl.constexp
     program = tl.program_id(0)
     group = program % NUM_GROUPS
     tile = program // NUM_GROUPS
-    PER_ROW: tl.constexpr = (OUT_RUN + POSITIONS - 1) // POSITIONS
+    PER_ROW: tl.constexpr = (OUT_LENGTH + POSITIONS - 1) // POSITIONS
     row = tile // PER_ROW
     positions = (tile % PER_ROW) * POSITIONS + tl.arange(0, POSITIONS)
     r = tl.arange(0, PADDED_R)
@@ -66,45 +67,45 @@ def forward(start, out_idx, in_idx, entries, x, bias, y, NUM_GROUPS: tl.constexp
     acc = tl.zeros((PADDED_R, POSITIONS), tl.float32)
     for first in range(tl.load(start + group) * COLS, end, COLUMNS):
         k = first + tl.arange(0, COLUMNS)
-        inputs = _inputs(x, in_idx, k, end, row, positions, CHANNELS, HEIGHT, PHASES, LENGTH, OUT_RUN, KERNEL_W,
+        inputs = _inputs(x, in_idx, k, end, row, positions, CHANNELS, HEIGHT, PHASES, LENGTH, OUT_LENGTH, KERNEL_W,
                          STRIDE_H, STRIDE_W, TOP, LEFT, BATCH, SPLIT)  # fmt: skip
         weights = tl.load(entries + k[:, None] * R + r[None, :], mask=(k < end)[:, None] & (r < R)[None, :], other=0.0)
         acc = tl.dot(tl.trans(weights), inputs, acc, input_precision=PRECISION)
     target = tl.load(out_idx + group * R + r, mask=r < R, other=OUT)
     if bias is not None:
         acc += tl.load(bias + target, mask=target < OUT, other=0.0).to(tl.float32)[:, None]
-    mask = (target < OUT)[:, None] & (positions < OUT_RUN)[None, :]
-    where = y + (target * OUT_H + row)[:, None] * OUT_RUN + positions[None, :]
+    mask = (target < OUT)[:, None] & (positions < OUT_LENGTH)[None, :]
+    where = y + (target * OUT_H + row)[:, None] * OUT_LENGTH + positions[None, :]
     tl.store(where, acc.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def scatter(start, out_idx, entries, dy, p, NUM_GROUPS: tl.constexpr, R: tl.constexpr, PADDED_R: tl.constexpr,
-            COLS: tl.constexpr, OUT: tl.constexpr, OUT_H: tl.constexpr, OUT_RUN: tl.constexpr, PRECISION: tl.constexpr,
-            POSITIONS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+            COLS: tl.constexpr, OUT: tl.constexpr, OUT_H: tl.constexpr, OUT_LENGTH: tl.constexpr,
+            PRECISION: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """P[k, :] = entries[k, :] @ dY[rows of the group, :] for one group and a tile of positions."""
     program = tl.program_id(0)
     group = program % NUM_GROUPS
     tile = program // NUM_GROUPS
-    PER_ROW: tl.constexpr = (OUT_RUN + POSITIONS - 1) // POSITIONS
+    PER_ROW: tl.constexpr = (OUT_LENGTH + POSITIONS - 1) // POSITIONS
     row = tile // PER_ROW
     positions = (tile % PER_ROW) * POSITIONS + tl.arange(0, POSITIONS)
     r = tl.arange(0, PADDED_R)
     source = tl.load(out_idx + group * R + r, mask=r < R, other=OUT)
-    inside = positions < OUT_RUN
-    where = dy + (source * OUT_H + row)[:, None] * OUT_RUN + positions[None, :]
+    inside = positions < OUT_LENGTH
+    where = dy + (source * OUT_H + row)[:, None] * OUT_LENGTH + positions[None, :]
     d_rows = tl.load(where, mask=(source < OUT)[:, None] & inside[None, :], other=0.0)
     end = tl.load(start + group + 1) * COLS
     for first in range(tl.load(start + group) * COLS, end, COLUMNS):
         k = first + tl.arange(0, COLUMNS)
         weights = tl.load(entries + k[:, None] * R + r[None, :], mask=(k < end)[:, None] & (r < R)[None, :], other=0.0)
         part = tl.dot(weights, d_rows, input_precision=PRECISION)
-        target = p + (k * OUT_H + row)[:, None] * OUT_RUN + positions[None, :]
+        target = p + (k * OUT_H + row)[:, None] * OUT_LENGTH + positions[None, :]
         tl.store(target, part.to(p.dtype.element_ty), mask=(k < end)[:, None] & inside[None, :])
 
 
 @triton.jit
-def collect(begin, order, in_idx, p, dx, OUT_H: tl.constexpr, OUT_RUN: tl.constexpr, CHANNELS: tl.constexpr,
+def collect(begin, order, in_idx, p, dx, OUT_H: tl.constexpr, OUT_LENGTH: tl.constexpr, CHANNELS: tl.constexpr,
             HEIGHT: tl.constexpr, PHASES: tl.constexpr, LENGTH: tl.constexpr, KERNEL_W: tl.constexpr,
             STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, BATCH: tl.constexpr,
             SPLIT: tl.constexpr, POSITIONS: tl.constexpr, COLLECTED: tl.constexpr):  # fmt: skip
@@ -127,8 +128,8 @@ def collect(begin, order, in_idx, p, dx, OUT_H: tl.constexpr, OUT_RUN: tl.conste
         out_row = above // STRIDE_H
         inside = inside & (above >= 0) & (above - out_row * STRIDE_H == 0) & (out_row < OUT_H)
         source = positions[None, :] - shift[:, None]
-        mask = inside[:, None] & (source >= 0) & (source < OUT_RUN)
-        part = tl.load(p + (k * OUT_H + out_row)[:, None] * OUT_RUN + source, mask=mask, other=0.0)
+        mask = inside[:, None] & (source >= 0) & (source < OUT_LENGTH)
+        part = tl.load(p + (k * OUT_H + out_row)[:, None] * OUT_LENGTH + source, mask=mask, other=0.0)
         acc += tl.sum(part.to(tl.float32), axis=0)
     where = ((target // PHASES) * HEIGHT + row) * PHASES + target % PHASES
     tl.store(dx + where * LENGTH + positions, acc.to(dx.dtype.element_ty), mask=positions < LENGTH)
@@ -137,7 +138,7 @@ def collect(begin, order, in_idx, p, dx, OUT_H: tl.constexpr, OUT_RUN: tl.conste
 @triton.jit
 def weight_gradient(groups, begins, ends, out_idx, in_idx, x, dy, d, NUM_CHUNKS: tl.constexpr,
                     NUM_SPLITS: tl.constexpr, NUM_ENTRIES: tl.constexpr, R: tl.constexpr, PADDED_R: tl.constexpr,
-                    OUT: tl.constexpr, OUT_H: tl.constexpr, OUT_RUN: tl.constexpr, CHANNELS: tl.constexpr,
+                    OUT: tl.constexpr, OUT_H: tl.constexpr, OUT_LENGTH: tl.constexpr, CHANNELS: tl.constexpr,
                     HEIGHT: tl.constexpr, PHASES: tl.constexpr, LENGTH: tl.constexpr, KERNEL_W: tl.constexpr,
                     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
                     BATCH: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, POSITIONS: tl.constexpr,
@@ -152,7 +153,7 @@ def weight_gradient(groups, begins, ends, out_idx, in_idx, x, dy, d, NUM_CHUNKS:
     k = begin + tl.arange(0, COLUMNS)
     r = tl.arange(0, PADDED_R)
     source = tl.load(out_idx + group * R + r, mask=r < R, other=OUT)
-    PER_ROW: tl.constexpr = (OUT_RUN + POSITIONS - 1) // POSITIONS
+    PER_ROW: tl.constexpr = (OUT_LENGTH + POSITIONS - 1) // POSITIONS
     NUM_TILES: tl.constexpr = OUT_H * PER_ROW
     EACH: tl.constexpr = (NUM_TILES + NUM_SPLITS - 1) // NUM_SPLITS
     last = tl.where(end > begin, tl.minimum((split + 1) * EACH, NUM_TILES), 0)
@@ -160,10 +161,10 @@ def weight_gradient(groups, begins, ends, out_idx, in_idx, x, dy, d, NUM_CHUNKS:
     for tile in range(split * EACH, last):
         row = tile // PER_ROW
         positions = (tile % PER_ROW) * POSITIONS + tl.arange(0, POSITIONS)
-        inputs = _inputs(x, in_idx, k, end, row, positions, CHANNELS, HEIGHT, PHASES, LENGTH, OUT_RUN, KERNEL_W,
+        inputs = _inputs(x, in_idx, k, end, row, positions, CHANNELS, HEIGHT, PHASES, LENGTH, OUT_LENGTH, KERNEL_W,
                          STRIDE_H, STRIDE_W, TOP, LEFT, BATCH, SPLIT)  # fmt: skip
-        mask = (source < OUT)[:, None] & (positions < OUT_RUN)[None, :]
-        where = dy + (source * OUT_H + row)[:, None] * OUT_RUN + positions[None, :]
+        mask = (source < OUT)[:, None] & (positions < OUT_LENGTH)[None, :]
+        where = dy + (source * OUT_H + row)[:, None] * OUT_LENGTH + positions[None, :]
         acc = tl.dot(inputs, tl.trans(tl.load(where, mask=mask, other=0.0)), acc, input_precision=PRECISION)
     target = d + (split * NUM_ENTRIES + k)[:, None] * R + r[None, :]
     tl.store(target, acc, mask=(k < end)[:, None] & (r < R)[None, :])

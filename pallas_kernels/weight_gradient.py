@@ -3,7 +3,7 @@
 One program owns a chunk of panel columns of one group and a part of the positions:
 
     for positions, `tiles.positions` at a time:
-        acc[columns, R] += x[runs of the columns, positions] @ dY[rows of the group, positions]^T
+        acc[columns, R] += x[rows of the columns, positions] @ dY[rows of the group, positions]^T
 
 Chunks never straddle two groups, so their number depends on the topology; the grid has room for the most there can
 be, and programs beyond the last chunk do nothing. Few chunks would leave most of a GPU idle, so the positions are split
@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.forward import at_outputs, load_inputs, load_targets, locate
-from pallas_kernels.runs import Runs, quotient, remainder
+from pallas_kernels.rows import ImageRows, quotient, remainder
 from pallas_kernels.tiles import Tiles, padded_rows
 
 PROGRAMS = 512  # wanted at least: about four for each multiprocessor of a large GPU
@@ -49,15 +49,32 @@ def cut_panels(group_start: jax.Array, num_entries: int, cols: int, columns: int
     return Chunks(group, begin.astype(jnp.int32), jnp.where(used, end, begin).astype(jnp.int32))
 
 
-def count_splits(num_chunks: int, runs: Runs, positions: int) -> int:
+def count_splits(num_chunks: int, image: ImageRows, positions: int) -> int:
     """Among how many programs the positions of one chunk are split."""
-    num_tiles = runs.out_size[0] * pl.cdiv(runs.out_run, positions)
+    num_tiles = image.out_size[0] * pl.cdiv(image.out_length, positions)
     return max(1, min(MOST_SPLITS, num_tiles, -(-PROGRAMS // num_chunks)))
 
 
-def _kernel(group_ref, begin_ref, end_ref, out_idx_ref, in_idx_ref, x_ref, dy_ref, d_ref, *, runs, tiles, rows, out,
-            num_chunks, num_splits, num_entries, precision):  # fmt: skip
-    num_tiles = runs.out_size[0] * pl.cdiv(runs.out_run, tiles.positions)
+def _kernel(
+    group_ref,
+    begin_ref,
+    end_ref,
+    out_idx_ref,
+    in_idx_ref,
+    x_ref,
+    dy_ref,
+    d_ref,
+    *,
+    image,
+    tiles,
+    rows,
+    out,
+    num_chunks,
+    num_splits,
+    num_entries,
+    precision,
+):
+    num_tiles = image.out_size[0] * pl.cdiv(image.out_length, tiles.positions)
     program = pl.program_id(0)
     chunk, split = remainder(program, num_chunks), quotient(program, num_chunks)
     group, begin, end = group_ref[chunk], begin_ref[chunk], end_ref[chunk]
@@ -68,9 +85,9 @@ def _kernel(group_ref, begin_ref, end_ref, out_idx_ref, in_idx_ref, x_ref, dy_re
     last = jnp.where(end > begin, jnp.minimum(first + each, num_tiles), first)
 
     def step(t, acc):
-        row, positions = locate(t, runs.out_run, tiles.positions)
-        inputs = load_inputs(x_ref, in_idx_ref, k, end, row, positions, runs)
-        where, mask = at_outputs(dy_ref, targets, row, positions, runs, out)
+        row, positions = locate(t, image.out_length, tiles.positions)
+        inputs = load_inputs(x_ref, in_idx_ref, k, end, row, positions, image)
+        where, mask = at_outputs(dy_ref, targets, row, positions, image, out)
         d_rows = plgpu.load(where, mask=mask, other=0)
         return acc + jnp.dot(inputs, d_rows.T, precision=precision, preferred_element_type=jnp.float32)
 
@@ -81,17 +98,24 @@ def _kernel(group_ref, begin_ref, end_ref, out_idx_ref, in_idx_ref, x_ref, dy_re
     plgpu.store(d_ref.at[(split * num_entries + k)[:, None], r[None, :]], acc, mask=mask)
 
 
-def weight_gradient_kernel(x_rows, dy_rows, index, *, runs: Runs, tiles: Tiles, out: int, precision, interpret):
+def weight_gradient_kernel(x_rows, dy_rows, index, *, image: ImageRows, tiles: Tiles, out: int, precision, interpret):
     """x_rows[channels * H * phases, length], dy_rows[out * OH, OW * N] -> d_entries float32[num_blocks * C, R]."""
     out_idx, in_idx, group_start = index
     rows, num_entries = out_idx.shape[1], in_idx.size
     chunks = cut_panels(group_start, num_entries, in_idx.shape[1], tiles.columns)
     num_chunks = chunks.group.shape[0]
-    num_splits = count_splits(num_chunks, runs, tiles.positions)
+    num_splits = count_splits(num_chunks, image, tiles.positions)
     kernel = functools.partial(
-        _kernel, runs=runs, tiles=tiles, rows=rows, out=out, num_chunks=num_chunks, num_splits=num_splits,
-        num_entries=num_entries, precision=precision,
-    )  # fmt: skip
+        _kernel,
+        image=image,
+        tiles=tiles,
+        rows=rows,
+        out=out,
+        num_chunks=num_chunks,
+        num_splits=num_splits,
+        num_entries=num_entries,
+        precision=precision,
+    )
     parts = pl.pallas_call(
         kernel,
         grid=(num_chunks * num_splits,),

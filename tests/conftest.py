@@ -1,5 +1,6 @@
 """What the tests share: strict settings, a quick hypothesis profile, layouts with given blocks in each group."""
 
+import math
 import os
 import tempfile
 
@@ -16,6 +17,7 @@ import numpy as np
 from hypothesis import settings
 
 from dsb_jax.layout import BlockLayout, validate
+from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("quick", deadline=None, max_examples=20)
@@ -35,3 +37,8 @@ def make_layout(
     layout = BlockLayout(*arrays, shape, block_shape)
     validate(layout)
     return layout
+
+
+def make_spec(out: int, in_: int, kernel_size: tuple[int, ...] = ()) -> LayerSpec:
+    """A dense linear layer, or a convolution whose kernel, flattened, has `in_` columns."""
+    return conv_spec(kernel_size, in_ // math.prod(kernel_size), out) if kernel_size else linear_spec(in_, out)

@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from dsb_jax.layout import random_layout
 from dsb_jax.linen import SparseConv, SparseDense
-from dsb_jax.ops import IMPLEMENTATIONS, Choice, choose, record_choices, tuned
+from dsb_jax.ops import IMPLEMENTATIONS, Choice, choose, record_choices
+from dsb_jax.ops import tuning as tuned
 from dsb_jax.ops.cost_model import GENERIC, device_facts
 from dsb_jax.ops.dispatch import predicted_time_ratio, record
 from dsb_jax.ops.tuning import LayerSizes, Result

@@ -115,7 +115,7 @@ def test_four_gpus_gather_around_a_kernel_unless_mapped():
 @pytest.mark.parametrize("manner", ["jit", "shard_map"])
 def test_four_gpus_share_the_batch_of_a_layer(manner, monkeypatch):
     """Forward and backward of a sparse convolution: one reduction, of the weight gradient, and no gathering."""
-    monkeypatch.setattr("dsb_jax.ops.dispatch.refusal", lambda *_: None)  # as on a machine with a GPU
+    monkeypatch.setattr("dsb_jax.ops.dispatch.unsupported_reason", lambda *_: None)  # as on a machine with a GPU
     geometry, block_shape, num_blocks = ConvGeometry(64, (3, 3), (1, 1), ((1, 1), (1, 1))), (32, 8), 14
     index = shape(4, 32, dtype="int32"), shape(num_blocks, 8, dtype="int32"), shape(5, dtype="int32")
 

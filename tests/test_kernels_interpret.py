@@ -152,7 +152,7 @@ def test_empty_groups(interpreted):
 def test_the_batch_is_cut_into_chunks_where_scratch_would_be_large(monkeypatch):
     arrays = make("3x3", "float32")
     wanted = all_three(REFERENCE, *arrays)[1]
-    monkeypatch.setattr("pallas_kernels.over_runs.SCRATCH_BYTES", 1)
+    monkeypatch.setattr("pallas_kernels.over_rows.SCRATCH_BYTES", 1)
     assert_same(all_three(KERNELS, *arrays)[1:2], (wanted,), 2e-5)
 
 

@@ -263,7 +263,7 @@ def test_matmul_equals_the_dense_one(name, implementation, feature_major):
 )
 def test_more_than_one_tile(monkeypatch, name, run):
     """Output positions are cut into tiles of at most RUN, and no less than one row of one example."""
-    monkeypatch.setattr("dsb_jax.ops.xla.RUN", run)
+    monkeypatch.setattr("dsb_jax.ops.xla.TILE_POSITIONS", run)
     x, blocks, layout, dy, geometry = conv_case(name)
     results = with_gradients(
         lambda x, blocks: sparse_conv(x, blocks, layout, geometry=geometry, implementation="xla"), dy, x, blocks

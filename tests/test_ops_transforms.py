@@ -13,7 +13,7 @@ import pytest
 
 from dsb_jax.layout import random_layout
 from dsb_jax.ops import sparse_conv, sparse_matmul
-from dsb_jax.ops.partitioning import partitioned
+from dsb_jax.ops.partitioning import Operation, Product, apply
 from dsb_jax.ops.xla import XLA
 from pallas_kernels import REFERENCE, ConvGeometry, Kernels
 from tests.conftest import make_layout
@@ -135,14 +135,16 @@ def test_vmap_over_activations_alone_is_one_call_on_a_larger_batch(case):
         seen.append(x.shape)
         return REFERENCE.forward(x, blocks, index, **static)
 
-    kernels = partitioned(REFERENCE._replace(forward=forward))
-    index = layout.index
-    call = functools.partial(kernels.forward, index=index, out=12, geometry=GEOMETRY, precision=None)
+    product = Product(REFERENCE._replace(forward=forward), GEOMETRY, 12, (5, 5))
+
+    def call(x):
+        return apply(Operation(product, "forward"), x, blocks, *layout.index)
+
     x = jnp.stack([x.transpose(3, 1, 2, 0)] * 3)
-    y = jax.vmap(lambda x: call(x, blocks))(x)
+    y = jax.vmap(call)(x)
     assert seen[-1] == (4, 5, 5, 18)
-    assert_trees_close(y, jnp.stack([call(x[0], blocks)] * 3))
-    assert jax.vmap(lambda x: call(x, blocks))(x[:0]).shape == (0, *y.shape[1:])
+    assert_trees_close(y, jnp.stack([call(x[0])] * 3))
+    assert jax.vmap(call)(x[:0]).shape == (0, *y.shape[1:])
 
 
 @pytest.mark.parametrize("name", [*Kernels._fields, "forward with bias"])
@@ -150,24 +152,27 @@ def test_one_device_runs_the_bare_kernel(name, case):
     """Nothing is left of the rules for vmap and for many devices."""
     x, blocks, layout = case
     x, dy = x.transpose(3, 1, 2, 0), jnp.ones((12, 3, 4, 6))
-    index = layout.index
     operands, static = {
         "forward": ((x, blocks), {"out": 12}),
         "forward with bias": ((x, blocks), {"out": 12, "bias": jnp.ones(12)}),
         "input_gradient": ((dy, blocks), {"input_size": (5, 5)}),
         "weight_gradient": ((x, dy), {"dtype": blocks.dtype}),
     }[name]
+    kernel, bias = name.split()[0], [static["bias"]] if "bias" in static else []
 
-    def operations(kernels):
-        def call(first, second):
-            operation = getattr(kernels, name.split()[0])
-            return operation(first, second, index, geometry=GEOMETRY, precision=None, **static)
+    def bare(first, second):
+        return getattr(XLA, kernel)(first, second, layout.index, geometry=GEOMETRY, **static)
 
+    def wrapped(first, second):
+        product = Product(XLA, GEOMETRY, 12, (5, 5))
+        operation = Operation(product, kernel, static.get("dtype"), has_bias=bool(bias))
+        return apply(operation, first, second, *layout.index, *bias)
+
+    def operations(call):
         return Counter(re.findall(r"stablehlo\.\w+", jax.jit(call).lower(*operands).as_text()))
 
-    bare = operations(XLA)
-    assert sum(bare.values()) > 50
-    assert operations(partitioned(XLA)) == bare
+    assert sum(operations(bare).values()) > 50
+    assert operations(wrapped) == operations(bare)
 
 
 def inner_jaxprs(value):
@@ -214,9 +219,3 @@ def test_no_array_as_large_as_a_dense_weight(out):
     # The same look at the dense fallback does find its weights.
     gradient, args = training_gradient("dense", out)
     assert largest_array(jax.make_jaxpr(gradient)(*args).jaxpr) >= dense
-
-
-def test_an_empty_batch_gives_an_empty_result():
-    layout = random_layout(jax.random.key(0), (16, 8), block_shape=(4, 4), num_blocks=3)
-    y = sparse_matmul(jnp.zeros((0, 8)), jnp.ones((3, 4, 4)), layout, implementation="xla")
-    assert y.shape == (0, 16)

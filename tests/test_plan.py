@@ -1,6 +1,8 @@
 """The rules of a plan: what stays dense and why, that totals are met, what is refused."""
 
 import math
+import pickle
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,28 +11,30 @@ from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsb_jax.distributions import LayerShape, erk
+from dsb_jax.distributions import erk
 from dsb_jax.plan import SparsityPlan, find_layers, make_plan
+from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
+from tests.conftest import make_spec
 
-CONV = LayerShape(64, 288, (3, 3))
+CONV = make_spec(64, 288, (3, 3))
 LAYERS = {
-    ("stem",): LayerShape(32, 27, (3, 3)),
+    ("stem",): make_spec(32, 27, (3, 3)),
     ("stage_0", "conv_0"): CONV,
-    ("stage_0", "skip"): LayerShape(64, 32, (1, 1)),
-    ("stage_1", "conv_0"): LayerShape(128, 576, (3, 3)),
-    ("stage_1", "narrow"): LayerShape(8, 576, (3, 3)),
-    ("stage_1", "short"): LayerShape(64, 16),
-    ("head",): LayerShape(10, 128),
+    ("stage_0", "skip"): make_spec(64, 32, (1, 1)),
+    ("stage_1", "conv_0"): make_spec(128, 576, (3, 3)),
+    ("stage_1", "narrow"): make_spec(8, 576, (3, 3)),
+    ("stage_1", "short"): make_spec(64, 16),
+    ("head",): make_spec(10, 128),
 }
 
 
 def test_what_stays_dense_and_why():
     plan = make_plan(LAYERS, sparsity=0.9)
     assert isinstance(plan, SparsityPlan)
-    assert tuple(layer.path for layer in plan.layers) == tuple(LAYERS)  # in the order of the model
-    assert {path: plan[path].shape for path in LAYERS} == LAYERS
-    reasons = {"/".join(layer.path): layer.reason for layer in plan.layers}
-    assert reasons == {
+    assert tuple(plan) == tuple(LAYERS)  # in the order of the model
+    assert len(plan) == len(LAYERS)
+    assert plan.sizes == LAYERS
+    assert {"/".join(path): plan.note(path) for path in plan} == {
         "stem": "kept dense by 'stem'",
         "stage_0/conv_0": "uniform",
         "stage_0/skip": "raised from uniform for the sake of every row group",
@@ -39,36 +43,37 @@ def test_what_stays_dense_and_why():
         "stage_1/short": "holds 4 blocks at the most",
         "head": "kept dense by 'head'",
     }
-    for layer in plan.layers:
-        assert layer.eligible == ("uniform" in layer.reason) == (layer.num_blocks is not None)
-        assert (layer in plan.sparse_layers) == layer.eligible
-        if not layer.eligible:
-            assert plan.num_active(layer) == layer.shape.size
+    for path, planned in plan.items():
+        if "uniform" in plan.note(path):
+            assert planned == plan.sparse[path] == LAYERS[path].with_blocks((16, 16), planned.num_blocks)
+        else:
+            assert planned == plan.note(path)
+            assert path not in plan.sparse
     # Of 18432, 2048 and 73728 weights in blocks of 256 each keeps a tenth: 7.2, 0.8 and 28.8 blocks, 36.8 in all. But
     # the shortcut has four row groups, a block for each: the other two share 32.8, as 7.2 to 28.8 that is 6.6 and 26.2.
-    assert [layer.num_blocks for layer in plan.sparse_layers] == [7, 4, 26]
+    assert [spec.num_blocks for spec in plan.sparse.values()] == [7, 4, 26]
 
 
 def test_the_densities_as_they_are():
     plan = make_plan(LAYERS, sparsity=0.9, min_group_blocks=0)
-    assert [layer.num_blocks for layer in plan.sparse_layers] == [7, 1, 29]
-    assert plan["stage_0", "skip"].reason == "uniform"
+    assert [spec.num_blocks for spec in plan.sparse.values()] == [7, 1, 29]
+    assert plan.note(("stage_0", "skip")) == "uniform"
 
 
 def test_a_layer_that_takes_over_what_another_cannot_hold_is_not_called_raised():
     # Of 27 columns a block takes 16: at 0.2 the narrow layer holds 1024 of 1382 weights, and the other 1.4 blocks more.
-    layers = {("narrow",): LayerShape(64, 27, (3, 3)), ("wide",): LayerShape(256, 256)}
+    layers = {("narrow",): make_spec(64, 27, (3, 3)), ("wide",): make_spec(256, 256)}
     plan = make_plan(layers, sparsity=0.2, min_blocks=1, min_group_blocks=0)
-    assert [(layer.num_blocks, layer.reason) for layer in plan.layers] == [(4, "uniform"), (206, "uniform")]
+    assert [(plan[path].num_blocks, plan.note(path)) for path in plan] == [(4, "uniform"), (206, "uniform")]
 
 
 def test_the_limits_can_be_moved():
     plan = make_plan(LAYERS, sparsity=0.5, block_shape=(8, 4), keep_dense=(), min_blocks=1)
-    assert len(plan.sparse_layers) == len(LAYERS)
-    assert plan.block_shape == (8, 4)
+    assert len(plan.sparse) == len(LAYERS)
+    assert {spec.block_shape for spec in plan.sparse.values()} == {(8, 4)}
     # 4 blocks is fewer than 5, and not fewer than 4.
     assert make_plan(LAYERS, sparsity=0.5, min_blocks=4)["stage_1", "short"].num_blocks == 4  # one a row group
-    assert make_plan(LAYERS, sparsity=0.5, min_blocks=5)["stage_1", "short"].reason == "holds 4 blocks at the most"
+    assert make_plan(LAYERS, sparsity=0.5, min_blocks=5)["stage_1", "short"] == "holds 4 blocks at the most"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +91,7 @@ def test_the_limits_can_be_moved():
 )
 def test_keep_dense_patterns(pattern, dense):
     plan = make_plan(LAYERS, sparsity=0.8, keep_dense=(pattern,), min_blocks=1)
-    kept = {"/".join(layer.path) for layer in plan.layers if layer.reason == f"kept dense by {pattern!r}"}
+    kept = {"/".join(path) for path, planned in plan.items() if planned == f"kept dense by {pattern!r}"}
     assert kept == dense
 
 
@@ -94,7 +99,11 @@ def test_keep_dense_patterns(pattern, dense):
 def models(draw):
     kernels = st.sampled_from([(), (1, 1), (3, 3)])
     shapes = draw(st.lists(st.tuples(st.integers(16, 200), st.integers(16, 200), kernels), min_size=1, max_size=5))
-    return {(f"layer_{i}",): LayerShape(out, math.prod(k) * c, k) for i, (out, c, k) in enumerate(shapes)}
+    return {(f"layer_{i}",): make_spec(out, math.prod(k) * c, k) for i, (out, c, k) in enumerate(shapes)}
+
+
+def active_weights(plan):
+    return sum(spec.num_active for spec in (plan.sizes | plan.sparse).values())
 
 
 @given(layers=models(), sparsity=st.floats(0.3, 0.8), distribution=st.sampled_from(["uniform", "erk"]))
@@ -102,8 +111,7 @@ def test_the_sparsity_is_met_within_one_block(layers, sparsity, distribution):
     # Blocks of 4x4 with out, in >= 16 hold any density up to 1 - 3/19 and down to one block in 16.
     plan = make_plan(layers, sparsity=sparsity, distribution=distribution, block_shape=(4, 4))
     size = sum(shape.size for shape in layers.values())
-    active = sum(plan.num_active(layer) for layer in plan.layers)
-    assert all(layer.eligible for layer in plan.layers)
+    active = active_weights(plan)
     assert abs(active - (1 - sparsity) * size) <= 4 * 4
     assert plan.sparsity() == plan.sparsity(eligible_only=False) == pytest.approx(1 - active / size)
 
@@ -117,24 +125,24 @@ def test_sparsity_says_over_which_weights():
 
 
 def test_erk_spares_small_layers_and_saturated_ones_are_dense():
-    layers = {("wide",): LayerShape(512, 512), ("thin",): LayerShape(16, 256), ("conv",): CONV}
+    layers = {("wide",): make_spec(512, 512), ("thin",): make_spec(16, 256), ("conv",): CONV}
     plan = make_plan(layers, sparsity=0.8, distribution="erk")
     densities = erk(list(layers.values()), 0.8)
     assert densities[1] == 1  # what makes this case one of saturation
-    thin = plan["thin",]
-    assert (thin.num_blocks, thin.reason, thin.eligible) == (None, "density 1", True)
-    assert plan["conv",].reason == plan["wide",].reason == "erk"
-    total = sum(shape.size for shape in layers.values())
-    assert abs(sum(plan.num_active(layer) for layer in plan.layers) - 0.2 * total) <= 256
+    assert plan["thin",] == plan.note(("thin",)) == "density 1"
+    assert plan.note(("conv",)) == plan.note(("wide",)) == "erk"
+    total = sum(spec.size for spec in layers.values())
+    assert abs(active_weights(plan) - 0.2 * total) <= 256
+    assert plan.sparsity() == 1 - active_weights(plan) / total  # the one of density 1 is eligible
     for path, density in zip(layers, densities, strict=True):
-        assert abs(plan.num_active(plan[path]) - density * layers[path].size) <= 256
+        assert abs((plan.sizes | plan.sparse)[path].num_active - density * layers[path].size) <= 256
 
 
 def test_without_sparsity_every_layer_is_dense():
     plan = make_plan(LAYERS, sparsity=0.0)
-    assert plan.sparse_layers == ()
+    assert plan.sparse == {}
     assert plan.sparsity() == 0
-    assert plan["stage_0", "conv_0"].reason == "density 1"
+    assert plan["stage_0", "conv_0"] == "density 1"
 
 
 def test_a_plan_is_hashable_and_equal_to_its_twin():
@@ -142,6 +150,34 @@ def test_a_plan_is_hashable_and_equal_to_its_twin():
     assert one == two
     assert hash(one) == hash(two)
     assert one != make_plan(LAYERS, sparsity=0.8)
+    assert isinstance(one, Mapping)
+    assert dict(one) == dict(two.items())
+    copy = pickle.loads(pickle.dumps(one))
+    assert copy == one
+    assert hash(copy) == hash(one)
+    assert copy["stage_0", "skip"] == one["stage_0", "skip"]
+
+
+def test_a_stack_counts_as_its_layers():
+    scanned = LayerSpec((3, 64, 32), out_axes=(2,), in_axes=(1,), stack_axes=(0,))
+    plan = make_plan({("scan",): scanned, ("body",): make_spec(64, 64)}, sparsity=0.75, block_shape=(8, 8))
+    # 3 * 2048 and 4096 weights at a quarter: 8 blocks in each of the three, 16 in the other.
+    assert [spec.num_blocks for spec in plan.sparse.values()] == [8, 16]
+    assert plan["scan",].num_layers == 3
+    assert plan.sparsity() == 0.75
+    dense = make_plan({("scan",): scanned, ("head",): make_spec(64, 64)}, sparsity=0.75, block_shape=(8, 8))
+    assert dense.sparsity(eligible_only=False) == 1 - (3 * 512 + 4096) / (3 * 2048 + 4096)
+
+
+def test_paths_are_never_joined_and_taken_apart():
+    """A "/" in a name, and names that another path has joined, are layers of their own."""
+    layers = {("a/b", "c"): make_spec(64, 64), ("a", "b", "c"): make_spec(64, 128), ("a", "b/c"): make_spec(32, 64)}
+    plan = make_plan(layers, sparsity=0.5)
+    assert plan.sizes == layers
+    assert find_layers({"a/b": {"c": {"kernel": jnp.ones((64, 64))}}}) == {("a/b", "c"): make_spec(64, 64)}
+    with pytest.raises(KeyError, match=r"no layer 'a%2Fb/d'"):
+        plan["a/b", "d"]
+    assert ("a", "b") not in plan
 
 
 def test_errors_name_the_value_and_the_cure():
@@ -158,6 +194,8 @@ def test_errors_name_the_value_and_the_cure():
         make_plan(LAYERS, sparsity=0.9, block_shape=(512, 16))
     with pytest.raises(ValueError, match="no layer can hold"):
         make_plan({}, sparsity=0.9)
+    with pytest.raises(TypeError, match=r"keep_dense='stem' is one text; give patterns, as in keep_dense=\('stem',\)"):
+        make_plan(LAYERS, sparsity=0.9, keep_dense="stem")
     with pytest.raises(
         KeyError, match=r"no layer 'body' in the plan, which has stem, stage_0/conv_0, .* make the plan"
     ):
@@ -177,7 +215,7 @@ class Net(nn.Module):
 def test_find_layers_by_their_kernels():
     params = jax.eval_shape(Net().init, jax.random.key(0), jnp.zeros((2, 6, 6, 4)))["params"]
     assert find_layers(params) == {
-        ("Conv_0",): LayerShape(8, 24, (3, 2)),
-        ("Dense_0",): LayerShape(5, 8),
+        ("Conv_0",): conv_spec((3, 2), 4, 8),
+        ("Dense_0",): linear_spec(8, 5),
     }
     assert find_layers({}) == {}

@@ -26,7 +26,7 @@ from dsb_jax.distributions import to_blocks
 from dsb_jax.methods import Static
 from dsb_jax.methods.base import Method
 from dsb_jax.ops import choose, sparse_conv, sparse_matmul
-from dsb_jax.ops.dense import add_bias, conv_general_dilated, convolve
+from dsb_jax.ops.convolution import add_bias, conv_general_dilated, convolve
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, Choice, check_implementation, record
 from dsb_jax.ops.statistics import observe
 from dsb_jax.plan import SparsityPlan

@@ -1,31 +1,22 @@
 """Shuffled-block matmul and convolution, differentiable in activations, blocks and bias.
 
-    forward          Y[out_idx[g]] = sum over blocks b of g of blocks[b] @ X[in_idx[b]]  (+ bias[out_idx[g]])
-    input gradient   dX[in_idx[b]] += blocks[b]^T @ dY[out_idx[g]]
-    weight gradient  dblocks[b] = dY[out_idx[g]] @ X[in_idx[b]]^T
-    bias gradient    dbias = sum over positions and examples of dY
-
-(Jiang et al. 2022, section 3.) The gradient of the blocks exists at the stored blocks only. Each of the first three
-is one call of an array-level implementation (`pallas_kernels.interface`), made fit for `vmap` and for activations
-that are sharded over the batch (`dsb_jax.ops.partitioning`).
+Each is one call of the array-level product (`dsb_jax.ops.vjp`) of an implementation, or the dense product.
 """
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from dsb_jax.layout import BlockLayout, check_arrays, validate
+from dsb_jax.ops import vjp
 from dsb_jax.ops.dense import dense_conv, dense_matmul
-from dsb_jax.ops.dispatch import choose
-from dsb_jax.ops.partitioning import partitioned
+from dsb_jax.ops.dispatch import Choice, choose
+from dsb_jax.ops.partitioning import Product
 from dsb_jax.ops.xla import XLA
 from pallas_kernels import REFERENCE, ConvGeometry, Kernels, matmul_geometry
-from pallas_kernels.reference import Index
 from pallas_kernels.tiles import KernelTiles
 
 
@@ -35,90 +26,12 @@ def _kernels(implementation: str, tiles: KernelTiles | None) -> Kernels:
     if implementation == "pallas":
         from pallas_kernels.pallas_gpu import pallas_kernels
 
-        return partitioned(pallas_kernels() if tiles is None else pallas_kernels(tiles))
+        return pallas_kernels() if tiles is None else pallas_kernels(tiles)
     if implementation == "triton":
         from pallas_kernels.triton_gpu import triton_kernels
 
-        return partitioned(triton_kernels(tiles))
-    return partitioned({"xla": XLA, "reference": REFERENCE}[implementation])
-
-
-class _Static(NamedTuple):
-    """What the three operations of one layer share."""
-
-    kernels: Kernels
-    geometry: ConvGeometry
-    out: int
-    input_size: tuple[int, int]
-    precision: lax.PrecisionLike
-
-
-# Each operation is linear in both operands, and its gradients are the other two: derivatives of any order follow. The
-# bias is added by the product that was asked for; products inside of derivatives have none.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(
-    static: _Static, x: jax.Array, blocks: jax.Array, index: Index, bias: jax.Array | None = None
-) -> jax.Array:
-    return static.kernels.forward(
-        x, blocks, index, out=static.out, geometry=static.geometry, precision=static.precision, bias=bias
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _input_gradient(static: _Static, dy: jax.Array, blocks: jax.Array, index: Index) -> jax.Array:
-    return static.kernels.input_gradient(
-        dy, blocks, index, geometry=static.geometry, input_size=static.input_size, precision=static.precision
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _weight_gradient(static: _Static, dtype: jnp.dtype, x: jax.Array, dy: jax.Array, index: Index) -> jax.Array:
-    return static.kernels.weight_gradient(
-        x, dy, index, geometry=static.geometry, dtype=dtype, precision=static.precision
-    )
-
-
-def _product_fwd(static, x, blocks, index, bias=None):
-    return _product(static, x, blocks, index, bias), (x, blocks, index, bias)
-
-
-def _product_bwd(static, residuals, dy):
-    x, blocks, index, bias = residuals
-    dx = _input_gradient(static, dy, blocks, index)
-    d_blocks = _weight_gradient(static, blocks.dtype, x, dy, index)
-    return dx, d_blocks, None, None if bias is None else _bias_gradient(dy, bias.dtype)
-
-
-def _bias_gradient(dy: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """dy[out, OH, OW, N] -> [out], summed in float32 and rounded once."""
-    return dy.sum(axis=(1, 2, 3), dtype=jnp.promote_types(dy.dtype, jnp.float32)).astype(dtype)
-
-
-def _input_gradient_fwd(static, dy, blocks, index):
-    return _input_gradient(static, dy, blocks, index), (dy, blocks, index)
-
-
-def _input_gradient_bwd(static, residuals, d_dx):
-    dy, blocks, index = residuals
-    d_dy = _product(static, d_dx, blocks, index)
-    return d_dy, _weight_gradient(static, blocks.dtype, d_dx, dy, index), None
-
-
-def _weight_gradient_fwd(static, dtype, x, dy, index):
-    return _weight_gradient(static, dtype, x, dy, index), (x, dy, index)
-
-
-def _weight_gradient_bwd(static, dtype, residuals, d_blocks):
-    del dtype
-    x, dy, index = residuals
-    return _input_gradient(static, dy, d_blocks, index), _product(static, x, d_blocks, index), None
-
-
-_product.defvjp(_product_fwd, _product_bwd)
-_input_gradient.defvjp(_input_gradient_fwd, _input_gradient_bwd)
-_weight_gradient.defvjp(_weight_gradient_fwd, _weight_gradient_bwd)
+        return triton_kernels(tiles)
+    return {"xla": XLA, "reference": REFERENCE}[implementation]
 
 
 def _check(
@@ -152,18 +65,11 @@ def _check(
         )
 
 
-def _convolve(
-    static: _Static,
-    x: jax.Array,
-    blocks: jax.Array,
-    layout: BlockLayout,
-    bias: jax.Array | None,
-    feature_major: bool,
+def _forward(
+    product: Product, x: jax.Array, blocks: jax.Array, layout: BlockLayout, bias: jax.Array | None
 ) -> jax.Array:
-    """The product by kernels, of activations in either order."""
-    if feature_major:
-        return _product(static, x, blocks, layout.index, bias)
-    return _product(static, x.transpose(3, 1, 2, 0), blocks, layout.index, bias).transpose(3, 1, 2, 0)
+    """The product by kernels of x[N, H, W, C]."""
+    return vjp.forward(product, x.transpose(3, 1, 2, 0), blocks, layout.index, bias).transpose(3, 1, 2, 0)
 
 
 def sparse_conv(
@@ -173,12 +79,14 @@ def sparse_conv(
     *,
     geometry: ConvGeometry,
     bias: Float[Array, "out"] | None = None,
-    implementation: str = "auto",
+    implementation: str | Choice = "auto",
     feature_major: bool = False,
     precision: lax.PrecisionLike = None,
-    tiles: KernelTiles | None = None,
 ) -> Float[Array, "N OH OW out"]:
     """2-D convolution with shuffled-block weights.
+
+    Derivatives in reverse mode are of any order. Forward mode (`jax.jvp`, `jax.linearize`, `jax.hessian`) works with
+    "dense"; with any other implementation it ends in jax's TypeError about `custom_vjp`.
 
     Args:
       x: [N, H, W, C], or [C, H, W, N] if `feature_major`.
@@ -186,10 +94,9 @@ def sparse_conv(
       layout: where the blocks lie in `W[out, in]`, `in` in HWIO order.
       geometry: kernel size, strides, padding.
       bias: [out], added to every position of an output; kernels add it before they round, at next to no cost.
-      implementation: "auto", "pallas", "triton", "xla", "dense" or "reference"; see `dsb_jax.ops.choose`.
+      implementation: "auto", "pallas", "triton", "xla", "dense" or "reference", or what `dsb_jax.ops.choose` gave.
       feature_major: activations come and go as [C, H, W, N], the form the kernels use, without a transpose.
       precision: as in `jax.lax.dot`.
-      tiles: tile sizes of the GPU kernels; None takes tuned ones if there are any.
 
     Returns:
       [N, OH, OW, out], or [out, OH, OW, N] if `feature_major`, in x's dtype.
@@ -202,16 +109,23 @@ def sparse_conv(
     height, width = x.shape[1:3]
     batch = x.shape[3 if feature_major else 0]
     choice = choose(
-        implementation, layout, geometry=geometry, input_size=(height, width), batch=batch, dtype=x.dtype,
+        implementation,
+        layout,
+        geometry=geometry,
+        input_size=(height, width),
+        batch=batch,
+        dtype=x.dtype,
         precision=precision,
-    )  # fmt: skip
+    )
     if choice.implementation == "dense" or batch == 0:  # nothing to tile
         return dense_conv(
             x, blocks, layout, geometry=geometry, bias=bias, feature_major=feature_major, precision=precision
         )
-    kernels = _kernels(choice.implementation, tiles or choice.tiles)
-    static = _Static(kernels, geometry, layout.shape[0], (height, width), precision)
-    return _convolve(static, x, blocks, layout, bias, feature_major)
+    kernels = _kernels(choice.implementation, choice.tiles)
+    product = Product(kernels, geometry, layout.shape[0], (height, width), precision)
+    if feature_major:
+        return vjp.forward(product, x, blocks, layout.index, bias)
+    return _forward(product, x, blocks, layout, bias)
 
 
 def sparse_matmul(
@@ -220,21 +134,26 @@ def sparse_matmul(
     layout: BlockLayout,
     *,
     bias: Float[Array, "out"] | None = None,
-    implementation: str = "auto",
+    implementation: str | Choice = "auto",
     feature_major: bool = False,
     precision: lax.PrecisionLike = None,
-    tiles: KernelTiles | None = None,
 ) -> Float[Array, "... out"]:
     """`x @ W^T + bias` with shuffled-block weights: [..., in] -> [..., out], [in, N] -> [out, N] if `feature_major`.
 
-    Arguments and errors as in `sparse_conv`.
+    Arguments, derivatives and errors as in `sparse_conv`.
     """
     geometry = matmul_geometry(layout.shape[1])
     if feature_major:
         y = sparse_conv(
-            x[:, None, None, :], blocks, layout, geometry=geometry, bias=bias, implementation=implementation,
-            feature_major=True, precision=precision, tiles=tiles,
-        )  # fmt: skip
+            x[:, None, None, :],
+            blocks,
+            layout,
+            geometry=geometry,
+            bias=bias,
+            implementation=implementation,
+            feature_major=True,
+            precision=precision,
+        )
         return y.reshape(y.shape[0], y.shape[3])
     _check(x, -1, blocks, layout, geometry, bias)
     batch = math.prod(x.shape[:-1])
@@ -243,7 +162,6 @@ def sparse_matmul(
     )
     if choice.implementation == "dense" or batch == 0:  # nothing to tile
         return dense_matmul(x, blocks, layout, bias=bias, precision=precision)
-    kernels = _kernels(choice.implementation, tiles or choice.tiles)
-    static = _Static(kernels, geometry, layout.shape[0], (1, 1), precision)
-    y = _convolve(static, x.reshape(batch, 1, 1, x.shape[-1]), blocks, layout, bias, feature_major=False)
+    product = Product(_kernels(choice.implementation, choice.tiles), geometry, layout.shape[0], (1, 1), precision)
+    y = _forward(product, x.reshape(batch, 1, 1, x.shape[-1]), blocks, layout, bias)
     return y.reshape(*x.shape[:-1], layout.shape[0])

@@ -12,7 +12,7 @@ import re
 
 import jax.numpy as jnp
 
-from dsb_jax.ops.tuning import LayerSizes
+from dsb_jax.ops.layer_call import LayerCall
 
 # Nanoseconds for forward and backward together, fitted by least squares of the logarithms to 98 times of 14 layers
 # (64 channels at 32x32 to a 512x512 linear layer, strides 1 and 2, batch 128, float32; densities 0.1, 0.2, 0.5; 16x16
@@ -29,28 +29,29 @@ _SPARSE_PRODUCT = 0.031  # each stored weight at each position
 _SPARSE_WEIGHT = 20.0  # each stored weight
 
 
-def _activations(layer: LayerSizes) -> tuple[int, int]:
+def _activations(layer: LayerCall) -> int:
     """Elements of the input and of the output."""
-    return layer.in_channels * math.prod(layer.input_size) * layer.batch, layer.out * layer.positions
+    return layer.input_elements + layer.output_elements
 
 
-def _columns(layer: LayerSizes) -> float:
+def _columns(layer: LayerCall) -> int:
     """Columns of all panels together: rows that the forward pass gathers for each output position."""
-    return layer.density * math.prod(layer.shape) / layer.block_shape[0]
+    return layer.spec.num_blocks * layer.spec.block_shape[1]
 
 
-def _slow_in_xla(layer: LayerSizes) -> bool:
+def _slow_in_xla(layer: LayerCall) -> bool:
     """Whether XLA's weight gradient of a convolution is slow on a CPU: over many positions for each image."""
-    return layer.positions // layer.batch >= 200 and math.prod(layer.kernel_size) > 1
+    return layer.positions_per_example >= 200 and math.prod(layer.spec.kernel_size) > 1
 
 
-def cpu_time_ratio(layer: LayerSizes) -> float:
+def cpu_time_ratio(layer: LayerCall) -> float:
     """Predicted training-step time of the `xla` product over that of the dense fallback, on a CPU."""
-    activations, run, columns, rows = sum(_activations(layer)), layer.positions, _columns(layer), layer.block_shape[0]
-    sparse = _SPARSE_ACTIVATION * activations + columns * run * (_SPARSE_COPY + rows * _SPARSE_PRODUCT)
+    activations, positions, columns = _activations(layer), layer.positions, _columns(layer)
+    rows = layer.spec.block_shape[0]
+    sparse = _SPARSE_ACTIVATION * activations + columns * positions * (_SPARSE_COPY + rows * _SPARSE_PRODUCT)
     sparse += columns * rows * _SPARSE_WEIGHT
     product = _DENSE_PRODUCT_LARGE if _slow_in_xla(layer) else _DENSE_PRODUCT
-    dense = _DENSE_ACTIVATION * activations + math.prod(layer.shape) * (run * product + _DENSE_WEIGHT)
+    dense = _DENSE_ACTIVATION * activations + layer.spec.size * (positions * product + _DENSE_WEIGHT)
     return sparse / dense
 
 
@@ -99,7 +100,7 @@ def device_facts(device_kind: str) -> DeviceFacts | None:
     return next((facts for pattern, facts in _DEVICES if re.search(pattern, device_kind)), GENERIC)
 
 
-def gpu_time_ratio(layer: LayerSizes, facts: DeviceFacts) -> float:
+def gpu_time_ratio(layer: LayerCall, facts: DeviceFacts) -> float:
     """Predicted training-step time of the GPU kernels over that of the dense fallback: a roofline for each pass.
 
     The forward pass and the weight gradient gather `columns` rows through L2: 2 bytes in bfloat16 for 2R operations.
@@ -107,15 +108,15 @@ def gpu_time_ratio(layer: LayerSizes, facts: DeviceFacts) -> float:
     """
     itemsize = jnp.dtype(layer.dtype).itemsize
     peak = facts.half if itemsize == 2 else facts.tf32
-    through_memory = sum(_activations(layer)) * itemsize / facts.memory
-    weights, run, columns = math.prod(layer.shape), layer.positions, _columns(layer)
+    through_memory = _activations(layer) * itemsize / facts.memory
+    weights, positions, columns = layer.spec.size, layer.positions, _columns(layer)
 
     share = _DENSE_MATMUL_SHARE if layer.is_linear else _DENSE_CONV_SHARE
-    dense = 3 * max(2 * weights * run / (share * peak), through_memory)
+    dense = 3 * max(2 * weights * positions / (share * peak), through_memory)
     dense += _UNPACK_PASSES * weights * itemsize / facts.memory + _DENSE_LAUNCHES * _LAUNCH
 
-    gathered = columns * run * itemsize
-    product = 2 * columns * layer.block_shape[0] * run / (_SPARSE_SHARE * peak)
+    gathered = columns * positions * itemsize
+    product = 2 * columns * layer.spec.block_shape[0] * positions / (_SPARSE_SHARE * peak)
     gathering_pass = max(gathered / facts.cache, product, through_memory)
     scratch_pass = max(product, 2 * gathered / facts.memory + through_memory)
     sparse = 2 * gathering_pass + scratch_pass + _SPARSE_LAUNCHES * _LAUNCH

@@ -1,146 +1,68 @@
-"""The dense fallback: unpack the blocks into an ordinary kernel and let XLA do the rest.
+"""The dense product: unpack the blocks into an ordinary kernel and let XLA do the rest.
 
 Compute is dense, storage stays sparse: the kernel and its gradient live for the duration of one layer. Both
-directions move runs of R weights (the rows of a group lie side by side in the grouped order) and then permute
-whole columns, which on a CPU is many times faster than scattering single weights. Where the output is much smaller
-than the kernel, it is the output that gets permuted.
+directions move rows of R weights (those of a group lie side by side in the grouped order) and then permute whole
+columns, which on a CPU is many times faster than scattering single weights. Where the output is much smaller than the
+kernel, it is the output that gets permuted.
+
+Both steps are made of operations whose derivatives jax knows, in forward and in reverse mode, and whose transposes
+are gathers again.
 """
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from dsb_jax.layout import BlockLayout, block_group, row_places
+from dsb_jax.ops.convolution import add_bias, convolve
 from pallas_kernels.interface import ConvGeometry
-from pallas_kernels.reference import patches
-
-FEW_FEATURES = 64  # kernel height * width * channels
-
-_NHWC = (("NHWC", "HWIO", "NHWC"), lax.conv_dimension_numbers((1,) * 4, (1,) * 4, ("NHWC", "HWIO", "NHWC")))
 
 
-def _runs(layout: BlockLayout) -> jax.Array:
-    """int32[num_blocks, C, 2]: where the run of R weights of each block column begins in `[in, num_groups * R]`."""
+def _row_starts(layout: BlockLayout) -> jax.Array:
+    """int32[num_blocks, C, 2]: where the R weights of each block column begin in `[in, num_groups * R]`."""
     first = jnp.broadcast_to(block_group(layout)[:, None] * layout.block_shape[0], layout.in_idx.shape)
     return jnp.stack([layout.in_idx.astype(jnp.int32), first], axis=-1)
 
 
-@jax.custom_vjp
 def unpack_grouped(blocks: jax.Array, layout: BlockLayout) -> jax.Array:
-    """blocks[num_blocks, R, C] -> [in, num_groups * R], output features in the order of the groups; zero elsewhere."""
+    """blocks[num_blocks, R, C] -> [in, num_groups * R], output features in the order of the groups; zero elsewhere.
+
+    The transpose is a gather of rows of R weights.
+    """
     grouped = jnp.zeros((layout.shape[1], layout.num_groups * layout.block_shape[0]), blocks.dtype)
     numbers = lax.ScatterDimensionNumbers(
         update_window_dims=(2,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1)
     )
     return lax.scatter(
-        grouped, _runs(layout), blocks.transpose(0, 2, 1), numbers, unique_indices=True, mode="promise_in_bounds"
+        grouped, _row_starts(layout), blocks.transpose(0, 2, 1), numbers, unique_indices=True, mode="promise_in_bounds"
     )
 
 
-def _unpack_fwd(blocks: jax.Array, layout: BlockLayout) -> tuple[jax.Array, BlockLayout]:
-    return unpack_grouped(blocks, layout), layout
-
-
-def _unpack_bwd(layout: BlockLayout, d_grouped: jax.Array) -> tuple[jax.Array, None]:
-    numbers = lax.GatherDimensionNumbers(offset_dims=(2,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
-    runs = lax.gather(d_grouped, _runs(layout), numbers, (1, layout.block_shape[0]), mode="promise_in_bounds")
-    return runs.transpose(0, 2, 1), None
-
-
-unpack_grouped.defvjp(_unpack_fwd, _unpack_bwd)
-
-
-def _take(values: jax.Array, idx: jax.Array, axis: int) -> jax.Array:
-    return values.at[(slice(None),) * axis + (idx,)].get(mode="promise_in_bounds")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def to_output_order(grouped: jax.Array, layout: BlockLayout, axis: int) -> jax.Array:
     """Output features along `axis` from the order of the groups (num_groups * R of them) to their own (out)."""
-    return _take(grouped, row_places(layout.out_idx)[: layout.shape[0]], axis)
+    ordered = _permute(grouped, row_places(layout.out_idx), layout.out_idx.reshape(-1), axis)
+    return lax.slice_in_dim(ordered, 0, layout.shape[0], axis=axis)
 
 
-def _order_fwd(grouped: jax.Array, layout: BlockLayout, axis: int) -> tuple[jax.Array, BlockLayout]:
-    return to_output_order(grouped, layout, axis), layout
+def _permute(values: jax.Array, order: jax.Array, inverse: jax.Array, axis: int) -> jax.Array:
+    """`values` in another order along `axis`, with a gather for its transpose, too.
 
-
-def _order_bwd(axis: int, layout: BlockLayout, d_ordered: jax.Array) -> tuple[jax.Array, None]:
-    # Gathered, too: the transpose that jax would derive is a scatter, many times slower.
-    phantom = [(0, 0)] * d_ordered.ndim
-    phantom[axis] = (0, layout.out_idx.size - layout.shape[0])
-    return _take(jnp.pad(d_ordered, phantom), layout.out_idx.reshape(-1), axis), None
-
-
-to_output_order.defvjp(_order_fwd, _order_bwd)
-
-
-def convolve(
-    x: jax.Array,
-    kernel: jax.Array,
-    *,
-    geometry: ConvGeometry,
-    feature_major: bool,
-    precision: lax.PrecisionLike = None,
-) -> jax.Array:
-    """A dense convolution without the slow cases of XLA on CPUs: x is NHWC, or CHWN if `feature_major`; kernel HWIO.
-
-    There, the patches are gathered and multiplied instead
-      - where the image is smaller than the kernel (3x3 over 2x2, as in the last stage of VGG-16): XLA runs there
-        at some 2 % of its usual rate;
-      - where the input has few features and is feature-major (a stem): the convolution would transpose its output.
+    What jax would derive is a scatter, many times slower. A permutation is the solution of a linear system whose
+    matrix is the inverse permutation: so jax is told the transpose, and knows what follows from it.
     """
-    sizes = (*x.shape[1:3], *geometry.output_size(*x.shape[1:3]))
-    small = min(sizes) < max(geometry.kernel_size) or (feature_major and geometry.in_features <= FEW_FEATURES)
-    if small and jax.default_backend() == "cpu":
-        gathered = patches(x if feature_major else x.transpose(3, 1, 2, 0), geometry)
-        form = "jhwn,jo->ohwn" if feature_major else "jhwn,jo->nhwo"
-        return jnp.einsum(form, gathered, kernel.reshape(-1, kernel.shape[3]), precision=precision)
-    if feature_major and jax.default_backend() == "cpu":
-        # Keeps the transpose of the input gradient out of other fusions, where it took three times as long.
-        x = lax.optimization_barrier(x)
-    numbers = ("CHWN", "HWIO", "CHWN") if feature_major else ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(
-        x, kernel, geometry.strides, geometry.padding, dimension_numbers=numbers, precision=precision
+
+    def take(idx: jax.Array, values: jax.Array) -> jax.Array:
+        return values.at[(slice(None),) * axis + (idx,)].get(mode="promise_in_bounds")
+
+    return lax.custom_linear_solve(
+        functools.partial(take, inverse),
+        values,
+        solve=lambda _, right: take(order, right),
+        transpose_solve=lambda _, right: take(inverse, right),
     )
-
-
-def add_bias(y: jax.Array, bias: jax.Array | None, axis: int) -> jax.Array:
-    """y plus bias[out] along `axis`, an elementwise sum that XLA fuses with its neighbours where it can.
-
-    In float32 and rounded once, which for operands of one dtype is what `nn.Dense` and `nn.Conv` give, too; the
-    gradient of the bias is a sum in float32 by it.
-    """
-    if bias is None:
-        return y
-    wide = jnp.promote_types(y.dtype, jnp.float32)
-    along = jnp.expand_dims(bias.astype(wide), [i for i in range(y.ndim) if i != axis])
-    return (y.astype(wide) + along).astype(y.dtype)
-
-
-def conv_general_dilated(
-    lhs: jax.Array, rhs: jax.Array, window_strides: Sequence[int], padding: Any, **options: Any
-) -> jax.Array:
-    """`jax.lax.conv_general_dilated` by way of `convolve` where that serves.
-
-    Fit for the `conv_general_dilated` argument of `nn.Conv`, so that dense baselines gain by it as well.
-    """
-    plain = all(set(options.get(name) or (1,)) == {1} for name in ("lhs_dilation", "rhs_dilation"))
-    plain &= options.get("feature_group_count", 1) == 1 and lhs.ndim == 4
-    plain &= options.get("dimension_numbers") in _NHWC
-    if not plain:
-        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
-    kernel_size = rhs.shape[0], rhs.shape[1]
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(lhs.shape[1:3], kernel_size, window_strides, padding)
-    (top, bottom), (left, right) = padding
-    stride_h, stride_w = window_strides
-    geometry = ConvGeometry(lhs.shape[3], kernel_size, (stride_h, stride_w), ((top, bottom), (left, right)))
-    return convolve(lhs, rhs, geometry=geometry, feature_major=False, precision=options.get("precision"))
 
 
 def _permutes_output(positions: int, layout: BlockLayout) -> bool:

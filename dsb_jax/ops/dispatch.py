@@ -22,11 +22,11 @@ import jax
 from jax import lax
 
 from dsb_jax.layout import BlockLayout
-from dsb_jax.ops import tuning as tuned
+from dsb_jax.ops import tuning
 from dsb_jax.ops.cost_model import cpu_time_ratio, device_facts, gpu_time_ratio
-from dsb_jax.ops.tuning import LayerSizes
+from dsb_jax.ops.layer_call import LayerCall
+from pallas_kernels import limits
 from pallas_kernels.interface import ConvGeometry
-from pallas_kernels.limits import unservable
 from pallas_kernels.tiles import KernelTiles
 
 Implementation = Literal["auto", "xla", "dense", "reference", "pallas", "triton"]
@@ -54,6 +54,11 @@ class Choice:
     reason: str
     tiles: KernelTiles | None = None
     elements: int = dataclasses.field(default=0, compare=False)
+
+    def __post_init__(self) -> None:
+        check_implementation(self.implementation)
+        if self.implementation == "auto":
+            raise ValueError('implementation="auto" is no choice; dsb_jax.ops.choose makes one of it.')
 
 
 _recorder: contextvars.ContextVar[dict[tuple[str, ...], Choice] | None] = contextvars.ContextVar(
@@ -84,7 +89,9 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(f"implementation={implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}.")
 
 
-def refusal(implementation: str, layer: LayerSizes, backend: str, precision: lax.PrecisionLike = None) -> str | None:
+def unsupported_reason(
+    implementation: str, layer: LayerCall, backend: str, precision: lax.PrecisionLike = None
+) -> str | None:
     """Why an implementation cannot compute a layer on a backend of jax, with the cure; None if it can.
 
     Raises:
@@ -97,14 +104,15 @@ def refusal(implementation: str, layer: LayerSizes, backend: str, precision: lax
     missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
     if implementation == "triton" and missing:
         return f"{missing[-1]} is not installed; pip install '.[triton]', or use pallas"
-    limit = unservable(
-        layer.dtype, layer.block_shape, layer.shape, layer.geometry, layer.input_size, layer.batch, precision
+    spec = layer.spec
+    limit = limits.unsupported_reason(
+        layer.dtype, spec.block_shape, spec.shape, layer.geometry, layer.input_size, layer.batch, precision
     )
     return limit and f"{limit}; use auto or dense"
 
 
 def choose(
-    implementation: str,
+    implementation: str | Choice,
     layout: BlockLayout,
     *,
     geometry: ConvGeometry,
@@ -118,7 +126,7 @@ def choose(
     """Resolves "auto" for one layer from static sizes alone; any other name is taken as it is, or refused.
 
     Args:
-      implementation: one of IMPLEMENTATIONS.
+      implementation: one of IMPLEMENTATIONS, or a choice that was made before, which is returned.
       layout: of the layer.
       geometry: kernel size, strides, padding.
       input_size: height and width of the input; (1, 1) for a linear layer.
@@ -132,22 +140,34 @@ def choose(
       ValueError: if the name is unknown, or a tuned table is broken.
       NotImplementedError: if an explicit implementation cannot compute the layer here, with the reason and the cure.
     """
+    if isinstance(implementation, Choice):
+        return implementation
     check_implementation(implementation)
     if implementation not in ("auto", *GPU_KERNELS):
         return Choice(implementation, "asked for")
-    layer = LayerSizes.of(layout, geometry=geometry, input_size=input_size, batch=batch, dtype=dtype)
+    if implementation == "auto" and batch == 0:
+        return Choice("dense", "an empty batch")
+    layer = LayerCall.of(
+        layout.shape[0],
+        geometry,
+        block_shape=layout.block_shape,
+        num_blocks=layout.num_blocks,
+        input_size=input_size,
+        batch=batch,
+        dtype=dtype,
+    )
     if backend is None:
         backend = jax.default_backend()
         device_kind = device_kind or jax.devices()[0].device_kind
     device_kind = device_kind or ("cpu" if backend == "cpu" else "an unknown device")
     if implementation == "auto":
         return _choose(layer, backend, device_kind, precision)
-    if why := refusal(implementation, layer, backend, precision):
-        raise NotImplementedError(f"implementation={implementation!r} cannot compute a layer of {layer}: {why}.")
+    if reason := unsupported_reason(implementation, layer, backend, precision):
+        raise NotImplementedError(f"implementation={implementation!r} cannot compute a layer of {layer}: {reason}.")
     return Choice(implementation, "asked for", _tuned_tiles(implementation, layer, device_kind))
 
 
-def predicted_time_ratio(layer: LayerSizes, backend: str, device_kind: str) -> float | None:
+def predicted_time_ratio(layer: LayerCall, backend: str, device_kind: str) -> float | None:
     """Predicted training-step time of the sparse product over that of the dense fallback; None without a model."""
     if backend == "cpu":
         return cpu_time_ratio(layer)
@@ -155,26 +175,26 @@ def predicted_time_ratio(layer: LayerSizes, backend: str, device_kind: str) -> f
     return None if facts is None else gpu_time_ratio(layer, facts)
 
 
-def _choose(layer: LayerSizes, backend: str, device_kind: str, precision: lax.PrecisionLike) -> Choice:
+def _choose(layer: LayerCall, backend: str, device_kind: str, precision: lax.PrecisionLike) -> Choice:
     """What "auto" takes, by the tuned tables before the cost model."""
     predicted = predicted_time_ratio(layer, backend, device_kind)
     if predicted is None:
         return Choice("dense", f"no sparse kernel for {device_kind if backend == 'gpu' else backend}")
-    if (found := tuned.lookup(layer, device_kind)) is not None:
+    if (found := tuning.lookup(layer, device_kind)) is not None:
         return _from_table(found, layer, predicted, backend, device_kind, precision)
     on_gpu = backend == "gpu"
     implementation = "pallas" if on_gpu else "xla"
     reason = f"predicted {predicted:.2f} of the dense time" + (f" on {device_kind}" if on_gpu else "")
     if predicted >= CLEAR_WIN:
         return Choice("dense", reason)
-    if why := refusal(implementation, layer, backend, precision):
-        return Choice("dense", why.split(";")[0])
+    if unsupported := unsupported_reason(implementation, layer, backend, precision):
+        return Choice("dense", unsupported.split(";")[0])
     return Choice(implementation, reason)
 
 
 def _from_table(
-    found: tuned.Found,
-    layer: LayerSizes,
+    found: tuning.Found,
+    layer: LayerCall,
     predicted: float,
     backend: str,
     device_kind: str,
@@ -190,14 +210,14 @@ def _from_table(
         assert there is not None  # the same device has a model for `layer`
         scale, margin, how = predicted / there, CLEAR_WIN, "tuned on a layer nearby"
     dense_s = next(result.seconds for result in found.results if result.implementation == "dense")
-    rivals = [result for result in found.results if result.implementation in IMPLEMENTATIONS[1:]]
+    candidates = [result for result in found.results if result.implementation in IMPLEMENTATIONS[1:]]
     skipped = ""
-    for result in rivals:  # fastest first
+    for result in candidates:  # fastest first
         if result.implementation == "dense":
             continue
         ratio = result.seconds / dense_s * scale
-        if why := refusal(result.implementation, layer, backend, precision):
-            skipped = skipped or f"; {result.implementation}: {why.split(';')[0]}"
+        if reason := unsupported_reason(result.implementation, layer, backend, precision):
+            skipped = skipped or f"; {result.implementation}: {reason.split(';')[0]}"
             continue
         if ratio < margin:
             return Choice(result.implementation, f"{how}: {ratio:.2f} of dense on {device_kind}", result.tiles)
@@ -205,8 +225,8 @@ def _from_table(
     return Choice("dense", f"{how}: nothing that serves is faster on {device_kind}{skipped}")
 
 
-def _tuned_tiles(implementation: str, layer: LayerSizes, device_kind: str) -> KernelTiles | None:
+def _tuned_tiles(implementation: str, layer: LayerCall, device_kind: str) -> KernelTiles | None:
     """The measured tiles of a GPU kernel that is asked for by name, if this layer or one nearby was measured."""
-    found = tuned.lookup(layer, device_kind) if implementation in GPU_KERNELS else None
+    found = tuning.lookup(layer, device_kind) if implementation in GPU_KERNELS else None
     results = found.results if found else ()
     return next((result.tiles for result in results if result.implementation == implementation), None)

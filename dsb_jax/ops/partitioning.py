@@ -34,7 +34,7 @@ from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, 
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.interface import Kernels
+from pallas_kernels.interface import ConvGeometry, Kernels, accumulator_dtype
 
 # Every operation has five operands: two that differ, the activations first, and the three index arrays. Forward may
 # have a sixth, the bias.
@@ -48,20 +48,43 @@ _BIAS_RANK = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class _Operation:
-    """An array-level operation, its static arguments, and the axes that `vmap` has put before its operands.
+class Product:
+    """The static sizes of one product, which its three operations share.
 
     Attributes:
+      kernels: the implementation.
+      geometry: kernel size, strides, padding.
+      out: output features.
+      input_size: height and width of the input.
+      precision: as in `jax.lax.dot`.
+    """
+
+    kernels: Kernels
+    geometry: ConvGeometry
+    out: int
+    input_size: tuple[int, int]
+    precision: lax.PrecisionLike = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An array-level operation with its static sizes, and the axes that `vmap` has put before its operands.
+
+    A call has a rule for `vmap` and one for XLA's partitioner: see the module docstring. A kernel is asked for the
+    shapes of one device, too, while the program is compiled: what it refuses there (NotImplementedError) ends the
+    compilation, with its reason. The result cannot be differentiated.
+
+    Attributes:
+      product: sizes and implementation.
       name: which of the three.
-      function: the kernel, called as `function(first, second, index, **static)`, and with `bias=` if it has one.
-      static: its keyword arguments as sorted pairs; hashable.
+      dtype: of the weight gradient.
       has_bias: whether a bias follows the five operands.
       mapped: for each level of `vmap`, outermost first, which of the operands have an axis of it.
     """
 
+    product: Product
     name: Literal["forward", "input_gradient", "weight_gradient"]
-    function: Callable[..., jax.Array]
-    static: tuple[tuple[str, Any], ...]
+    dtype: Any = None
     has_bias: bool = False
     mapped: tuple[tuple[bool, ...], ...] = ()
 
@@ -82,25 +105,33 @@ class _Operation:
         result = (*(f"v{level}" for level in range(len(self.mapped))), *_own_dimensions("rx", result_rank))
         return tuple(operands), result
 
-    def run(self, *operands: jax.Array) -> jax.Array:
+    def compute(self, *operands: jax.Array) -> jax.Array:
         """Calls the kernel on local arrays, mapped axes and all."""
         if not self.mapped:
             first, second, out_idx, in_idx, group_start, *bias = operands
-            options = {**dict(self.static), "bias": bias[0]} if bias else dict(self.static)
-            return self.function(first, second, (out_idx, in_idx, group_start), **options)
+            product = self.product
+            options: dict[str, Any] = {"geometry": product.geometry, "precision": product.precision}
+            options |= {
+                "forward": {"out": product.out},
+                "input_gradient": {"input_size": product.input_size},
+                "weight_gradient": {"dtype": self.dtype},
+            }[self.name]
+            if bias:
+                options["bias"] = bias[0]
+            return getattr(product.kernels, self.name)(first, second, (out_idx, in_idx, group_start), **options)
         mapped, inner = self.mapped[0], dataclasses.replace(self, mapped=self.mapped[1:])
         first = operands[0]
         if mapped[0] and not any(mapped[1:]) and not self.sums_over_batch and first.shape[0] > 0:
             size, batch = first.shape[0], first.shape[-1]
             folded = jnp.moveaxis(first, 0, -2)
-            result = inner.run(folded.reshape(*folded.shape[:-2], size * batch), *operands[1:])
+            result = inner.compute(folded.reshape(*folded.shape[:-2], size * batch), *operands[1:])
             return jnp.moveaxis(result.reshape(*result.shape[:-1], size, batch), -2, 0)
 
-        def turn(varying: list[jax.Array]) -> jax.Array:
+        def step(varying: list[jax.Array]) -> jax.Array:
             rest = iter(varying)
-            return inner.run(*(next(rest) if m else a for m, a in zip(mapped, operands, strict=True)))
+            return inner.compute(*(next(rest) if m else a for m, a in zip(mapped, operands, strict=True)))
 
-        return lax.map(turn, [a for m, a in zip(mapped, operands, strict=True) if m])
+        return lax.map(step, [a for m, a in zip(mapped, operands, strict=True) if m])
 
 
 def _own_dimensions(prefix: str, rank: int) -> tuple[str, ...]:
@@ -113,7 +144,7 @@ def _is_shardable(name: str) -> bool:
     return name == "n" or name[0] == "v"
 
 
-def _mesh_axes(operation: _Operation, mesh: Mesh | AbstractMesh, arrays: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+def _mesh_axes(operation: Operation, mesh: Mesh | AbstractMesh, arrays: Sequence[Any]) -> dict[str, tuple[str, ...]]:
     """The mesh axes of each shardable dimension: those of the first array that is sharded over it.
 
     `arrays` are the operands, and the result where its sharding is known. A dimension that a mesh axis does not
@@ -134,14 +165,14 @@ def _mesh_axes(operation: _Operation, mesh: Mesh | AbstractMesh, arrays: Sequenc
     return axes
 
 
-def _shardings(operation: _Operation, mesh: Mesh | AbstractMesh, axes: dict[str, tuple[str, ...]]):
+def _shardings(operation: Operation, mesh: Mesh | AbstractMesh, axes: dict[str, tuple[str, ...]]):
     """Of the operands (a tuple) and of the result."""
     operands, result = operation.dimensions()
     *arrays, last = (NamedSharding(mesh, P(*(axes.get(name) for name in names))) for names in (*operands, result))
     return tuple(arrays), last
 
 
-def _sharding_rule(operation: _Operation, mesh: Mesh, operand_types: Any, result_types: Any) -> SdyShardingRule:
+def _sharding_rule(operation: Operation, mesh: Mesh, operand_types: Any, result_types: Any) -> SdyShardingRule:
     operands, result = operation.dimensions()
     replicated = {name: None for names in (*operands, result) for name in names if not _is_shardable(name)}
     return SdyShardingRule(
@@ -152,41 +183,41 @@ def _sharding_rule(operation: _Operation, mesh: Mesh, operand_types: Any, result
     )
 
 
-def _infer_sharding(operation: _Operation, mesh: Mesh, operands: Sequence[Any], result: Any) -> NamedSharding:
+def _infer_sharding(operation: Operation, mesh: Mesh, operands: Sequence[Any], result: Any) -> NamedSharding:
     return _shardings(operation, mesh, _mesh_axes(operation, mesh, operands))[1]
 
 
-def _partition(operation: _Operation, mesh: Mesh | AbstractMesh, operands: Sequence[Any], *results: Any):
+def _partition(operation: Operation, mesh: Mesh | AbstractMesh, operands: Sequence[Any], *results: Any):
     axes = _mesh_axes(operation, mesh, (*operands, *results))
     operand_shardings, result_sharding = _shardings(operation, mesh, axes)
     batch_axes = axes.get("n", ())
 
     def summed(*local: jax.Array) -> jax.Array:
         # Summed in float32 and rounded once, as on one device.
-        static = dict(operation.static)
-        wide = jnp.promote_types(static["dtype"], jnp.float32)
-        partial = dataclasses.replace(operation, static=_pairs({**static, "dtype": wide})).run(*local)
-        return lax.psum(partial, batch_axes).astype(static["dtype"])
+        wide = dataclasses.replace(operation, dtype=accumulator_dtype(operation.dtype))
+        return lax.psum(wide.compute(*local), batch_axes).astype(operation.dtype)
 
-    run = summed if operation.sums_over_batch and batch_axes else operation.run
-    return mesh, run, result_sharding, operand_shardings
+    local = summed if operation.sums_over_batch and batch_axes else operation.compute
+    return mesh, local, result_sharding, operand_shardings
 
 
-def _run(operation: _Operation, *operands: jax.Array) -> jax.Array:
-    return operation.run(*operands)
+@functools.cache  # one object for equal operations, so nothing recompiles
+def _partitioned(operation: Operation) -> Callable[..., jax.Array]:
+    """The operation with rules for XLA's partitioner. Closures: a static argument of the call would keep tracers."""
+    call = custom_partitioning(operation.compute)
+    call.def_partition(
+        partition=functools.partial(_partition, operation),
+        infer_sharding_from_operands=functools.partial(_infer_sharding, operation),
+        sharding_rule=functools.partial(_sharding_rule, operation),
+    )
+    return call
 
 
-_partitioned = custom_partitioning(_run, static_argnums=(0,))
-_partitioned.def_partition(
-    partition=_partition, infer_sharding_from_operands=_infer_sharding, sharding_rule=_sharding_rule
-)
-
-
-def _run_explicit(operation: _Operation, mesh: AbstractMesh, operands: Sequence[jax.Array]) -> jax.Array:
+def _compute_explicit(operation: Operation, mesh: AbstractMesh, operands: Sequence[jax.Array]) -> jax.Array:
     """Where types carry shardings: those say at trace time what the partitioner says later."""
-    _, run, result_sharding, shardings = _partition(operation, mesh, [jax.typeof(a) for a in operands])
+    _, function, result_sharding, shardings = _partition(operation, mesh, [jax.typeof(a) for a in operands])
     local = jax.shard_map(
-        run,
+        function,
         in_specs=tuple(sharding.spec for sharding in shardings),
         out_specs=result_sharding.spec,
         mesh=mesh,
@@ -196,46 +227,22 @@ def _run_explicit(operation: _Operation, mesh: AbstractMesh, operands: Sequence[
     return local(*(jax.sharding.reshard(a, s) for a, s in zip(operands, shardings, strict=True)))
 
 
-def _apply(operation: _Operation, *operands: jax.Array) -> jax.Array:
+def apply(operation: Operation, *operands: jax.Array) -> jax.Array:
+    """The result of an operation on its operands: activations, blocks or output gradient, index arrays, bias."""
+
     @custom_vmap
     def call(*operands: jax.Array) -> jax.Array:
         mesh = jax.sharding.get_abstract_mesh()
         mesh = jax.typeof(operands[0]).sharding.mesh if mesh.empty else mesh
         if mesh.manual_axes:  # the partitioner's callbacks would not know the mesh
-            return operation.run(*operands)
+            return operation.compute(*operands)
         if mesh.explicit_axes:
-            return _run_explicit(operation, mesh, operands)
-        return _partitioned(operation, *operands)
+            return _compute_explicit(operation, mesh, operands)
+        return _partitioned(operation)(*operands)
 
     @call.def_vmap
     def map_once_more(axis_size: int, in_batched: list[bool], *operands: jax.Array):
         mapped = (tuple(in_batched), *operation.mapped)
-        return _apply(dataclasses.replace(operation, mapped=mapped), *operands), True
+        return apply(dataclasses.replace(operation, mapped=mapped), *operands), True
 
     return call(*operands)
-
-
-def _pairs(static: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(static.items()))
-
-
-@functools.cache
-def partitioned(kernels: Kernels) -> Kernels:
-    """The same kernels, with a rule for `vmap` and one for XLA's partitioner: see the module docstring.
-
-    Keyword arguments must be hashable. A kernel is asked for the shapes of one device, too, while the program is
-    compiled: what it refuses there (NotImplementedError) ends the compilation, with its reason. The result cannot be
-    differentiated.
-    """
-
-    def wrap(name: Literal["forward", "input_gradient", "weight_gradient"]) -> Callable[..., jax.Array]:
-        def call(
-            first: jax.Array, second: jax.Array, index: Any, *, bias: jax.Array | None = None, **static: Any
-        ) -> jax.Array:
-            operands = (first, second, *index) if bias is None else (first, second, *index, bias)
-            operation = _Operation(name, getattr(kernels, name), _pairs(static), has_bias=bias is not None)
-            return _apply(operation, *operands)
-
-        return call
-
-    return Kernels(wrap("forward"), wrap("input_gradient"), wrap("weight_gradient"))

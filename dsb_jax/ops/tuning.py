@@ -16,9 +16,10 @@ traced. A table is JSON, one file for each kind of device:
      }]
     }
 
-Seconds are of forward and backward together. Files are searched in this order: the one that the environment
-variable DSB_JAX_TUNED names, `~/.cache/dsb_jax/<device>.json`, and the one that comes with the package. A table of
-another kind of device is passed over.
+The density is of stored weights over `out * in`, rounded to two digits. Seconds are of forward and backward together.
+Files are searched in this order: the one that the environment variable DSB_JAX_TUNED names,
+`~/.cache/dsb_jax/<device>.json`, and the one that comes with the package. A table of another kind of device is passed
+over, and so is a home that does not exist or cannot be read.
 """
 
 import dataclasses
@@ -32,9 +33,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
-from dsb_jax.layout import BlockLayout
+from dsb_jax.ops.layer_call import LayerCall
 from pallas_kernels.interface import ConvGeometry
 from pallas_kernels.tiles import KernelTiles, Tiles
 
@@ -42,80 +41,6 @@ FORMAT = "dsb_jax tuned 1"
 VARIABLE = "DSB_JAX_TUNED"
 SHIPPED = Path(__file__).parent / "tables"
 NEAR = 1.0  # a layer measured nearby differs, all sizes together, by 2 ** NEAR at the most
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSizes:
-    """The static sizes of a sparse layer that its speed depends on.
-
-    Attributes:
-      out: output features.
-      in_channels, kernel_size, strides, padding: as in `ConvGeometry`.
-      input_size: height and width of the input; (1, 1) for a linear layer.
-      batch: N.
-      dtype: name of the dtype of activations and blocks.
-      block_shape: (R, C).
-      density: stored weights, phantom rows included, over `out * in`.
-    """
-
-    out: int
-    in_channels: int
-    kernel_size: tuple[int, int]
-    strides: tuple[int, int]
-    padding: tuple[tuple[int, int], tuple[int, int]]
-    input_size: tuple[int, int]
-    batch: int
-    dtype: str
-    block_shape: tuple[int, int]
-    density: float
-
-    @classmethod
-    def of(
-        cls, layout: BlockLayout, *, geometry: ConvGeometry, input_size: tuple[int, int], batch: int, dtype: Any
-    ) -> "LayerSizes":
-        """The sizes of a layer; the density is exact."""
-        (out, in_), (rows, cols) = layout.shape, layout.block_shape
-        return cls(
-            out, geometry.in_channels, geometry.kernel_size, geometry.strides, geometry.padding, input_size, batch,
-            jnp.dtype(dtype).name, layout.block_shape, layout.num_blocks * rows * cols / (out * in_),
-        )  # fmt: skip
-
-    @property
-    def geometry(self) -> ConvGeometry:
-        return ConvGeometry(self.in_channels, self.kernel_size, self.strides, self.padding)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the flattened matrix."""
-        return self.out, self.geometry.in_features
-
-    @property
-    def num_blocks(self) -> int:
-        """Exact if the density is."""
-        return round(self.density * math.prod(self.shape) / math.prod(self.block_shape))
-
-    @property
-    def positions(self) -> int:
-        """Output positions of the whole batch: how many products each weight takes part in."""
-        return math.prod(self.geometry.output_size(*self.input_size)) * self.batch
-
-    @property
-    def is_linear(self) -> bool:
-        """A matrix product without any image."""
-        return self.geometry == ConvGeometry(self.in_channels) and self.input_size == (1, 1)
-
-    def rounded(self) -> "LayerSizes":
-        """The key in a table: two digits of the density, so that a block more or less is the same layer."""
-        return dataclasses.replace(self, density=float(f"{self.density:.2g}"))
-
-    def __str__(self) -> str:
-        kernel, stride = "x".join(map(str, self.kernel_size)), max(self.strides)
-        image = "" if self.is_linear else f", {kernel}/{stride} over {'x'.join(map(str, self.input_size))}"
-        rows, cols = self.block_shape
-        return (
-            f"{self.out}x{self.shape[1]}{image}, batch {self.batch}, {self.dtype}, {rows}x{cols} blocks, "
-            f"density {self.density:.2g}"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,13 +58,13 @@ class Table(NamedTuple):
     device_kind: str
     versions: Mapping[str, str]
     command: str
-    entries: Mapping[LayerSizes, tuple[Result, ...]]
+    entries: Mapping[LayerCall, tuple[Result, ...]]
 
 
 class Found(NamedTuple):
     """An entry, and for which layer it was measured: the one that was looked up (`exact`) or one like it."""
 
-    layer: LayerSizes
+    layer: LayerCall
     results: tuple[Result, ...]
     exact: bool
 
@@ -149,9 +74,13 @@ def file_name(device_kind: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json"
 
 
-def user_path(device_kind: str) -> Path:
-    """Where this user's own table of a device lies, unless DSB_JAX_TUNED says otherwise."""
-    return Path.home() / ".cache" / "dsb_jax" / file_name(device_kind)
+def user_path(device_kind: str) -> Path | None:
+    """Where this user's own table of a device lies, unless DSB_JAX_TUNED says otherwise; None without a home."""
+    try:
+        home = Path.home()
+    except RuntimeError:  # no HOME, and no entry for the user: a container with a bare user id
+        return None
+    return home / ".cache" / "dsb_jax" / file_name(device_kind)
 
 
 def load(path: str | os.PathLike[str]) -> Table:
@@ -186,23 +115,23 @@ def _load(path: Path, version: tuple[int, ...]) -> Table:
         if "dense" not in names or len(set(names)) < len(names):
             raise ValueError(f"an entry has results of {', '.join(names)}; dense and each other once are needed")
         entries[_layer(entry["layer"])] = results
-    return Table(_text(body["device_kind"]), {k: _text(v) for k, v in body["versions"].items()},
-                 _text(body["command"]), entries)  # fmt: skip
+    versions = {name: _text(version) for name, version in body["versions"].items()}
+    return Table(_text(body["device_kind"]), versions, _text(body["command"]), entries)
 
 
 def write(path: str | os.PathLike[str], table: Table) -> None:
     """Writes a table in one step: a reader, or a program that is killed, sees the old file or the new one."""
     path = Path(path)
     entries = [
-        {"layer": dataclasses.asdict(layer), "results": [dataclasses.asdict(result) for result in results]}
+        {"layer": _layer_fields(layer), "results": [dataclasses.asdict(result) for result in results]}
         for layer, results in table.entries.items()
     ]
     head = {"format": FORMAT, "device_kind": table.device_kind, "versions": dict(table.versions)}
     lines = ",\n".join(json.dumps(entry) for entry in entries)  # one line an entry: a change shows as one line
     text = json.dumps({**head, "command": table.command}, indent=1)[:-2] + f',\n "entries": [\n{lines}\n ]\n}}\n'
-    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
         os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
         os.replace(temporary, path)
@@ -217,13 +146,15 @@ def tables(device_kind: str) -> list[Table]:
     Raises:
       ValueError: if one of the files is broken, or the one that DSB_JAX_TUNED names is missing.
     """
-    paths = [path for path in (user_path(device_kind), SHIPPED / file_name(device_kind)) if path.is_file()]
+    known = user_path(device_kind), SHIPPED / file_name(device_kind)
+    # `access` says no where `is_file` raises: folders of somebody else, names that are too long.
+    paths = [path for path in known if path is not None and os.access(path, os.R_OK) and path.is_file()]
     if named := os.environ.get(VARIABLE):
         paths.insert(0, Path(named))
     return [table for table in map(load, paths) if table.device_kind == device_kind]
 
 
-def lookup(layer: LayerSizes, device_kind: str) -> Found | None:
+def lookup(layer: LayerCall, device_kind: str) -> Found | None:
     """The entry of a layer, else that of the nearest one measured, else None.
 
     Near is a layer of the same kernel, strides, dtype and R whose out, in_channels, positions and density differ by no
@@ -244,14 +175,14 @@ def lookup(layer: LayerSizes, device_kind: str) -> Found | None:
     return None
 
 
-def _distance(a: LayerSizes, b: LayerSizes) -> float:
+def _distance(a: LayerCall, b: LayerCall) -> float:
     """The sum of the base-2 logarithms of how sizes differ; infinite if the layers are not of a kind."""
 
-    def kind(s: LayerSizes) -> tuple[Any, ...]:
-        return s.kernel_size, s.strides, s.dtype, s.block_shape[0]
+    def kind(call: LayerCall) -> tuple[Any, ...]:
+        return call.geometry.kernel_size, call.strides, call.dtype, call.spec.block_shape[0]
 
-    def sizes(s: LayerSizes) -> tuple[float, ...]:
-        return s.out, s.in_channels, s.positions, s.density
+    def sizes(call: LayerCall) -> tuple[float, ...]:
+        return call.spec.out, call.spec.c_in, call.positions, call.rounded_density
 
     if kind(a) != kind(b) or not min(*sizes(a), *sizes(b)) > 0:
         return math.inf
@@ -281,8 +212,24 @@ def _pair(value: Any, least: float = 1) -> tuple[int, int]:
     return _count(first, least), _count(second, least)
 
 
-def _layer(fields: dict[str, Any]) -> LayerSizes:
-    """The key of an entry; TypeError, KeyError or ValueError if it is none."""
+def _layer_fields(call: LayerCall) -> dict[str, Any]:
+    """The key of an entry as JSON has it."""
+    return {
+        "out": call.spec.out,
+        "in_channels": call.spec.c_in,
+        "kernel_size": call.geometry.kernel_size,
+        "strides": call.strides,
+        "padding": call.padding,
+        "input_size": call.input_size,
+        "batch": call.batch,
+        "dtype": call.dtype,
+        "block_shape": call.spec.block_shape,
+        "density": call.rounded_density,
+    }
+
+
+def _layer(fields: dict[str, Any]) -> LayerCall:
+    """The inverse of `_layer_fields`; TypeError, KeyError or ValueError if it is none."""
     readers: dict[str, Any] = {
         "out": _count,
         "in_channels": _count,
@@ -297,10 +244,14 @@ def _layer(fields: dict[str, Any]) -> LayerSizes:
     }
     if set(fields) != set(readers):
         raise ValueError(f"a layer has the fields {', '.join(sorted(fields))}")
-    layer = LayerSizes(**{name: read(fields[name]) for name, read in readers.items()})
-    if len(layer.padding) != 2 or layer.positions < 1:
-        raise ValueError(f"the padding {layer.padding} is not of two sides")
-    return layer.rounded()
+    read = {name: reader(fields[name]) for name, reader in readers.items()}
+    if len(read["padding"]) != 2:
+        raise ValueError(f"the padding {read['padding']} is not of two sides")
+    geometry = ConvGeometry(read["in_channels"], read["kernel_size"], read["strides"], read["padding"])
+    sizes = {name: read[name] for name in ("block_shape", "input_size", "batch", "dtype")}
+    call = LayerCall.of(read["out"], geometry, num_blocks=1, **sizes)
+    call.geometry.output_size(*call.input_size)  # a kernel larger than its input
+    return call.with_density(read["density"])
 
 
 def _result(fields: dict[str, Any]) -> Result:

@@ -1,13 +1,13 @@
-"""Feature-major activations as rows of contiguous runs, and which run a column of a panel reads.
+"""Feature-major activations as rows of contiguous memory, and which part of them a column of a panel reads.
 
 A GPU kernel sees the input `x[C, H, W, N]` as `[C * H * phases, length]`, one row for each channel and image row, whose
-`length = W * N` elements lie side by side. Output row oh of a 3x3 convolution is a run of `OW * N` positions m, and
-column j = (kh, kw, c) reads the same run shifted by whole image columns:
+`length = W * N` elements lie side by side. Output row oh of a 3x3 convolution has `OW * N` positions m, and
+column j = (kh, kw, c) reads as many elements of one input row, shifted by whole image columns:
 
     x row (c, oh * stride_h + kh - top),   elements m + (kw - left) * N,   zero outside of 0 .. W * N - 1
 
-so every gathered run is contiguous and, N being padded to a multiple of 8, aligned to 16 bytes. A horizontal stride
-would break the run; there the input is split into *phases* (even and odd image columns for stride 2) by one copy
+so whatever is gathered is contiguous and, N being padded to a multiple of 8, aligned to 16 bytes. A horizontal stride
+would break that; there the input is split into *phases* (even and odd image columns for stride 2) by one copy
 beforehand, and zero-padded with it.
 """
 
@@ -23,8 +23,8 @@ ALIGNMENT = 8  # elements; 16 bytes of bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
-class Runs:
-    """Static sizes of a convolution over runs.
+class ImageRows:
+    """Static sizes of a convolution whose activations are such rows.
 
     Attributes:
       geometry: as given.
@@ -46,7 +46,7 @@ class Runs:
         return self.geometry.output_size(self.height, self.width)
 
     @property
-    def out_run(self) -> int:
+    def out_length(self) -> int:
         """Positions of one output row: OW * N."""
         return self.out_size[1] * self.padded_batch
 
@@ -75,12 +75,12 @@ class Runs:
         return self.geometry.in_channels * self.height * self.phases
 
     def row(self, source: jax.Array, height: jax.Array) -> jax.Array:
-        """Row of `to_runs`' array: `source` is `c * phases + p`; rows are ordered (channel, image row, phase)."""
+        """Row of `to_rows`' array: `source` is `c * phases + p`; rows are ordered (channel, image row, phase)."""
         channel, phase = quotient(source, self.phases), remainder(source, self.phases)
         return (channel * self.height + height) * self.phases + phase
 
     def decode(self, column: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Column j of the matrix -> (channel and phase `c * phases + p`, row offset `kh - top`, shift of the run)."""
+        """Column j of the matrix -> (channel and phase `c * phases + p`, row offset `kh - top`, shift in a row)."""
         (_, kernel_w), channels = self.geometry.kernel_size, self.geometry.in_channels
         (top, _), (left, _) = self.geometry.padding
         if self.geometry.kernel_size == (1, 1):  # one tap, of phase 0
@@ -105,40 +105,40 @@ def remainder(a: jax.Array, b: int) -> jax.Array:
     return jnp.zeros_like(a) if b == 1 else lax.rem(a, jnp.full_like(a, b))
 
 
-def to_runs(x: jax.Array, runs: Runs) -> jax.Array:
+def to_rows(x: jax.Array, image: ImageRows) -> jax.Array:
     """x[C, H, W, N] -> [C * H * phases, length]; a reshape, but for a horizontal stride or a batch to be padded."""
-    x = pad_batch(x, runs)
-    if runs.split:
-        stride, left = runs.geometry.strides[1], runs.geometry.padding[1][0]
-        right = runs.columns * stride - runs.width - left
+    x = pad_batch(x, image)
+    if image.split:
+        stride, left = image.geometry.strides[1], image.geometry.padding[1][0]
+        right = image.columns * stride - image.width - left
         x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), (left, right, 0), (0, 0, 0)))
-        x = x.reshape(*x.shape[:2], runs.columns, stride, runs.padded_batch)[:, :, :, : runs.phases]
+        x = x.reshape(*x.shape[:2], image.columns, stride, image.padded_batch)[:, :, :, : image.phases]
         x = x.transpose(0, 1, 3, 2, 4)
-    return x.reshape(runs.num_rows, runs.length)
+    return x.reshape(image.num_rows, image.length)
 
 
-def from_runs(rows: jax.Array, runs: Runs) -> jax.Array:
-    """The transpose of `to_runs`: [C * H * phases, length] -> [C, H, W, N]."""
-    channels, batch = runs.geometry.in_channels, runs.padded_batch
-    x = rows.reshape(channels, runs.height, runs.phases, runs.columns, batch)
-    if runs.split:
-        stride, left = runs.geometry.strides[1], runs.geometry.padding[1][0]
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, stride - runs.phases), (0, 0), (0, 0))).transpose(0, 1, 3, 2, 4)
-        x = x.reshape(channels, runs.height, runs.columns * stride, batch)
-        right = runs.columns * stride - runs.width - left
+def from_rows(rows: jax.Array, image: ImageRows) -> jax.Array:
+    """The transpose of `to_rows`: [C * H * phases, length] -> [C, H, W, N]."""
+    channels, batch = image.geometry.in_channels, image.padded_batch
+    x = rows.reshape(channels, image.height, image.phases, image.columns, batch)
+    if image.split:
+        stride, left = image.geometry.strides[1], image.geometry.padding[1][0]
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, stride - image.phases), (0, 0), (0, 0))).transpose(0, 1, 3, 2, 4)
+        x = x.reshape(channels, image.height, image.columns * stride, batch)
+        right = image.columns * stride - image.width - left
         x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), (-left, -right, 0), (0, 0, 0)))
-    return x.reshape(channels, runs.height, runs.width, batch)[..., : runs.batch]
+    return x.reshape(channels, image.height, image.width, batch)[..., : image.batch]
 
 
-def pad_batch(x: jax.Array, runs: Runs) -> jax.Array:
+def pad_batch(x: jax.Array, image: ImageRows) -> jax.Array:
     """[..., N] -> [..., padded_batch]."""
-    spare = runs.padded_batch - x.shape[-1]
+    spare = image.padded_batch - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, spare)]) if spare else x
 
 
-def output_rows(dy: jax.Array, runs: Runs) -> jax.Array:
+def output_rows(dy: jax.Array, image: ImageRows) -> jax.Array:
     """dy[out, OH, OW, N] -> [out * OH, OW * N]."""
-    return pad_batch(dy, runs).reshape(-1, runs.out_run)
+    return pad_batch(dy, image).reshape(-1, image.out_length)
 
 
 def entries_of(blocks: jax.Array) -> jax.Array:

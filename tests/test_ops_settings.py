@@ -1,0 +1,230 @@
+"""The sparse product under jax's settings, with empty batches, and in forward mode where it has one."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsb_jax.layout import unpack
+from dsb_jax.ops import sparse_conv, sparse_matmul
+from pallas_kernels import ConvGeometry
+from tests.conftest import make_layout
+
+IMPLEMENTATIONS = ("xla", "dense", "reference")
+GEOMETRY = ConvGeometry(4, (3, 3), (2, 1), ((1, 1), (0, 1)))
+LAYOUT = make_layout(0, (10, 36), (4, 3), (5, 0, 2))  # ragged rows, an empty group
+
+
+def operands(dtype="float32", batch=5):
+    rng = np.random.default_rng(0)
+    shapes = (batch, 5, 5, 4), (7, 4, 3), (10,)
+    return tuple(rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes)
+
+
+def convolution(implementation, feature_major=False):
+    def call(x, blocks, bias, layout=LAYOUT):
+        x = jnp.moveaxis(x, (0, 3), (3, 0)) if feature_major else x
+        y = sparse_conv(
+            x,
+            blocks,
+            layout,
+            geometry=GEOMETRY,
+            bias=bias,
+            implementation=implementation,
+            feature_major=feature_major,
+        )
+        return jnp.moveaxis(y, (0, 3), (3, 0)) if feature_major else y
+
+    return call
+
+
+def multiplication(implementation):
+    def call(x, blocks, bias, layout=LAYOUT):
+        rows = jnp.tile(x[:, 0, 0], (1, 9))
+        return sparse_matmul(rows, blocks, layout, bias=bias, implementation=implementation)
+
+    return call
+
+
+def weighted(y):
+    """A scalar that is not symmetric in anything."""
+    return (jnp.tanh(y) * jnp.linspace(-1, 2, y.size, dtype=y.dtype).reshape(y.shape)).sum()
+
+
+def value_and_gradients(function, args):
+    def loss(x, blocks, bias, layout):
+        y = function(x, blocks, bias, layout)
+        assert y.dtype == x.dtype
+        return weighted(y)
+
+    return jax.value_and_grad(loss, (0, 1, 2))(*args, LAYOUT)
+
+
+def assert_close(results, wanted, tolerance):
+    for a, b in zip(jax.tree.leaves(results), jax.tree.leaves(wanted), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(np.abs(np.asarray(b)).max(initial=0)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_under_x64_indices_stay_int32_and_sums_are_as_wide_as_activations(implementation, dtype):
+    with jax.enable_x64(True):
+        exact = [np.asarray(leaf) for leaf in jax.tree.leaves(_dense_results(operands(dtype)))]
+        found = jax.jit(lambda *args: value_and_gradients(convolution(implementation, feature_major=True), args))(
+            *operands(dtype)
+        )
+        assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
+        assert_close(found, jax.tree.unflatten(jax.tree.structure(found), exact), 1e-5 if dtype == "float32" else 1e-12)
+        y = jax.jit(multiplication(implementation))(*operands(dtype))
+        assert y.dtype == dtype
+
+
+def _dense_results(args):
+    """By XLA's own convolution of the unpacked kernel, in float64."""
+    x, blocks, bias = (jnp.asarray(a, jnp.float64) for a in args)
+
+    def loss(x, blocks, bias):
+        kernel = unpack(blocks, LAYOUT).T.reshape(3, 3, 4, 10)
+        y = jax.lax.conv_general_dilated(
+            x, kernel, GEOMETRY.strides, GEOMETRY.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return weighted(y + bias[None, None, None])
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x, blocks, bias)
+
+
+def negative_operands(batch=5):
+    x, blocks, bias = operands(batch=batch)
+    return x - 1.5, blocks, bias  # most of them
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "auto"])
+def test_strict_promotion_leaks_and_nans(implementation):
+    """All in one compilation; each of them raises if it has something to say."""
+    args = negative_operands()
+    wanted = jax.jit(lambda *args: value_and_gradients(convolution("dense"), args))(*args)
+    with jax.numpy_dtype_promotion("strict"), jax.check_tracer_leaks(), jax.debug_nans(True):
+        found = jax.jit(lambda *args: value_and_gradients(convolution(implementation), args))(*args)
+    assert_close(found, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "dense"])
+def test_without_jit(implementation):
+    args = negative_operands(batch=1)
+    layout = make_layout(0, (6, 4), (4, 2), (1, 2))
+
+    def results(x, blocks, bias):
+        def call(x, blocks, bias):
+            return sparse_matmul(x, blocks, layout, bias=bias, implementation=implementation)
+
+        y, pullback = jax.vjp(call, x[0, 0], blocks[:3, :, :2], bias[:6])
+        return y, pullback(y)
+
+    with jax.disable_jit():
+        found = results(*args)
+    assert_close(found, jax.jit(results)(*args), 1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_strict_promotion_of_half_precision(implementation):
+    with jax.numpy_dtype_promotion("strict"):
+        found = jax.jit(lambda *args: value_and_gradients(convolution(implementation), args))(*operands("bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "auto"])
+def test_an_empty_batch_gives_empty_results_and_zero_gradients(implementation):
+    _, blocks, bias = operands()
+
+    def multiply(x, blocks, bias):
+        return sparse_matmul(x, blocks, LAYOUT, bias=bias, implementation=implementation)
+
+    shapes = {(0, 5, 5, 4): (0, 3, 4, 10), (0, 36): (0, 10), (3, 0, 36): (3, 0, 10), (2, 0, 0, 36): (2, 0, 0, 10)}
+    for shape, out in shapes.items():
+        call = convolution(implementation) if shape[-1] == 4 else multiply
+        y, pullback = jax.vjp(call, jnp.zeros(shape), blocks, bias)
+        dx, d_blocks, d_bias = pullback(y)
+        assert (y.shape, dx.shape) == (out, shape)
+        assert not d_blocks.any()
+        assert not d_bias.any()
+    x = jnp.zeros((36, 0))
+    assert sparse_matmul(x, blocks, LAYOUT, implementation=implementation, feature_major=True).shape == (10, 0)
+    for shape in ((0, 2, 36), (2, 0, 36)):
+        y = jax.vmap(multiply, (0, None, None))(jnp.zeros(shape), blocks, bias)
+        assert y.shape == (*shape[:2], 10)
+
+
+@pytest.mark.parametrize("batch", [1, 40])  # the output is put in order, or the kernel
+@pytest.mark.parametrize("make", [convolution, multiplication])
+def test_the_dense_product_has_forward_mode(make, batch):
+    args, function = operands(batch=batch), make("dense")
+
+    def loss(*args):
+        return jnp.sin(function(*args, LAYOUT)).sum()
+
+    direction = tuple(np.random.default_rng(1).standard_normal(a.shape, np.float32) for a in args)
+
+    @jax.jit
+    def results(args, direction):
+        y, y_dot = jax.jvp(lambda *args: function(*args), args, direction)
+        _, linear = jax.linearize(lambda *args: function(*args), *args)
+        along = jax.jvp(jax.grad(loss, (0, 1, 2)), args, direction)[1]
+        back = jax.grad(lambda *args: jax.jvp(loss, args, direction)[1], (0, 1, 2))(*args)
+        by_bias = jax.jacfwd(lambda bias: function(args[0], args[1], bias))(args[2])
+        return y, y_dot, linear(*direction), along, back, by_bias
+
+    y, y_dot, linear, along, back, by_bias = results(args, direction)
+    x, blocks, bias = args
+    # Linear in x, and in blocks and bias together.
+    halves = function(direction[0], blocks, 0 * bias), function(x, *direction[1:])
+    assert_close(y_dot, halves[0] + halves[1], 1e-5)
+    assert_close(linear, y_dot, 1e-6)
+    assert_close(along, back, 1e-4)  # the Hessian times the direction, in both orders of modes
+    assert_close(by_bias, np.broadcast_to(np.eye(10), (*y.shape, 10)), 1e-6)
+
+
+def test_hessian_of_the_dense_product_by_hand():
+    """f(w) = (w x)^2 / 2 of one weight w = 3 at x = 2: the second derivative is x^2 = 4."""
+    layout = make_layout(0, (1, 1), (1, 1), (1,))
+
+    def loss(blocks):
+        return (
+            jnp.square(sparse_matmul(np.full((1, 1), 2, np.float32), blocks, layout, implementation="dense")).sum() / 2
+        )
+
+    assert jax.hessian(loss)(np.full((1, 1, 1), 3, np.float32)).item() == 4
+
+
+def test_reverse_mode_of_the_dense_product_scatters_rows_and_adds_nothing():
+    """Once blocks into the kernel; what comes back are gathers. The only other scatter inverts the permutation."""
+    args = operands()
+    compiled = jax.jit(lambda *args: value_and_gradients(convolution("dense"), args)).lower(*args).as_text()
+    scatters = re.findall(r'"stablehlo\.scatter".*?\}\) :.*?-> tensor<(\S+?)>', compiled, re.DOTALL)
+    assert sorted(scatters) == ["12xi32", "36x12xf32"]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_elsewhere_forward_mode_ends_in_the_error_of_jax(implementation):
+    args = operands()
+    with pytest.raises(TypeError, match=r"forward-mode autodiff \(jvp\) to a custom_vjp"):
+        jax.eval_shape(lambda *args: jax.jvp(convolution(implementation), args, args), *args)
+
+
+def test_equal_operations_compile_once():
+    """The rules for the partitioner are closures: equal ones are one object."""
+    traced = 0
+
+    @jax.jit
+    def call(*args):
+        nonlocal traced
+        traced += 1
+        return convolution("xla")(*args)
+
+    for _ in range(3):
+        call(*operands())
+    assert traced == 1
+    first, second = (jax.make_jaxpr(convolution("xla"))(*operands()) for _ in range(2))
+    assert str(first) == str(second)
