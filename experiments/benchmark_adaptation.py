@@ -17,15 +17,15 @@ from absl import flags
 from rich.table import Table
 
 from dsb_jax import methods
-from dsb_jax.adapt import adapt_step, repack
-from dsb_jax.distributions import LayerShape, to_blocks
-from dsb_jax.layout import BlockLayout, random_layout
+from dsb_jax.distributions import to_blocks
+from dsb_jax.methods.base import LayerState
 from dsb_jax.ops import sparse_conv
-from dsb_jax.ops.statistics import make_probe
-from dsb_jax.train import train_step
-from dsb_jax.training.config import Recipe
+from dsb_jax.origins import move
+from dsb_jax.spec import conv_spec
+from dsb_jax.train import adapt_step, train_step
+from dsb_jax.training.config import Config
+from dsb_jax.training.loop import create
 from experiments import program, timing
-from experiments import run as runs
 from experiments.flags import parse_block_shape
 from pallas_kernels import ConvGeometry
 
@@ -43,7 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("update_interval", 100, "Training steps between adaptations.")
     flags.DEFINE_integer("batch_size", 128, "Images in a step.")
     flags.DEFINE_integer("adapt_batch_size", 32, "Images that an adaptation measures on, as in a run.")
-    flags.DEFINE_integer("rounds", 5, "Turns; each times every rival once.")
+    flags.DEFINE_integer("rounds", 5, "Turns; each times every candidate once.")
     flags.DEFINE_string("json", None, "Write the results to this file.")
 
 
@@ -54,22 +54,20 @@ def layer_calls(grow: str, granularity: str) -> dict[str, Any]:
     except ValueError:
         raise ValueError(f"layer={FLAGS.layer!r} is not out x channels x height x width, as in 512x512x3x3.") from None
     block_shape = parse_block_shape(FLAGS.block_shape)
-    shape = LayerShape(out, channels * height * width, (height, width))
-    (count,) = to_blocks([shape], [1 - FLAGS.sparsity], block_shape)
+    dense = conv_spec((height, width), channels, out)
+    (count,) = to_blocks([dense], [1 - FLAGS.sparsity], block_shape)
     key = jax.random.key(0)
-    layout = random_layout(key, (out, shape.in_), block_shape=block_shape, num_blocks=count)
-    blocks = jax.random.normal(key, (count, *block_shape))
-    method = methods.dsb(update_end_step=10_000, grow=grow, granularity=granularity)
-    assert method.update is not None
-    zeros = make_probe(method.statistic, layout) if method.statistic else {}
+    method = methods.DSB(update_end_step=10_000, grow=grow, granularity=granularity)
+    spec = method.stored(dense.with_blocks(block_shape, count))
+    state = method.init(key, jax.random.normal(key, dense.shape), spec)
+    zeros = method.statistic.zeros(spec) if method.statistic else None
     # An argument: XLA would fold a constant, and what follows from it, when it compiles, for seconds.
     statistic = jax.tree.map(lambda z: jax.random.uniform(key, z.shape), zeros)
-    update = method.update
 
     @jax.jit
-    def adapt(blocks: jax.Array, layout: BlockLayout, statistic: Any) -> Any:
-        new, report = update(key, jnp.zeros((), jnp.int32), blocks, layout, statistic)
-        return repack(blocks, layout, new), repack(blocks * 2, layout, new), new, report
+    def adapt(state: LayerState, statistic: Any) -> Any:
+        new, report = method.update(key, jnp.zeros((), jnp.int32), state, statistic)
+        return new, move(state.blocks * 2, state.layout, new.layout), report
 
     padding = ((height // 2, height // 2), (width // 2, width // 2))
     geometry = ConvGeometry(channels, (height, width), (1, 1), padding)
@@ -77,29 +75,29 @@ def layer_calls(grow: str, granularity: str) -> dict[str, Any]:
 
     @jax.jit
     def train(x: jax.Array, blocks: jax.Array) -> Any:
-        y, backward = jax.vjp(lambda x, b: sparse_conv(x, b, layout, geometry=geometry), x, blocks)
+        y, backward = jax.vjp(lambda x, b: sparse_conv(x, b, state.layout, geometry=geometry), x, blocks)
         return backward(y)
 
-    return {"adapt": lambda: adapt(blocks, layout, statistic), "train": lambda: train(x, blocks)}
+    return {"adapt": lambda: adapt(state, statistic), "train": lambda: train(x, state.blocks)}
 
 
 def model_calls(name: str, grow: str, granularity: str) -> dict[str, Any]:
     """Adaptation and training step of a whole model."""
-    recipe = Recipe(
+    config = Config(
         dataset="random", image_shape=(32, 32, 3), model=name, sparsity=FLAGS.sparsity, grow=grow,
         granularity=granularity, block_shape=parse_block_shape(FLAGS.block_shape), batch_size=FLAGS.batch_size,
         total_steps=10_000,
     )  # fmt: skip
-    assembly, state = runs.create(recipe)
-    images = jax.random.normal(jax.random.key(0), (recipe.batch_size, *recipe.image_shape))
-    labels = jax.random.randint(jax.random.key(1), (recipe.batch_size,), 0, recipe.num_classes)
+    components, state = create(config)
+    images = jax.random.normal(jax.random.key(0), (config.batch_size, *config.image_shape))
+    labels = jax.random.randint(jax.random.key(1), (config.batch_size,), 0, config.num_classes)
     held = [state]
-    common: Any = {"model": assembly.model, "optimizer": assembly.optimizer, "loss": assembly.loss}
+    common: Any = {"model": components.model, "optimizer": components.optimizer, "loss": components.loss}
 
     few = FLAGS.adapt_batch_size
 
     def adapt() -> Any:
-        held[0], report = adapt_step(held[0], images[:few], labels[:few], method=assembly.method, **common)
+        held[0], report = adapt_step(held[0], images[:few], labels[:few], method=components.method, **common)
         return held[0].step, report
 
     def train() -> Any:

@@ -14,10 +14,10 @@ from rich.table import Table
 
 from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS
-from dsb_jax.training.config import Recipe
+from dsb_jax.training.config import Config
 from experiments import program, timing
 from experiments.flags import parse_block_shape
-from experiments.training_times import LayerTime, sparse_recipes, stepper, time_layers
+from experiments.training_times import LayerTime, sparse_configs, stepper, time_layers
 
 FLAGS = flags.FLAGS
 
@@ -30,7 +30,7 @@ def define_flags() -> None:
     flags.DEFINE_list("distributions", ["uniform", "erk"], "Densities over the layers: uniform, erk.")
     flags.DEFINE_integer("batch_size", 128, "Images in a step.")
     flags.DEFINE_integer("image_size", 32, "Height and width of the images.")
-    flags.DEFINE_integer("rounds", 7, "Turns; each times every rival once.")
+    flags.DEFINE_integer("rounds", 7, "Turns; each times every candidate once.")
     flags.DEFINE_enum("implementation", "auto", IMPLEMENTATIONS, "Of the sparse products.")
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the computation.")
     flags.DEFINE_bool("layers", True, "Time each layer, too (of the first distribution).")
@@ -53,23 +53,23 @@ def main() -> None:
     for name in FLAGS.distributions:
         if name not in DISTRIBUTIONS:
             raise ValueError(f"distributions: {name!r} is unknown; choose of {', '.join(DISTRIBUTIONS)}.")
-    dense = Recipe(
+    dense = Config(
         dataset="random", image_shape=(FLAGS.image_size, FLAGS.image_size, 3), model=FLAGS.model, method="dense",
         block_shape=parse_block_shape(FLAGS.block_shape), batch_size=FLAGS.batch_size, dtype=FLAGS.dtype,
         implementation=FLAGS.implementation,
     )  # fmt: skip
     results: list[dict[str, Any]] = []
     for distribution in FLAGS.distributions:
-        recipes = sparse_recipes(dense, FLAGS.sparsities, distribution)
-        console.print(f"{FLAGS.model}, {distribution}: compiling {len(recipes) + 1} training steps ...")
-        times = timing.in_turns({"dense": stepper(dense)} | {n: stepper(r) for n, r in recipes.items()}, FLAGS.rounds)
+        configs = sparse_configs(dense, FLAGS.sparsities, distribution)
+        console.print(f"{FLAGS.model}, {distribution}: compiling {len(configs) + 1} training steps ...")
+        times = timing.in_turns({"dense": stepper(dense)} | {n: stepper(r) for n, r in configs.items()}, FLAGS.rounds)
         timed_layers = FLAGS.layers and distribution == FLAGS.distributions[0]
-        layers = time_layers(recipes, FLAGS.rounds) if timed_layers else {}
-        for name, recipe in recipes.items():
+        layers = time_layers(configs, FLAGS.rounds) if timed_layers else {}
+        for name, config in configs.items():
             results.append(
                 {
                     "model": FLAGS.model,
-                    "sparsity": recipe.sparsity,
+                    "sparsity": config.sparsity,
                     "block_shape": FLAGS.block_shape,
                     "distribution": distribution,
                     "dense_step_s": statistics.median(times["dense"]),

@@ -3,16 +3,16 @@
 python -m experiments.evaluate --checkpoint=runs/digits-convnet-dsb-0.9-seed0
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
 
-from dsb_jax import checkpoint
 from dsb_jax.telemetry import Explored, count_bytes
-from dsb_jax.training import data
+from dsb_jax.training import checkpoints, data
+from dsb_jax.training.json_files import write_json
+from dsb_jax.training.loop import evaluate
+from dsb_jax.training.summary import measure_sparsity
 from experiments import program, terminal
-from experiments import run as runs
 
 FLAGS = flags.FLAGS
 
@@ -29,24 +29,24 @@ def define_flags() -> None:
 def main() -> None:
     """Flags -> library calls."""
     console = program.console()
-    restored = checkpoint.restore(FLAGS.checkpoint, step=FLAGS.step, best=FLAGS.best)
-    recipe, assembly, state = restored.recipe, restored.assembly, restored.state
-    dataset = data.load(recipe.dataset, data_dir=FLAGS.data_dir)
+    restored = checkpoints.restore(FLAGS.checkpoint, step=FLAGS.step, best=FLAGS.best)
+    config, components, state = restored.config, restored.components, restored.state
+    dataset = data.load(config.dataset, data_dir=FLAGS.data_dir)
     explored = Explored(restored.extra)
-    explored.update(state)
+    explored.update(state.topology)
     report = {
         "checkpoint": str(FLAGS.checkpoint),
         "step": restored.step,
-        **runs.evaluate(assembly, state, dataset, max(recipe.batch_size, 256)),
-        **runs.measure_sparsity(assembly, state),
-        "bytes": count_bytes(state),
+        **evaluate(components, state, dataset, max(config.batch_size, 256)),
+        **measure_sparsity(components, state),
+        "bytes": count_bytes(state.params, state.opt_state, state.topology),
         "exploration": explored.share(),
-        "recipe": recipe.to_json(),
+        "config": config.to_json(),
     }
-    console.print(terminal.layer_table(recipe, assembly, state))
+    console.print(terminal.layer_table(config, components, state))
     console.print(terminal.outcome_table(report))
     if FLAGS.json:
-        runs.write_atomically(Path(FLAGS.json), json.dumps(report, indent=2) + "\n")
+        write_json(Path(FLAGS.json), report)
 
 
 if __name__ == "__main__":

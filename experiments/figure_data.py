@@ -1,6 +1,6 @@
 """The points of the figures that compare runs: which runs belong together, and which of them are missing.
 
-A figure compares on *equal terms*: all runs of a panel have the same recipe but for what the figure varies (method,
+A figure compares on *equal terms*: all runs of a panel have the same config but for what the figure varies (method,
 sparsity, the block-aware rule), the seed, and what depends on the data. Settings without effect on a method do not
 count, as in `experiments.grid`: a dense run belongs to every block shape, one of `rigl` to every criterion of `dsb`.
 Where runs of several terms were found, a panel takes the terms of most of them, and `other_settings` names the rest.
@@ -13,13 +13,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsb_jax.training.config import Recipe
+from dsb_jax.training.config import Config
 from experiments import grid
 from experiments.flags import default_values
 from experiments.grid import Run
 from experiments.outcomes import find_summaries, mean_and_std, read_adaptations
 
-Terms = dict[str, Any]  # fields of a recipe -> values
+Terms = dict[str, Any]  # fields of a config -> values
 
 
 class Outcome(NamedTuple):
@@ -73,7 +73,7 @@ class Panel:
     """The runs of one data set and model on equal terms.
 
     Attributes:
-      terms: the fields of the recipe that all runs share; those of the preset if nothing was found.
+      terms: the fields of the config that all runs share; those of the preset if nothing was found.
       runs: label of a variant -> sparsity -> seed -> outcome, only what was found. The sparsity is None for a variant
         that has none (dense).
       missing: label of a variant -> runs of the preset's grid, on these terms, that were not found.
@@ -116,13 +116,13 @@ class Panel:
         return found
 
 
-def run_of(recipe: Mapping[str, Any]) -> Run:
-    """The run that has this recipe, without the settings that have no effect.
+def run_of(config: Mapping[str, Any]) -> Run:
+    """The run that has this config, without the settings that have no effect.
 
     Raises:
-      ValueError: if the recipe is of another version.
+      ValueError: if the config is of another version.
     """
-    known = Recipe.from_json(dict(recipe))
+    known = Config.from_json(dict(config))
     settings = {k: v for k, v in dataclasses.asdict(known).items() if k not in (*grid.FROM_DATA, "seed")}
     if known.dataset != "digits":
         # The default interval of photographs is shorter in a short run (`flags.with_default_interval`).
@@ -143,7 +143,7 @@ def read_runs(roots: Iterable[Path]) -> tuple[dict[Run, Outcome], list[str]]:
     for root in roots:
         for folder, summary in find_summaries(root).items():
             try:
-                run = run_of(summary["recipe"])
+                run = run_of(summary["config"])
             except (ValueError, TypeError) as error:
                 notes.append(f"{folder}: left out, {error}")
                 continue
@@ -154,8 +154,8 @@ def read_runs(roots: Iterable[Path]) -> tuple[dict[Run, Outcome], list[str]]:
 
 
 def terms_of(run: Run) -> Terms:
-    """Every field of the recipe but method, sparsity, seed and what depends on the data."""
-    fields = dataclasses.asdict(run.recipe)
+    """Every field of the config but method, sparsity, seed and what depends on the data."""
+    fields = dataclasses.asdict(run.config)
     return {k: v for k, v in fields.items() if k not in (*grid.FROM_DATA, "method", "sparsity", "seed")}
 
 
@@ -178,7 +178,7 @@ def _fullest(candidates: Sequence[Terms], runs: Iterable[Run], variants: Sequenc
     """The first of the candidates on which most of the runs are; None if there is no candidate."""
     runs = list(runs)
     counts = collections.Counter(run.settings for run in runs)
-    sparsities = {run.recipe.sparsity for run in runs}
+    sparsities = {run.config.sparsity for run in runs}
 
     def count(terms: Terms) -> int:
         return sum(counts[settings] for settings in _cells(terms, variants, sparsities))
@@ -213,8 +213,8 @@ def places(found: Iterable[Run], variants: Sequence[Variant], *, at_least: int =
     """(data set, model) of every panel: where presets and found runs together have `at_least` so many variants."""
     seen: dict[tuple[str, str], set[str]] = {}
     for run in (*_runs_of_presets(), *found):
-        recipe, labels = run.recipe, seen.setdefault(_place(run), set())
-        labels.update(v.label for v in variants if all(getattr(recipe, k) == x for k, x in v.settings.items()))
+        config, labels = run.config, seen.setdefault(_place(run), set())
+        labels.update(v.label for v in variants if all(getattr(config, k) == x for k, x in v.settings.items()))
     return [place for place, labels in seen.items() if len(labels) >= at_least]
 
 
@@ -257,12 +257,12 @@ def make_panel(
         for run in preset:
             if run.settings in wanted:
                 label, _ = wanted[run.settings]
-                varied = settings_of[label] | {"sparsity": run.recipe.sparsity}
+                varied = settings_of[label] | {"sparsity": run.config.sparsity}
                 expected = grid.make_run(terms | varied, run.seed)
                 if expected not in found:
                     missing.setdefault(label, []).append(expected)
     runs: dict[str, dict[float | None, dict[int, Outcome]]] = {}
-    cells = _cells(terms, variants, {run.recipe.sparsity for run in here})
+    cells = _cells(terms, variants, {run.config.sparsity for run in here})
     for run in sorted(here, key=lambda run: run.seed):
         if run.settings in cells:
             label, sparsity = cells[run.settings]
@@ -284,11 +284,11 @@ def other_settings(found: Mapping[Run, Outcome], panels: Iterable[Panel]) -> dic
         if outcome.folder in drawn or panel is None:
             continue
         # Only settings with an effect on this run can tell it from the panel's.
-        rival = grid.make_run(panel.terms | {name: getattr(run.recipe, name) for name in _VARIED}, run.seed)
-        own, other = dict(run.settings), dict(rival.settings)
-        recipe = dataclasses.asdict(run.recipe)
+        candidate = grid.make_run(panel.terms | {name: getattr(run.config, name) for name in _VARIED}, run.seed)
+        own, other = dict(run.settings), dict(candidate.settings)
+        config = dataclasses.asdict(run.config)
         names = [name for name in sorted(own.keys() | other.keys()) if own.get(name) != other.get(name)]
-        counts[(*_place(run), *(f"{name}={grid.setting_text(recipe[name])}" for name in names))] += 1
+        counts[(*_place(run), *(f"{name}={grid.setting_text(config[name])}" for name in names))] += 1
     return dict(counts)
 
 
@@ -301,10 +301,10 @@ def adaptations(outcomes: Iterable[Outcome]) -> Adaptations | None:
     n = 0
     for outcome in outcomes:
         lines = read_adaptations(outcome.folder)
-        recipe = outcome.summary["recipe"]
+        config = outcome.summary["config"]
         n += bool(lines)
         for line in lines:
-            epoch = line["step"] * recipe["epochs"] / recipe["total_steps"]
+            epoch = line["step"] * config["epochs"] / config["total_steps"]
             by_step.setdefault(epoch, []).append(line)
     common = sorted(epoch for epoch, lines in by_step.items() if len(lines) == n)
     if not common:

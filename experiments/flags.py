@@ -1,4 +1,4 @@
-"""Flags that make a recipe, shared by the programs that train."""
+"""Flags that make a config, shared by the programs that train."""
 
 import dataclasses
 import functools
@@ -9,14 +9,21 @@ from typing import Any
 
 from absl import flags
 
-from dsb_jax.methods import GRANULARITIES, GROW, METHODS
+from dsb_jax.methods import GRANULARITIES, GROW
 from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS, KEEP_DENSE, MIN_GROUP_BLOCKS
-from dsb_jax.training.config import DTYPES, OPTIMIZERS, SCHEDULES, Recipe
+from dsb_jax.training.config import (
+    DROP_SCHEDULES,
+    DTYPES,
+    LEARNING_RATE_SCHEDULES,
+    METHODS,
+    OPTIMIZERS,
+    Config,
+)
 
 FLAGS = flags.FLAGS
 
-# What differs from the recipe's defaults for photographs: the paper's CIFAR protocol (dsb_jax/recipe.py).
+# What differs from the config's defaults for photographs: the paper's CIFAR protocol (dsb_jax/training/config.py).
 PHOTOGRAPHS: dict[str, Any] = {
     "model": "wrn-22-2",
     "epochs": 160,
@@ -41,7 +48,7 @@ def parse_block_shape(text: str) -> tuple[int, int]:
 
 
 def define() -> None:
-    """Defines one flag for each field of the recipe that a user sets. Unset flags take the data set's default."""
+    """Defines one flag for each field of the config that a user sets. Unset flags take the data set's default."""
     flags.DEFINE_string("dataset", "digits", "digits (bundled), or any tfds image classification set: cifar10, ...")
     flags.DEFINE_string("data_dir", None, "Where tfds finds or prepares data sets.")
     flags.DEFINE_string("model", None, "convnet, resnet18, vgg16, or wrn-DEPTH-WIDTH such as wrn-22-2.")
@@ -58,7 +65,12 @@ def define() -> None:
     )
     flags.DEFINE_float("growth_score", 1.0, "Score of grown positions over the mean of the kept; 1 is the paper's.")
     flags.DEFINE_integer("regroup_interval", None, "Steps between regroupings of rows; 0 for never.")
-    flags.DEFINE_float("drop_fraction", 0.3, "Share of the weights dropped at the first adaptation, in [0, 1].")
+    flags.DEFINE_bool("keep_grouping", True, "Whether groups stay unless new ones retain more; no is the paper's way.")
+    flags.DEFINE_enum(
+        "drop_schedule", None, sorted(DROP_SCHEDULES), "Sets the flags that say when and how much is dropped."
+    )
+    flags.DEFINE_float("drop_fraction", None, "Share of the weights dropped at first, in [0, 1]; 0.3 by default.")
+    flags.DEFINE_float("anneal_fraction", None, "Nothing is dropped from this fraction of all steps on.")
     flags.DEFINE_float("backward_factor", 2.0, "Of topkast: weights that have a gradient over active ones, at least 1.")
     flags.DEFINE_integer("update_interval", None, "Steps between adaptations; by default 100, fewer in a short run.")
     flags.DEFINE_integer("adapt_batch_size", 32, "Images of a batch that an adaptation measures on, at most.")
@@ -66,7 +78,7 @@ def define() -> None:
     flags.DEFINE_integer("epochs", None, "Passes over the training images.")
     flags.DEFINE_integer("batch_size", None, "Images in a step.")
     flags.DEFINE_float("learning_rate", None, "Base learning rate.")
-    flags.DEFINE_enum("learning_rate_schedule", None, SCHEDULES, "How the learning rate falls.")
+    flags.DEFINE_enum("learning_rate_schedule", None, LEARNING_RATE_SCHEDULES, "How the learning rate falls.")
     flags.DEFINE_float("momentum", 0.9, "Of SGD.")
     flags.DEFINE_float("weight_decay", 1e-4, "L2 for SGD, decoupled for AdamW.")
     flags.DEFINE_enum("optimizer", "sgd", OPTIMIZERS, "Optimizer.")
@@ -77,28 +89,31 @@ def define() -> None:
     flags.DEFINE_enum("implementation", "auto", IMPLEMENTATIONS, "Of the sparse products.")
 
 
-def with_default_interval(recipe: Recipe) -> Recipe:
+def with_default_interval(config: Config) -> Config:
     """The paper's 100 steps between adaptations are for 160 epochs: a short run adapts a dozen times all the same."""
-    if FLAGS.update_interval is not None or recipe.dataset == "digits":
-        return recipe
+    given = FLAGS.update_interval is not None or FLAGS.drop_schedule is not None
+    if given or config.dataset == "digits":
+        return config
     return dataclasses.replace(
-        recipe, update_interval=max(1, min(recipe.update_interval, recipe.update_end_step // 12))
+        config, update_interval=max(1, min(config.update_interval, config.update_end_step // 12))
     )
 
 
 @functools.cache
 def default_values(dataset: str) -> Mapping[str, Any]:
-    """Values of all fields of a recipe for a data set: those of `Recipe`, for photographs with `PHOTOGRAPHS`."""
+    """Values of all fields of a config for a data set: those of `Config`, for photographs with `PHOTOGRAPHS`."""
     own = {"dataset": dataset} | ({} if dataset == "digits" else PHOTOGRAPHS)
-    return types.MappingProxyType(dataclasses.asdict(Recipe()) | own)
+    return types.MappingProxyType(dataclasses.asdict(Config()) | own)
 
 
-def recipe_from_flags() -> Recipe:
-    """The recipe of the parsed flags; sizes that depend on the data set are filled in by `experiments.run`."""
+def config_from_flags() -> Config:
+    """The config of the parsed flags; sizes that depend on the data set are filled in by `dsb_jax.training.loop`."""
     values = dict(default_values(FLAGS.dataset))
+    if FLAGS.drop_schedule is not None:
+        values |= DROP_SCHEDULES[FLAGS.drop_schedule]
     for name in values:
         if name in FLAGS and FLAGS[name].value is not None:
             values[name] = FLAGS[name].value
     values["block_shape"] = parse_block_shape(FLAGS.block_shape)
     values["keep_dense"] = tuple(FLAGS.keep_dense)
-    return Recipe(**values)
+    return Config(**values)

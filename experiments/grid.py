@@ -1,6 +1,6 @@
 """Grids of runs as plain data: what a sweep runs, under which names, by which commands.
 
-A *cell* is a recipe without its seed, given by the settings in which it differs from the defaults of its data set; a
+A *cell* is a config without its seed, given by the settings in which it differs from the defaults of its data set; a
 *run* is a cell with a seed. Settings without effect on a method are left out, so that two parts of a grid that ask for
 the same run ask for it once: `dense` has no sparsity, only `dsb` has a growth criterion.
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dsb_jax.training import models
-from dsb_jax.training.config import Recipe, check_recipe, make_method
+from dsb_jax.training.build import make_method
+from dsb_jax.training.config import Config, check_config
 from experiments.flags import default_values, parse_block_shape
 
 ALL_METHODS = ("dense", "small_dense", "ssb", "set", "rigl", "topkast", "dsb")
@@ -21,7 +22,7 @@ SPARSITIES = (0.8, 0.9, 0.95)
 
 _BLOCKS = {"method": ("dsb",), "granularity": ("block",)}  # the paper's variant of dsb
 
-# Names of a recipe's fields -> the values to combine. Each part of a grid is a product; `common` holds for all parts.
+# Names of a config's fields -> the values to combine. Each part of a grid is a product; `common` holds for all parts.
 PRESETS: dict[str, dict[str, Any]] = {
     # Hours on two cores: what the methods and the settings of dsb are worth at equal sparsity.
     "digits": {
@@ -51,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             {**_BLOCKS, "sparsity": (0.9,)},
         ),
     },
-    # The paper's protocol (Recipe's docstring) and its Figures 14 and 15: for GPUs. Dropout is the WRN's.
+    # The paper's protocol (Config's docstring) and its Figures 14 and 15: for GPUs. Dropout is the WRN's.
     "cifar_full": {
         "seeds": (0, 1, 2),
         "common": {"epochs": 160, "distribution": "erk", "dtype": "bfloat16"},
@@ -66,13 +67,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Filled in from the data set when a run begins, hence not part of a cell.
-FROM_DATA = ("image_shape", "num_classes", "total_steps")
+# Filled in when a run begins, from the data set and for the device, hence not part of a cell.
+FROM_DATA = ("image_shape", "num_classes", "total_steps", "feature_major")
 _FIRST = ("dataset", "model", "method", "sparsity", "block_shape")  # in names by their values alone
 _OF_SPARSITY = ("sparsity", "distribution", "block_shape", "keep_dense", "min_blocks", "min_group_blocks")
-_OF_ADAPTING = ("drop_fraction", "update_interval", "update_end_fraction", "adapt_batch_size")
-_OF_DSB = ("grow", "granularity", "block_aware_drop", "growth_score", "regroup_interval")
-_OF_BLOCKS = ("block_aware_drop", "growth_score")  # of dsb where it moves blocks
+_OF_ADAPTING = ("drop_fraction", "update_interval", "update_end_fraction", "anneal_fraction", "adapt_batch_size")
+_OF_DSB = ("grow", "granularity", "block_aware_drop", "growth_score", "regroup_interval", "keep_grouping")
+_OF_BLOCKS = ("block_aware_drop", "growth_score", "keep_grouping")  # of dsb where it moves blocks
 
 
 def _without_effect(settings: Mapping[str, Any]) -> set[str]:
@@ -81,12 +82,12 @@ def _without_effect(settings: Mapping[str, Any]) -> set[str]:
     idle: set[str] = set()
     if method != "dsb":
         idle.update(_OF_DSB)
-    elif settings.get("granularity", Recipe.granularity) == "panel_column" and not settings.get("regroup_interval"):
+    elif settings.get("granularity", Config.granularity) == "panel_column" and not settings.get("regroup_interval"):
         idle.update(_OF_BLOCKS)
     if method in ("dense", "small_dense", "ssb"):
         idle.update(_OF_ADAPTING)
     if method == "topkast":
-        idle.update(("drop_fraction", "adapt_batch_size"))
+        idle.update(("drop_fraction", "anneal_fraction", "adapt_batch_size"))
     else:
         idle.add("backward_factor")
     if method == "dense":
@@ -96,16 +97,16 @@ def _without_effect(settings: Mapping[str, Any]) -> set[str]:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Run:
-    """A cell and a seed; `settings` are sorted (name, value) pairs of recipe fields, seed excluded."""
+    """A cell and a seed; `settings` are sorted (name, value) pairs of config fields, seed excluded."""
 
     settings: tuple[tuple[str, Any], ...]
     seed: int
 
     @functools.cached_property
-    def recipe(self) -> Recipe:
-        """The recipe, but for what depends on the data (`FROM_DATA`)."""
+    def config(self) -> Config:
+        """The config, but for what depends on the data (`FROM_DATA`)."""
         values = dict(self.settings)
-        return Recipe(**{**default_values(values["dataset"]), **values, "seed": self.seed})
+        return Config(**{**default_values(values["dataset"]), **values, "seed": self.seed})
 
     @property
     def cell(self) -> str:
@@ -123,18 +124,18 @@ class Run:
         """Flags of `experiments.train` that make this run."""
         return [_flag(name, value) for name, value in (*self.settings, ("seed", self.seed))]
 
-    def matches(self, recipe: Mapping[str, Any]) -> bool:
-        """Whether a summary's recipe is this run's, up to what depends on the data or has no effect on the method."""
-        own = self.recipe.to_json()
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Whether a summary's config is this run's, up to what depends on the data or has no effect on the method."""
+        own = self.config.to_json()
         try:
-            recipe = Recipe.from_json(dict(recipe)).to_json()  # with the fields that are younger than the summary
+            config = Config.from_json(dict(config)).to_json()  # with the fields that are younger than the summary
         except ValueError:
             return False
         unknown = set(FROM_DATA) | _without_effect(own)
         if own["dataset"] != "digits" and "update_interval" not in dict(self.settings):
             unknown.add("update_interval")  # shorter in a short run, see experiments/flags.py
         return {k: v for k, v in own.items() if k not in unknown} == {
-            k: v for k, v in recipe.items() if k not in unknown
+            k: v for k, v in config.items() if k not in unknown
         }
 
 
@@ -159,7 +160,7 @@ def _flag(name: str, value: Any) -> str:
 
 
 def parse_value(name: str, text: Any) -> Any:
-    """Text of a flag -> value of the recipe's field; values that are no text are taken as they are.
+    """Text of a flag -> value of the config's field; values that are no text are taken as they are.
 
     Raises:
       ValueError: if there is no such field, it is not for a user to set, or the text is no value of its type.
@@ -231,7 +232,7 @@ def preset_runs(name: str, *, override: Mapping[str, Any] | None = None) -> list
 
 
 def select(runs: Iterable[Run], allowed: Mapping[str, Sequence[Any]]) -> list[Run]:
-    """The runs whose recipe has one of the allowed values in every field named; fields without effect let pass.
+    """The runs whose config has one of the allowed values in every field named; fields without effect let pass.
 
     Raises:
       ValueError: if none is left.
@@ -240,7 +241,7 @@ def select(runs: Iterable[Run], allowed: Mapping[str, Sequence[Any]]) -> list[Ru
 
     def fits(run: Run) -> bool:
         idle = _without_effect(dict(run.settings))
-        return all(name in idle or getattr(run.recipe, name) in values for name, values in wanted.items())
+        return all(name in idle or getattr(run.config, name) in values for name, values in wanted.items())
 
     chosen = [run for run in runs if fits(run)]
     if not chosen:
@@ -254,8 +255,8 @@ def check_effects(runs: Iterable[Run], values: Mapping[str, Sequence[Any]]) -> N
     runs = list(runs)
     for name, texts in values.items():
         for value in (parse_value(name, text) for text in texts):
-            if all(getattr(run.recipe, name) != value for run in runs):
-                methods = ", ".join(sorted({run.recipe.method for run in runs}))
+            if all(getattr(run.config, name) != value for run in runs):
+                methods = ", ".join(sorted({run.config.method for run in runs}))
                 why = "; it is for granularity=block" if name in _OF_BLOCKS else ""
                 raise ValueError(f"{name}={setting_text(value)} has no effect on {methods}{why}.")
 
@@ -266,10 +267,10 @@ def check_runs(runs: Iterable[Run]) -> None:
     for run in runs:
         if run.settings not in seen:
             seen.add(run.settings)
-            recipe = run.recipe
-            check_recipe(recipe)
-            make_method(recipe)
-            models.create(recipe.model, num_classes=recipe.num_classes, dropout_rate=recipe.dropout_rate)
+            config = run.config
+            check_config(config)
+            make_method(config)
+            models.create(config.model, num_classes=config.num_classes, dropout_rate=config.dropout_rate)
 
 
 def workdir(root: Path, run: Run) -> Path:

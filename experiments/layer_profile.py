@@ -28,10 +28,11 @@ from rich.table import Table
 
 from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS
-from dsb_jax.training.config import DTYPES, Recipe, assemble
+from dsb_jax.training.build import build
+from dsb_jax.training.config import DTYPES, Config
 from experiments import program, timing
 from experiments.flags import parse_block_shape
-from experiments.training_times import DENSE, LayerTime, sparse_recipes, stepper, time_layers
+from experiments.training_times import DENSE, LayerTime, sparse_configs, stepper, time_layers
 
 FLAGS = flags.FLAGS
 
@@ -45,7 +46,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_size", 128, "Images in a step.", lower_bound=1)
     flags.DEFINE_integer("image_size", 32, "Height and width of the images.", lower_bound=1)
     flags.DEFINE_integer("num_classes", 10, "Of the classifier: 100 for CIFAR-100.", lower_bound=2)
-    flags.DEFINE_integer("rounds", 7, "Turns; each times every rival once.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 7, "Turns; each times every candidate once.", lower_bound=1)
     flags.DEFINE_enum("implementation", "auto", IMPLEMENTATIONS, "Of the sparse products.")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the computation.")
     flags.DEFINE_bool("all_layers", False, "Print the layers of every sparsity, not only of the highest.")
@@ -82,27 +83,27 @@ def layer_row(layer: LayerTime) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def profile(dense: Recipe, sparsities: Sequence[str], distribution: str, rounds: int) -> list[dict[str, Any]]:
+def profile(dense: Config, sparsities: Sequence[str], distribution: str, rounds: int) -> list[dict[str, Any]]:
     """Measures one model: an object for each sparsity.
 
     Args:
-      dense: the recipe of the dense model.
+      dense: the config of the dense model.
       sparsities: as text.
       distribution: of the densities over the layers.
       rounds: turns of the whole steps, and of each layer.
 
     Raises:
-      ValueError: if a recipe cannot be.
+      ValueError: if a config cannot be.
     """
-    recipes = sparse_recipes(dense, sparsities, distribution)
-    steps = timing.in_turns({DENSE: stepper(dense)} | {name: stepper(r) for name, r in recipes.items()}, rounds)
-    layers = time_layers(recipes, rounds, dense_layers=True)
+    configs = sparse_configs(dense, sparsities, distribution)
+    steps = timing.in_turns({DENSE: stepper(dense)} | {name: stepper(r) for name, r in configs.items()}, rounds)
+    layers = time_layers(configs, rounds, dense_layers=True)
     dense_step_s = statistics.median(steps[DENSE])
     return [
         {
             "model": dense.model,
-            "sparsity": recipe.sparsity,
-            "block_shape": "x".join(map(str, recipe.block_shape)),
+            "sparsity": config.sparsity,
+            "block_shape": "x".join(map(str, config.block_shape)),
             "distribution": distribution,
             "dense_step_s": dense_step_s,
             **estimate(dense_step_s, layers[name]),
@@ -110,7 +111,7 @@ def profile(dense: Recipe, sparsities: Sequence[str], distribution: str, rounds:
             "measured_speedup": timing.median_ratio(steps[DENSE], steps[name]),
             "layers": [layer_row(layer) for layer in layers[name]],
         }
-        for name, recipe in recipes.items()
+        for name, config in configs.items()
     ]
 
 
@@ -119,7 +120,7 @@ def main() -> None:
     console = program.console()
     path = timing.results_path(FLAGS.json)
     bases = [
-        Recipe(
+        Config(
             dataset="random", image_shape=(FLAGS.image_size, FLAGS.image_size, 3), model=model, method="dense",
             num_classes=FLAGS.num_classes, block_shape=parse_block_shape(FLAGS.block_shape),
             batch_size=FLAGS.batch_size, dtype=FLAGS.dtype, implementation=FLAGS.implementation,
@@ -127,8 +128,8 @@ def main() -> None:
         for model in FLAGS.models
     ]  # fmt: skip
     for base in bases:  # what cannot be is refused before the first measurement, which takes minutes
-        for recipe in sparse_recipes(base, FLAGS.sparsities, FLAGS.distribution).values():
-            assemble(recipe)
+        for config in sparse_configs(base, FLAGS.sparsities, FLAGS.distribution).values():
+            build(config)
     results: list[dict[str, Any]] = []
     names = ("batch_size", "image_size", "num_classes", "dtype", "implementation", "rounds")
     settings = {name: FLAGS[name].value for name in names}

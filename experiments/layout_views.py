@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from dsb_jax.layout import BlockLayout
-from dsb_jax.train_state import TrainState, kept_beside, layouts, leaf_at
+from dsb_jax.paths import layer_path, nodes, path_name, weights_at
+from dsb_jax.train_state import TrainState
 
 BACKWARD_ONLY = 0.4  # how dark a weight is that has a gradient but is not computed with (Top-KAST)
 
@@ -76,7 +77,7 @@ class LayerView:
 def view(
     name: str, layout: BlockLayout, blocks: jax.Array | np.ndarray, forward: jax.Array | np.ndarray | None = None
 ) -> LayerView:
-    """The view of a layout and its `blocks` [num_blocks, R, C]; `forward` is Top-KAST's `forward_mask`."""
+    """The view of a layout and its `blocks` [num_blocks, R, C]; `forward` says which are computed with."""
     out_idx, in_idx, start = (np.asarray(array).astype(np.int64) for array in layout.index)
     group = np.repeat(np.arange(layout.num_groups), np.diff(start))
     computed = np.ones(layout.num_blocks, bool) if forward is None else np.asarray(forward).reshape(-1)
@@ -85,12 +86,13 @@ def view(
 
 def views(state: TrainState) -> dict[str, LayerView]:
     """Name -> view of every sparse layer of a train state; empty for a dense model."""
-    found = {}
-    for path, layout in layouts(state.topology).items():
-        name = "/".join(path)
-        forward = kept_beside(state.topology, path).get("forward_mask")
-        found[name] = view(name, layout, leaf_at(state.params, path)["blocks"], forward)
-    return found
+    found = nodes(state.topology)
+    blocks = weights_at(state.params, found)
+    names = {path: path_name(layer_path(path)) for path in found}
+    return {
+        names[path]: view(names[path], node.layout, blocks[path], None if node.aux is None else node.aux.active)
+        for path, node in found.items()
+    }
 
 
 def as_stored(layer: LayerView) -> np.ndarray:

@@ -27,11 +27,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from dsb_jax import methods
-from dsb_jax.adapt import adapt_step, measure
-from dsb_jax.train import train_step
-from dsb_jax.train_state import TrainState, create_train_state, kept_beside, layouts, leaf_at
-from dsb_jax.training.config import Assembly, Recipe, assemble
+from dsb_jax.methods import GROW
+from dsb_jax.paths import nodes, weights_at
+from dsb_jax.train import adapt_step, train_step
+from dsb_jax.train_state import TrainState
+from dsb_jax.training.build import Components, build
+from dsb_jax.training.checkpoints import abstract_state
+from dsb_jax.training.config import METHODS, Config
 from experiments import program, timing
 from experiments.flags import parse_block_shape
 
@@ -41,11 +43,11 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Flags of this program."""
     flags.DEFINE_list("models", ["wrn-22-2", "resnet18", "vgg16"], "Models.")
-    flags.DEFINE_list("methods", list(methods.METHODS), "Methods.")
+    flags.DEFINE_list("methods", list(METHODS), "Methods.")
     flags.DEFINE_float("sparsity", 0.9, "Over the sparse layers.")
     flags.DEFINE_string("distribution", "uniform", "Densities over the layers: uniform, erk.")
     flags.DEFINE_string("block_shape", "16x16", "Rows x columns of a block.")
-    flags.DEFINE_enum("grow", "block_gradient", methods.GROW, "Growth criterion of dsb.")
+    flags.DEFINE_enum("grow", "block_gradient", GROW, "Growth criterion of dsb.")
     flags.DEFINE_enum("optimizer", "sgd", ("sgd", "adamw"), "Whose moments are counted.")
     flags.DEFINE_integer("batch_size", 128, "Images in a step.")
     flags.DEFINE_bool("xla", True, "Compile the steps and report XLA's own account, too (takes minutes).")
@@ -58,47 +60,41 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def abstract_state(assembly: Assembly, images: jax.ShapeDtypeStruct) -> TrainState:
-    """Shapes and dtypes of the first train state; nothing is computed."""
-    make = functools.partial(create_train_state, assembly.model, assembly.optimizer)
-    return jax.eval_shape(make, jax.random.key(0), images)
-
-
-def account(recipe: Recipe) -> list[dict[str, Any]]:
+def account(config: Config) -> list[dict[str, Any]]:
     """Bytes of one method on one model: an object for each phase."""
-    assembly = assemble(recipe)
-    images = jax.ShapeDtypeStruct((recipe.batch_size, *recipe.image_shape), jnp.float32)
-    labels = jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32)
-    state = abstract_state(assembly, images)
-    held = layouts(state.topology)
-    if assembly.plan is not None:
-        sparse = [leaf_at(state.params, path)["blocks"] for path in held]
-        dense_weights = sum(layer.shape.size for layer in assembly.plan.sparse_layers)
-        active = sum(assembly.plan.num_active(layer) for layer in assembly.plan.sparse_layers)
+    components = build(config)
+    images = jax.ShapeDtypeStruct((config.batch_size, *config.image_shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+    state = abstract_state(config, components)
+    found = nodes(state.topology)
+    specs = [node.spec for node in found.values()]
+    if specs:
+        sparse = list(weights_at(state.params, found).values())
+        dense_weights = sum(spec.size for spec in specs)
+        active, stored = sum(spec.num_active for spec in specs), sum(spec.num_stored for spec in specs)
     else:  # every layer is dense: the formulas are those of N weights
         sparse = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params) if path[-1].key == "kernel"]
-        dense_weights = active = sum(leaf.size for leaf in sparse)
+        dense_weights = active = stored = sum(leaf.size for leaf in sparse)
     weights = nbytes(sparse)
     # Gradients and moments are those of what is differentiated; a reserve of weights (Top-KAST) has none.
-    reserve = nbytes([kept_beside(state.topology, path).get("reserve", ()) for path in held])
+    reserve = nbytes([node.aux.reserve for node in found.values() if node.aux is not None])
     moments = (nbytes(state.opt_state) // nbytes(state.params)) * weights
     common: dict[str, Any] = {
-        "method": recipe.method, "model": recipe.model, "sparsity": recipe.sparsity, "optimizer": recipe.optimizer,
+        "method": config.method, "model": config.model, "sparsity": config.sparsity, "optimizer": config.optimizer,
         "weights_bytes": weights + reserve, "moments_bytes": moments, "index_bytes": nbytes(state.topology) - reserve,
         "index_share": (nbytes(state.topology) - reserve) / (weights + reserve),
         "dense_rest_bytes": nbytes(state.params) - weights,
-        "formula_weights_bytes": 4 * (dense_weights if recipe.method == "topkast" else active),
+        "formula_weights_bytes": 4 * (dense_weights if config.method == "topkast" else active),
     }  # fmt: skip
-    backward = min(assembly.method.backward_factor * active, dense_weights)  # Nd + M
     rows: list[dict[str, Any]] = [
-        {**common, "phase": "training", "gradients_bytes": weights, "formula_gradients_bytes": round(4 * backward)}
+        {**common, "phase": "training", "gradients_bytes": weights, "formula_gradients_bytes": 4 * stored}
     ]
-    if assembly.method.update is not None:
+    method = components.method
+    if method is not None and any(method.due(step) for step in range(config.total_steps)):
         statistics = 0
-        if (kind := assembly.method.statistic) is not None:
-            observe = functools.partial(measure, model=assembly.model, kind=kind, loss=assembly.loss)
-            statistics = nbytes(jax.eval_shape(observe, state, images, labels))
-        formula = 4 * (dense_weights if recipe.method == "rigl" else active if recipe.method == "dsb" else 0)
+        if (statistic := method.statistic) is not None:
+            statistics = nbytes([jax.eval_shape(functools.partial(statistic.zeros, spec)) for spec in specs])
+        formula = 4 * (dense_weights if config.method == "rigl" else active if config.method == "dsb" else 0)
         rows.append(
             {**common, "phase": "adaptation", "gradients_bytes": statistics, "formula_gradients_bytes": formula}
         )
@@ -107,17 +103,18 @@ def account(recipe: Recipe) -> list[dict[str, Any]]:
             formula = row[f"formula_{what}_bytes"]
             row[f"deviation_{what}"] = row[f"{what}_bytes"] / formula - 1 if formula else None
         if FLAGS.xla:
-            row |= compiled(row["phase"], assembly, state, images, labels)
+            row |= compiled(row["phase"], components, state, images, labels)
     return rows
 
 
-def compiled(phase: str, assembly: Assembly, state: TrainState, images: Any, labels: Any) -> dict[str, int]:
+def compiled(phase: str, components: Components, state: TrainState, images: Any, labels: Any) -> dict[str, int]:
     """XLA's account of the compiled step of a phase: bytes of arguments, outputs, scratch, and what is shared."""
-    options: dict[str, Any] = {"model": assembly.model, "optimizer": assembly.optimizer, "loss": assembly.loss}
+    options: dict[str, Any] = {"model": components.model, "optimizer": components.optimizer, "loss": components.loss}
     step: Any = train_step
     if phase == "adaptation":
-        step, options = adapt_step, {**options, "method": assembly.method}
-    memory = step.lower(state, images, labels, **options).compile().memory_analysis()
+        step, options = adapt_step, {**options, "method": components.method}
+    jitted = jax.jit(functools.partial(step, **options), donate_argnums=0)
+    memory = jitted.lower(state, images, labels).compile().memory_analysis()
     return {
         "xla_argument_bytes": memory.argument_size_in_bytes, "xla_output_bytes": memory.output_size_in_bytes,
         "xla_temp_bytes": memory.temp_size_in_bytes, "xla_alias_bytes": memory.alias_size_in_bytes,
@@ -163,7 +160,7 @@ def main() -> None:
     """Flags -> library calls."""
     console = program.console()
     path = timing.results_path(FLAGS.json)
-    base = Recipe(
+    base = Config(
         dataset="random", image_shape=(32, 32, 3), sparsity=FLAGS.sparsity, distribution=FLAGS.distribution,
         block_shape=parse_block_shape(FLAGS.block_shape), grow=FLAGS.grow, optimizer=FLAGS.optimizer,
         batch_size=FLAGS.batch_size, adapt_batch_size=FLAGS.batch_size,
@@ -172,7 +169,7 @@ def main() -> None:
     for model in FLAGS.models:
         rows: list[dict[str, Any]] = []
         for method in FLAGS.methods:
-            rows += account(Recipe.from_json({**base, "model": model, "method": method}))
+            rows += account(Config.from_json({**base, "model": model, "method": method}))
         console.print(table_of(model, rows))
         results += rows
     if FLAGS.chart:

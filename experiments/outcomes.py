@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from dsb_jax.training.metrics import mean_or_none, read_metrics
 from experiments.grid import Run, workdir
-from experiments.run import read_metrics
 
 # Means over the seeds that a row of the table holds beside the accuracy; None where no run has a number.
 # (Not the training loss: its last window of steps depends on where a run was resumed.)
@@ -25,7 +25,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         summary = json.loads((folder / "summary.json").read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
-    return summary if isinstance(summary, dict) and "recipe" in summary and "test_accuracy" in summary else None
+    return summary if isinstance(summary, dict) and "config" in summary and "test_accuracy" in summary else None
 
 
 def find_summaries(root: Path) -> dict[Path, dict[str, Any]]:
@@ -54,21 +54,15 @@ def read_adaptations(folder: Path) -> list[dict[str, Any]]:
 
 
 def finished(root: Path, run: Run) -> dict[str, Any] | None:
-    """The summary of a run of a sweep, if it has one and the one it has is of this recipe."""
+    """The summary of a run of a sweep, if it has one and the one it has is of this config."""
     summary = read_summary(workdir(root, run))
-    return summary if summary is not None and run.matches(summary["recipe"]) else None
+    return summary if summary is not None and run.matches(summary["config"]) else None
 
 
 def mean_and_std(values: Iterable[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (n - 1); no deviation of a single value."""
     known = list(values)
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
-
-
-def mean_of_known(values: Iterable[float | None]) -> float | None:
-    """The mean of those that are not None."""
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
 
 
 def make_row(cell: str, settings: Mapping[str, Any], summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
@@ -82,7 +76,7 @@ def make_row(cell: str, settings: Mapping[str, Any], summaries: Mapping[int, Map
     values = {seed: summaries[seed]["test_accuracy"] for seed in sorted(summaries)}
     mean, std = mean_and_std(values.values())
     every = list(summaries.values())
-    flops = {name: mean_of_known(s.get("flops", {}).get(name) for s in every) for name in FLOPS}
+    flops = {name: mean_or_none(s.get("flops", {}).get(name) for s in every) for name in FLOPS}
     return {
         "cell": cell,
         "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()},
@@ -90,7 +84,7 @@ def make_row(cell: str, settings: Mapping[str, Any], summaries: Mapping[int, Map
         "mean": mean,
         "std": std,
         "values": {str(seed): value for seed, value in values.items()},
-        **{name: mean_of_known(s.get(name) for s in every) for name in MEANS},
+        **{name: mean_or_none(s.get(name) for s in every) for name in MEANS},
         "flops": flops,
     }
 

@@ -22,7 +22,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure, SubFigure
 
-from dsb_jax import checkpoint
+from dsb_jax.checkpoint import CHECKPOINTS
+from dsb_jax.paths import path_name
+from dsb_jax.spec import LayerSpec
+from dsb_jax.training.checkpoints import restore
 from experiments import layout_views, program
 from experiments.layout_views import LayerView
 from experiments.outcomes import read_adaptations
@@ -84,7 +87,7 @@ def find_metrics(path: Path) -> Path:
     """The folder whose metrics.jsonl belongs to a checkpoint: a workdir, its checkpoints folder, or one step of it."""
     path = path.expanduser().absolute()
     for folder, below in ((path, path), (path.parent, path), (path.parent.parent, path.parent)):
-        if folder != below and below.name == checkpoint.CHECKPOINTS:
+        if folder != below and below.name == CHECKPOINTS:
             return folder
     return path
 
@@ -235,16 +238,16 @@ def main() -> None:
         raise ValueError(f"out={out} ends in neither .png nor .pdf; name such as layout.png.")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"out={out}: there is no folder {out.parent}; make it first.")
-    restored = checkpoint.restore(FLAGS.checkpoint, step=FLAGS.step)
-    recipe, plan = restored.recipe, restored.assembly.plan
+    restored = restore(FLAGS.checkpoint, step=FLAGS.step)
+    config, plan = restored.config, restored.components.plan
     found = layout_views.views(restored.state)
     if plan is None or not found:
-        raise ValueError(f"checkpoint={FLAGS.checkpoint} is of a dense model (method={recipe.method}), which has no "
+        raise ValueError(f"checkpoint={FLAGS.checkpoint} is of a dense model (method={config.method}), which has no "
                          "masks; give one of dsb, ssb, rigl, set or topkast.")  # fmt: skip
-    names = ["/".join(layer.path) for layer in plan.sparse_layers]
+    names = [path_name(path) for path, planned in plan.items() if isinstance(planned, LayerSpec)]
     shown = choose(names, FLAGS.layers)
     entries = read_adaptations(find_metrics(Path(FLAGS.checkpoint)))
-    title = f"{recipe.dataset}, {recipe.model}, {recipe.method}, sparsity {recipe.sparsity:g}, step {restored.step:,}"
+    title = f"{config.dataset}, {config.model}, {config.method}, sparsity {config.sparsity:g}, step {restored.step:,}"
     picture = draw([found[name] for name in shown], entries, names, title, restored.step)
     picture.savefig(out, dpi=DPI, metadata={"CreationDate": None} if out.suffix.lower() == ".pdf" else None)
     for name in shown:

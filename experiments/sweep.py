@@ -42,7 +42,7 @@ FLAGS = flags.FLAGS
 
 TAIL_LINES = 40  # of a failed run's output that are kept
 
-# Flag of lists -> field of the recipe. With a preset they select from it, without one they are the grid.
+# Flag of lists -> field of the config. With a preset they select from it, without one they are the grid.
 AXES = {
     "datasets": "dataset",
     "models": "model",
@@ -64,7 +64,7 @@ def define_flags() -> None:
     for name, field in AXES.items():
         flags.DEFINE_list(name, None, f"Values of {field}: the grid, or what to select from the preset.")
     flags.DEFINE_list("seeds", None, "Seeds: of the grid (by default 0), or what to select from the preset.")
-    flags.DEFINE_multi_string("set", [], "NAME=VALUE of the recipe for all runs, such as epochs=8; may be repeated.")
+    flags.DEFINE_multi_string("set", [], "NAME=VALUE of the config for all runs, such as epochs=8; may be repeated.")
     flags.DEFINE_string("data_dir", None, "Where tfds finds data sets.")
     flags.DEFINE_bool("dry_run", False, "Print the commands of what is left instead of running them.")
 
@@ -156,8 +156,8 @@ class Estimate:
 
     @staticmethod
     def _key(run: Run) -> tuple[str, ...]:
-        recipe = run.recipe
-        return recipe.dataset, recipe.model, recipe.method
+        config = run.config
+        return config.dataset, config.model, config.method
 
 
 def format_seconds(seconds: float | None) -> str:
@@ -218,7 +218,7 @@ class Sweep:
             outcome = f"{summary['test_accuracy']:.2%} in {format_seconds(seconds)}"
         else:
             self.failed.append(run)
-            cause = f"exit code {code}" if code else "it wrote no summary of this recipe"
+            cause = f"exit code {code}" if code else "it wrote no summary of this config"
             write_atomically(note, f"{shlex.join(self.command(run))}\n{cause}\n\n{output}")
             outcome = f"[red]failed[/red] ({cause}): {note}"
         self.bar.advance(self.task)

@@ -17,7 +17,7 @@ from experiments.grid import Run
 from experiments.sweep import AXES
 
 _SEED = "seed"
-Lists = Mapping[str, Sequence[Any]]  # fields of a recipe, or the seed -> values
+Lists = Mapping[str, Sequence[Any]]  # fields of a config, or the seed -> values
 
 _FREE = tuple(AXES.values())  # the fields that the sweep has a list for
 
@@ -40,12 +40,12 @@ def commands(runs: Collection[Run], root: str) -> list[str]:
 
 def _values(runs: Collection[Run], name: str) -> list[Any]:
     """The values of a field over the runs, seed included, in order; None comes first."""
-    return sorted({getattr(run.recipe, name) for run in runs}, key=lambda value: (value is not None, value))
+    return sorted({getattr(run.config, name) for run in runs}, key=lambda value: (value is not None, value))
 
 
 def _shared(runs: Collection[Run]) -> dict[str, Any]:
     """The fields without a list of their own in which all runs agree."""
-    fields = [name for name in dataclasses.asdict(next(iter(runs)).recipe) if name not in (*grid.FROM_DATA, _SEED)]
+    fields = [name for name in dataclasses.asdict(next(iter(runs)).config) if name not in (*grid.FROM_DATA, _SEED)]
     values = {name: _values(runs, name) for name in fields if name not in _FREE}
     return {name: found[0] for name, found in values.items() if len(found) == 1}
 
@@ -68,7 +68,7 @@ def _with_preset(wanted: frozenset[Run]) -> list[str] | None:
     """Arguments that select the runs from a preset; None if none does."""
     datasets = set(_values(wanted, "dataset"))
     for name in grid.PRESETS:
-        own = [run for run in _preset_runs(name, ()) if run.recipe.dataset in datasets]
+        own = [run for run in _preset_runs(name, ()) if run.config.dataset in datasets]
         if not own:
             continue
         # In what the runs agree, but with no run of the preset, is set for all.
@@ -115,19 +115,19 @@ def _fewest_lists(make: Callable[[Lists], frozenset[Run]], wanted: frozenset[Run
 def _cut(wanted: frozenset[Run]) -> list[frozenset[Run]]:
     """The runs in parts: values of one setting stay together where they have the same runs in everything else."""
     names = [*_FREE, _SEED]
-    names += [name for name in dataclasses.asdict(next(iter(wanted)).recipe) if name not in (*names, *grid.FROM_DATA)]
+    names += [name for name in dataclasses.asdict(next(iter(wanted)).config) if name not in (*names, *grid.FROM_DATA)]
     several = [name for name in names if len(_values(wanted, name)) > 1]
     for name in several:
         parts: dict[frozenset[Any], set[Run]] = {}
         for value in _values(wanted, name):
             nothing: dict[str, Any] = {name: None}
-            same = [run for run in wanted if getattr(run.recipe, name) == value]
-            blank = frozenset(dataclasses.replace(run.recipe, **nothing) for run in same)
+            same = [run for run in wanted if getattr(run.config, name) == value]
+            blank = frozenset(dataclasses.replace(run.config, **nothing) for run in same)
             parts.setdefault(blank, set()).update(same)
         if len(parts) > 1:
             return [frozenset(part) for part in parts.values()]
     values = _values(wanted, several[0])
-    return [frozenset(run for run in wanted if getattr(run.recipe, several[0]) == value) for value in values]
+    return [frozenset(run for run in wanted if getattr(run.config, several[0]) == value) for value in values]
 
 
 def _list_flags(lists: Lists) -> list[str]:

@@ -9,9 +9,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dsb_jax.ops import record_choices
-from dsb_jax.train_state import TrainState, kept_beside, layouts, leaf_at
-from dsb_jax.training.config import Assembly, Recipe
-from experiments.run import measure_sparsity
+from dsb_jax.paths import Path, layer_path, nodes, path_name, weights_at
+from dsb_jax.train_state import TrainState
+from dsb_jax.training.build import Components
+from dsb_jax.training.config import Config
+from dsb_jax.training.summary import measure_sparsity
 
 
 def format_bytes(count: int) -> str:
@@ -24,44 +26,41 @@ def format_bytes(count: int) -> str:
     return f"{value:.1f} GiB"
 
 
-def layer_table(recipe: Recipe, assembly: Assembly, state: TrainState) -> Table:
+def layer_table(config: Config, components: Components, state: TrainState) -> Table:
     """One row for each linear layer and convolution: shape, density, blocks, implementation, bytes."""
-    images = jax.ShapeDtypeStruct((recipe.batch_size, *recipe.image_shape), jnp.float32)
+    images = jax.ShapeDtypeStruct((config.batch_size, *config.image_shape), jnp.float32)
     with record_choices() as choices:
-        jax.eval_shape(lambda state, x: assembly.model.apply(state.variables, x, train=False), state, images)
-    found = layouts(state.topology)
-    table = Table(title=f"{recipe.model}, {recipe.method}, block shape {'x'.join(map(str, recipe.block_shape))}")
+        jax.eval_shape(lambda state, x: components.model.apply(state.variables, x, train=False), state, images)
+    found = nodes(state.topology)
+    blocks = {layer_path(path): weights for path, weights in weights_at(state.params, found).items()}
+    layers = {layer_path(path): node for path, node in found.items()}
+    kernels = _kernels(state.params)
+    table = Table(title=f"{config.model}, {config.method}, block shape {'x'.join(map(str, config.block_shape))}")
     for name in ("layer", "out x in", "density", "blocks", "implementation", "bytes"):
         table.add_column(name, justify="left" if name in ("layer", "implementation") else "right")
     # With a plan every layer records what it chose, in the order of the forward pass.
-    paths = list(choices) if assembly.plan else _kernels(state.params)
-    reasons = {layer.path: layer.reason for layer in assembly.plan.layers} if assembly.plan else {}
-    layers = assembly.plan.sparse_layers if assembly.plan else ()
-    densities = {layer.path: assembly.plan.num_active(layer) / layer.shape.size for layer in layers if assembly.plan}
-    for path in paths:
-        params = leaf_at(state.params, path)
-        layout = found.get(path)
-        weights = params["kernel" if layout is None else "blocks"]
-        kept = () if layout is None else (layout, kept_beside(state.topology, path))
-        nbytes = weights.nbytes + sum(a.nbytes for a in jax.tree.leaves(kept))
-        if layout is None:
-            out = weights.shape[-1]
-            row = (f"{out} x {weights.size // out}", "1", "-", f"dense ({reasons.get(path, 'dense model')})")
-        else:
-            choice = choices[path]
+    for path in choices if components.plan is not None else kernels:
+        if path in layers:
+            node, choice = layers[path], choices[path]
+            nbytes = sum(array.nbytes for array in jax.tree.leaves((node, blocks[path])))
             row = (
-                f"{layout.shape[0]} x {layout.shape[1]}",
-                f"{densities[path]:.4f}",
-                str(layout.num_blocks),
+                f"{node.spec.out} x {node.spec.in_}",
+                f"{node.spec.density:.4f}",
+                str(node.spec.num_blocks),
                 f"{choice.implementation} ({choice.reason})",
             )
-        table.add_row("/".join(path), *row, format_bytes(nbytes))
+        else:
+            kernel = kernels[path]
+            out, nbytes = kernel.shape[-1], kernel.nbytes
+            reason = "dense model" if components.plan is None else components.plan[path]
+            row = (f"{out} x {kernel.size // out}", "1", "-", f"dense ({reason})")
+        table.add_row(path_name(path), *row, format_bytes(nbytes))
     return table
 
 
-def _kernels(params: Any) -> list[tuple[str, ...]]:
+def _kernels(params: Any) -> dict[Path, jax.Array]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return [tuple(key.key for key in path[:-1]) for path, _ in leaves if path[-1].key == "kernel"]
+    return {tuple(key.key for key in path[:-1]): leaf for path, leaf in leaves if path[-1].key == "kernel"}
 
 
 class TerminalProgress:
@@ -82,13 +81,13 @@ class TerminalProgress:
         )  # fmt: skip
         self.last: dict[str, float] = {}
 
-    def begin(self, recipe: Recipe, assembly: Assembly, state: TrainState, done: int) -> None:
-        self.console.print(layer_table(recipe, assembly, state))
-        self.sparsity = measure_sparsity(assembly, state)["sparsity"]
-        self.epochs = recipe.epochs
-        epoch = done * recipe.epochs // recipe.total_steps
+    def begin(self, config: Config, components: Components, state: TrainState, done: int) -> None:
+        self.console.print(layer_table(config, components, state))
+        self.sparsity = measure_sparsity(components, state)["sparsity"]
+        self.epochs = config.epochs
+        epoch = done * config.epochs // config.total_steps
         self.task = self.bar.add_task(
-            "train", total=recipe.total_steps, completed=done, epoch=f"epoch {epoch + 1}/{self.epochs}", test="-",
+            "train", total=config.total_steps, completed=done, epoch=f"epoch {epoch + 1}/{self.epochs}", test="-",
             loss=float("nan"), accuracy=0.0, sparsity=self.sparsity, turnover=0.0,
         )  # fmt: skip
         self.bar.start()
@@ -107,6 +106,9 @@ class TerminalProgress:
                 highlight=False,  # colors inside the line would hide it from grep
                 soft_wrap=True,
             )
+
+    def note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, highlight=False)
 
     def stop(self) -> None:
         self.bar.stop()

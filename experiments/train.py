@@ -9,27 +9,27 @@ from pathlib import Path
 
 from absl import flags
 
-from dsb_jax.training import data
-from dsb_jax.training.config import Recipe, check_recipe
+from dsb_jax.training import data, loop
+from dsb_jax.training.build import make_method
+from dsb_jax.training.config import Config, check_config
 from experiments import curves, program, terminal
-from experiments import flags as recipe_flags
-from experiments import run as runs
+from experiments import flags as config_flags
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """The recipe's flags and where the run lives."""
-    recipe_flags.define()
-    flags.adopt_module_key_flags(recipe_flags)  # so that --help shows them
+    """The config's flags and where the run lives."""
+    config_flags.define()
+    flags.adopt_module_key_flags(config_flags)  # so that --help shows them
     flags.DEFINE_string("workdir", None, "Where the run is written; by default a new folder in runs/.")
     flags.DEFINE_bool("resume", False, "Continue the run in workdir from its latest checkpoint.")
     flags.DEFINE_integer("keep_last", 2, "Checkpoints to keep, beside the best.")
 
 
-def default_workdir(recipe: Recipe, resume: bool) -> Path:
+def default_workdir(config: Config, resume: bool) -> Path:
     """runs/DATASET-MODEL-METHOD-SPARSITY-seedN, with -2, -3, ... if taken; the latest of these to resume."""
-    name = f"{recipe.dataset}-{recipe.model}-{recipe.method}-{recipe.sparsity:g}-seed{recipe.seed}"
+    name = f"{config.dataset}-{config.model}-{config.method}-{config.sparsity:g}-seed{config.seed}"
     candidates = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
     taken = list(itertools.takewhile(Path.exists, candidates))
     if resume and taken:
@@ -40,21 +40,22 @@ def default_workdir(recipe: Recipe, resume: bool) -> Path:
 def main() -> None:
     """Flags -> library calls."""
     console = program.console()
-    recipe = recipe_flags.recipe_from_flags()
-    workdir = Path(FLAGS.workdir) if FLAGS.workdir else default_workdir(recipe, FLAGS.resume)
-    check_recipe(recipe)
-    dataset = data.load(recipe.dataset, data_dir=FLAGS.data_dir)
-    recipe = recipe_flags.with_default_interval(runs.for_dataset(recipe, dataset))
+    config = config_flags.config_from_flags()
+    workdir = Path(FLAGS.workdir) if FLAGS.workdir else default_workdir(config, FLAGS.resume)
+    check_config(config)
+    make_method(config)
+    dataset = data.load(config.dataset, data_dir=FLAGS.data_dir)
+    config = config_flags.with_default_interval(loop.for_dataset(config, dataset))
     progress = terminal.TerminalProgress(console)
     try:
-        summary = runs.run(recipe, dataset, workdir, resume=FLAGS.resume, progress=progress, keep_last=FLAGS.keep_last)
+        summary = loop.run(config, dataset, workdir, resume=FLAGS.resume, progress=progress, keep_last=FLAGS.keep_last)
     except KeyboardInterrupt:
         progress.stop()
         console.print(f"\ninterrupted; continue with --resume --workdir={workdir}", soft_wrap=True)
         raise SystemExit(130) from None
     finally:
         progress.stop()
-    curves.draw(workdir, f"{recipe.dataset}, {recipe.model}, {recipe.method}, sparsity {summary['sparsity']:.1%}")
+    curves.draw(workdir, f"{config.dataset}, {config.model}, {config.method}, sparsity {summary['sparsity']:.1%}")
     console.print(terminal.outcome_table(summary))
     console.print(f"written: {workdir}/summary.json, metrics.jsonl, curves.png, checkpoints/", soft_wrap=True)
 

@@ -16,13 +16,15 @@ from flax import linen as nn
 
 from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.ops import record_choices
-from dsb_jax.plan import Path
+from dsb_jax.paths import Path
+from dsb_jax.spec import LayerSpec
 from dsb_jax.train import train_step
-from dsb_jax.training.config import Assembly, Recipe, assemble
-from experiments import run as runs
+from dsb_jax.training.build import Components, build
+from dsb_jax.training.config import Config
+from dsb_jax.training.loop import create
 from experiments import timing
 
-DENSE = "dense"  # the name of the dense rival, beside those of the recipes
+DENSE = "dense"  # the name of the dense candidate, beside those of the configs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +65,8 @@ class LayerTime:
         return None if self.sparse is None else timing.median_ratio([*self.dense], [*self.sparse])
 
 
-def sparse_recipes(dense: Recipe, sparsities: Sequence[str], distribution: str) -> dict[str, Recipe]:
-    """The sparse rivals of a dense recipe, by their sparsity as text.
+def sparse_configs(dense: Config, sparsities: Sequence[str], distribution: str) -> dict[str, Config]:
+    """The sparse candidates of a dense config, by their sparsity as text.
 
     Raises:
       ValueError: if a sparsity is not a number.
@@ -79,24 +81,24 @@ def sparse_recipes(dense: Recipe, sparsities: Sequence[str], distribution: str) 
     }
 
 
-def stepper(recipe: Recipe) -> Callable[[], Any]:
+def stepper(config: Config) -> Callable[[], Any]:
     """A call that makes one training step on fixed random images, carrying its state along."""
-    assembly, state = runs.create(recipe)
-    image_key, label_key = jax.random.split(jax.random.key(recipe.seed))
-    images = jax.random.normal(image_key, (recipe.batch_size, *recipe.image_shape))
-    labels = jax.random.randint(label_key, (recipe.batch_size,), 0, recipe.num_classes)
+    components, state = create(config)
+    image_key, label_key = jax.random.split(jax.random.key(config.seed))
+    images = jax.random.normal(image_key, (config.batch_size, *config.image_shape))
+    labels = jax.random.randint(label_key, (config.batch_size,), 0, config.num_classes)
     held = [state]
 
     def step() -> Any:
         held[0], metrics = train_step(
-            held[0], images, labels, model=assembly.model, optimizer=assembly.optimizer, loss=assembly.loss
+            held[0], images, labels, model=components.model, optimizer=components.optimizer, loss=components.loss
         )
         return held[0].step, metrics
 
     return step
 
 
-def find_inputs(recipe: Recipe, assembly: Assembly) -> dict[Path, tuple[nn.Module, tuple[int, ...]]]:
+def find_inputs(config: Config, components: Components) -> dict[Path, tuple[nn.Module, tuple[int, ...]]]:
     """Path of each linear layer and convolution of a sparse model -> (module, its input as [N, H, W, C] or [N, C]).
 
     Seen while the model is traced, in the order of the forward pass.
@@ -111,17 +113,17 @@ def find_inputs(recipe: Recipe, assembly: Assembly) -> dict[Path, tuple[nn.Modul
             seen.setdefault(context.module.path, (context.module, shape))
         return call(*args, **kwargs)
 
-    images = jax.ShapeDtypeStruct((recipe.batch_size, *recipe.image_shape), jnp.float32)
+    images = jax.ShapeDtypeStruct((config.batch_size, *config.image_shape), jnp.float32)
     with nn.intercept_methods(watch):
-        jax.eval_shape(assembly.model.init, jax.random.key(0), images)
+        jax.eval_shape(components.model.init, jax.random.key(0), images)
     return seen
 
 
-def layer_rivals(
+def layer_candidates(
     modules: Mapping[str, Any],
     shape: tuple[int, ...],
     counts: Mapping[str, int | None],
-    recipe: Recipe,
+    config: Config,
     *,
     input_gradient: bool = True,
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
@@ -130,22 +132,22 @@ def layer_rivals(
     Each takes its input in the order of activations that its model has: feature-major or not.
 
     Args:
-      modules: by the name of the rival.
+      modules: by the name of the candidate.
       shape: of the input, [N, H, W, C] or [N, C].
-      counts: number of blocks by the name of the rival.
-      recipe: gives block shape and dtype.
+      counts: number of blocks by the name of the candidate.
+      config: gives block shape and dtype.
       input_gradient: whether backward computes the gradient of the input, too.
 
     Returns:
-      Calls that return output and gradients, and names of implementations, both by the name of the rival.
+      Calls that return output and gradients, and names of implementations, both by the name of the candidate.
     """
     key = jax.random.key(0)
-    x = jax.random.normal(key, shape, jnp.dtype(recipe.dtype))
+    x = jax.random.normal(key, shape, jnp.dtype(config.dtype))
     calls: dict[str, Callable[[], Any]] = {}
     chosen: dict[str, str] = {}
     for name, count in counts.items():
         clone = modules[name].clone(
-            parent=None, name=None, plan=None, block_shape=recipe.block_shape, num_blocks=count
+            parent=None, name=None, plan=None, block_shape=config.block_shape, num_blocks=count
         )  # fmt: skip
         given = jnp.moveaxis(x, (0, -1), (-1, 0)) if clone.feature_major else x
         with record_choices() as choices:
@@ -168,47 +170,47 @@ def layer_rivals(
 
 
 def time_layers(
-    recipes: Mapping[str, Recipe], rounds: int, *, dense_layers: bool = False
+    configs: Mapping[str, Config], rounds: int, *, dense_layers: bool = False
 ) -> dict[str, list[LayerTime]]:
-    """Times of the layers of every recipe; the recipes differ in sparsity alone.
+    """Times of the layers of every config; the configs differ in sparsity alone.
 
     Dense and all sparsities of a layer take turns; layers of equal sizes are measured once.
 
     Args:
-      recipes: of sparse models, by name.
+      configs: of sparse models, by name.
       rounds: turns that each layer takes.
       dense_layers: time the layers that stay dense, too.
 
     Returns:
-      By the name of the recipe: its layers in the order of the forward pass.
+      By the name of the config: its layers in the order of the forward pass.
     """
-    assemblies = {name: assemble(recipe) for name, recipe in recipes.items()}
-    plans = {name: a.plan for name, a in assemblies.items() if a.plan is not None}
-    first = next(iter(recipes))
-    inputs = {name: find_inputs(recipe, assemblies[name]) for name, recipe in recipes.items()}
+    built = {name: build(config) for name, config in configs.items()}
+    plans = {name: a.plan for name, a in built.items() if a.plan is not None}
+    first = next(iter(configs))
+    inputs = {name: find_inputs(config, built[name]) for name, config in configs.items()}
     measured: dict[Any, Any] = {}
-    rows: dict[str, list[LayerTime]] = {name: [] for name in recipes}
+    rows: dict[str, list[LayerTime]] = {name: [] for name in configs}
     for position, (path, (module, shape)) in enumerate(inputs[first].items()):
-        layers = {name: plan[path] for name, plan in plans.items()}
-        counts = {name: layer.num_blocks for name, layer in layers.items() if layer.num_blocks is not None}
+        planned = {name: plan[path] for name, plan in plans.items()}
+        counts = {name: spec.num_blocks for name, spec in planned.items() if isinstance(spec, LayerSpec)}
         if not counts and not dense_layers:
             continue
-        sizes = layers[first].shape
+        sizes = plans[first].sizes[path]
         how = tuple(str(getattr(module, name, None)) for name in ("strides", "padding", "use_bias"))
         same = (shape, sizes, tuple(counts.items()), how, position == 0)
         if same not in measured:
             modules: dict[str, Any] = {DENSE: module.clone(feature_major=False)}
             modules |= {name: inputs[name][path][0] for name in counts}
-            calls, chosen = layer_rivals(
-                modules, shape, {DENSE: None, **counts}, recipes[first], input_gradient=position > 0
+            calls, chosen = layer_candidates(
+                modules, shape, {DENSE: None, **counts}, configs[first], input_gradient=position > 0
             )
             measured[same] = timing.in_turns(calls, rounds), chosen
         times, chosen = measured[same]
-        for name in recipes:
+        for name in configs:
             if name in counts or dense_layers:
                 rows[name].append(
                     LayerTime(
-                        path, (sizes.out, sizes.in_), shape, counts.get(name), times[DENSE], times.get(name),
+                        path, sizes.shape, shape, counts.get(name), times[DENSE], times.get(name),
                         chosen.get(name, DENSE),
                     )
                 )  # fmt: skip

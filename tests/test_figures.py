@@ -21,11 +21,11 @@ DIGITS = grid.preset_runs("digits")
 STEPS = 1056  # of a run of digits
 
 
-def write(root, run, accuracy, adaptations=(), **recipe):
+def write(root, run, accuracy, adaptations=(), **config):
     """A finished run; `adaptations` are (step, turnover, exploration)."""
     folder = grid.workdir(root, run)
     folder.mkdir(parents=True)
-    summary = {"recipe": run.recipe.to_json() | {"total_steps": STEPS} | recipe, "test_accuracy": accuracy}
+    summary = {"config": run.config.to_json() | {"total_steps": STEPS} | config, "test_accuracy": accuracy}
     (folder / "summary.json").write_text(json.dumps(summary))
     if adaptations:
         lines = [{"kind": "train", "step": 1, "loss": 2.0}]
@@ -88,18 +88,18 @@ def test_a_panel_takes_the_terms_of_most_runs(tmp_path):
     assert panel.terms["epochs"] == 3
     assert panel.accuracy(BLOCKS)[0.9].n == 2
     # What is missing is missing on these terms, whatever the preset has.
-    assert {run.recipe.epochs for runs in panel.missing.values() for run in runs} == {3}
+    assert {run.config.epochs for runs in panel.missing.values() for run in runs} == {3}
     assert figure_data.make_panel({}, "digits", "convnet", METHODS).terms["epochs"] == 24
     assert figure_data.make_panel({}, "mnist", "convnet", METHODS) is None
 
 
 def test_the_interval_of_a_short_run_of_photographs_is_its_default(tmp_path):
     run = grid.make_run({"dataset": "cifar10", "epochs": 2}, 0)
-    assert run.recipe.update_interval == 100
+    assert run.config.update_interval == 100
     steps = 2 * 390
-    recipe = run.recipe.to_json() | {"total_steps": steps, "update_interval": steps // 2 // 12}
-    assert figure_data.run_of(recipe) == run
-    other = figure_data.run_of(recipe | {"update_interval": 7})
+    config = run.config.to_json() | {"total_steps": steps, "update_interval": steps // 2 // 12}
+    assert figure_data.run_of(config) == run
+    other = figure_data.run_of(config | {"update_interval": 7})
     assert other == grid.make_run({"dataset": "cifar10", "epochs": 2, "update_interval": 7}, 0)
 
 
@@ -308,7 +308,7 @@ def call(monkeypatch):
 def test_the_program_draws_what_there_is_and_tells_what_is_missing(tmp_path, call, capsys):
     runs, out = tmp_path / "runs", tmp_path / "new" / "figures"
     for run in DIGITS:
-        if run.seed < 2 and run.recipe.sparsity > 0.8 and "dense" not in run.recipe.method:
+        if run.seed < 2 and run.config.sparsity > 0.8 and "dense" not in run.config.method:
             write(runs, run, 0.9 + run.seed / 100, [(40, 0.2, 0.1), (80, 0.1, 0.2)])
     call(f"--root={runs}", f"--profile={profile(tmp_path, sparsities=(0.8, 0.9, 0.95))}", f"--out={out}")
     drawn = {"figure12_time_cifar10", "block_aware_digits", "accuracy_digits", "adaptation_digits_convnet"}

@@ -9,7 +9,7 @@ from dsb_jax import flops
 from dsb_jax.distributions import LayerShape
 from dsb_jax.plan import LayerPlan, SparsityPlan
 from dsb_jax.training import models
-from dsb_jax.training.config import Recipe, assemble
+from dsb_jax.training.config import Config, build
 
 # A convolution of 16 x 32 in blocks of 4x8 of which 4 of 16 exist (density 1/4), and a dense classifier of 10 x 16.
 PLAN = SparsityPlan(
@@ -82,9 +82,9 @@ def test_impossible_costs_are_refused(how):
 
 @pytest.mark.parametrize("feature_major", [False, True])
 def test_positions_of_a_model_in_either_order(feature_major):
-    assembly = assemble(Recipe(implementation="xla" if feature_major else "dense"))
-    assert assembly.model.layers.feature_major == feature_major
-    positions, _ = flops.find_positions(assembly.model, (8, 8, 1))
+    components = build(Config(implementation="xla" if feature_major else "dense"))
+    assert components.model.layers.feature_major == feature_major
+    positions, _ = flops.find_positions(components.model, (8, 8, 1))
     names = ("stem", "conv_1", "conv_2", "conv_3", "head")
     assert positions == {(name,): n for name, n in zip(names, (64, 64, 16, 16, 1), strict=True)}
 
@@ -100,12 +100,12 @@ def test_a_layer_called_twice_counts_twice():
 
 
 def test_methods_against_dense():
-    recipe = Recipe(implementation="dense")
+    config = Config(implementation="dense")
     reference = models.create("convnet", num_classes=10)
 
     def ratios(method, **costs):
-        assembly = assemble(dataclasses.replace(recipe, method=method))
-        return flops.measure(assembly.model, assembly.plan, reference, recipe.image_shape, **costs)
+        components = build(dataclasses.replace(config, method=method))
+        return flops.measure(components.model, components.plan, reference, config.image_shape, **costs)
 
     assert ratios("dense") == {"train_ratio": 1, "inference_ratio": 1}
     # By hand: conv_1 holds 7, conv_2 29 and conv_3 58 blocks of 256 weights.

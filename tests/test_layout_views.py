@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dsb_jax import checkpoint
 from dsb_jax.layout import BlockLayout
 from dsb_jax.train_state import create_train_state, layouts, with_layouts
-from dsb_jax.training.config import Recipe, assemble
+from dsb_jax.training.config import Config, build
 from experiments import layout_views, show_layout
 from experiments.outcomes import read_adaptations
 from tests.conftest import make_layout
@@ -122,16 +122,16 @@ def test_the_metrics_beside_a_checkpoint(tmp_path):
     assert read_adaptations(tmp_path / "nothing") == []
 
 
-def random_state(recipe):
-    """A train state of the recipe with random layouts and weights; nothing is compiled for it."""
-    assembly, rng = assemble(recipe), np.random.default_rng(0)
-    create = functools.partial(create_train_state, assembly.model, assembly.optimizer)
-    images = jax.ShapeDtypeStruct((1, *recipe.image_shape), np.float32)
+def random_state(config):
+    """A train state of the config with random layouts and weights; nothing is compiled for it."""
+    components, rng = build(config), np.random.default_rng(0)
+    create = functools.partial(create_train_state, components.model, components.optimizer)
+    images = jax.ShapeDtypeStruct((1, *config.image_shape), np.float32)
     abstract = jax.eval_shape(create, jax.random.key(0), images)
     state = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), abstract)
     new, beside = {}, {}
     for path, layout in layouts(abstract.topology).items():
-        if recipe.method == "dsb":
+        if config.method == "dsb":
             counts = [len(part) for part in np.array_split(np.arange(layout.num_blocks), layout.num_groups)]
             drawn = make_layout(0, layout.shape, layout.block_shape, tuple(counts))
         else:
@@ -148,9 +148,9 @@ def checkpoints(tmp_path_factory):
     """Folder of workdirs by method, each with a checkpoint of step 0; the one of dsb has metrics."""
     folder = tmp_path_factory.mktemp("runs")
     for method in ("dsb", "topkast", "dense"):
-        recipe = Recipe(method=method)
-        with checkpoint.Checkpoints(folder / method, recipe) as saver:
-            saver.save(random_state(recipe), test_accuracy=0.1)
+        config = Config(method=method)
+        with checkpoint.Checkpoints(folder / method, config) as saver:
+            saver.save(random_state(config), test_accuracy=0.1)
     layers = {f"conv_{i}": {"turnover": 0.1 * i} for i in (1, 2, 3)}
     entries = [json.dumps({"kind": "adapt", "step": step, "layers": layers}) + "\n" for step in (0, 40, 80)]
     (folder / "dsb" / "metrics.jsonl").write_text("".join(entries))

@@ -6,7 +6,7 @@ import jax
 import pytest
 from absl.testing import flagsaver
 
-from dsb_jax.training.config import Recipe
+from dsb_jax.training.config import Config
 from experiments import memory
 from experiments import run as runs
 
@@ -53,7 +53,7 @@ def test_table_three(results):
 
 
 def test_the_account_is_that_of_a_real_state(results):
-    _, state = runs.create(Recipe(dataset="random", image_shape=(32, 32, 3), method="dsb"))
+    _, state = runs.create(Config(dataset="random", image_shape=(32, 32, 3), method="dsb"))
     blocks = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params) if path[-1].key == "blocks"]
     row = results["dsb", "training"]
     assert row["weights_bytes"] == sum(leaf.nbytes for leaf in blocks)
@@ -61,12 +61,12 @@ def test_the_account_is_that_of_a_real_state(results):
 
 
 def test_xla_counts_too(define):
-    recipe = Recipe(
+    config = Config(
         dataset="random", image_shape=(8, 8, 3), method="dsb", batch_size=2, grow="random",
         keep_dense=("stem", "head", "conv_1", "conv_2"),
     )  # fmt: skip
     with flagsaver.flagsaver(xla=True):
-        training, adaptation = memory.account(recipe)
+        training, adaptation = memory.account(config)
     for row in (training, adaptation):
         assert row["xla_argument_bytes"] > row["weights_bytes"] + row["moments_bytes"] + row["index_bytes"]
         assert row["xla_temp_bytes"] > 0

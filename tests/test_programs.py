@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsb_jax.training.config import Recipe, assemble
+from dsb_jax.training.config import Config, build
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,7 +58,7 @@ def test_a_mistake_ends_in_a_short_message(arguments, words, tmp_path):
 def test_a_setting_that_cannot_be_is_refused_in_a_short_message(setting, words):
     """What `program.start` then prints; a process for each would cost seconds."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are compared below
-        assemble(Recipe(**setting))
+        build(Config(**setting))
     message = str(caught.value)
     assert len(message.splitlines()) <= 2
     for word in words:

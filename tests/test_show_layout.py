@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dsb_jax import checkpoint
 from dsb_jax.layout import to_mask
-from dsb_jax.training.config import Recipe
+from dsb_jax.training.config import Config
 from experiments import layout_views
 from experiments import run as runs
 from experiments.show_layout import caption, choose
@@ -78,9 +78,9 @@ def show(*arguments):
 
 
 def test_the_program_draws_a_checkpoint(tmp_path):
-    recipe = Recipe(total_steps=10, epochs=1)
-    _, state = runs.create(recipe)
-    with checkpoint.Checkpoints(tmp_path / "run", recipe) as saver:
+    config = Config(total_steps=10, epochs=1)
+    _, state = runs.create(config)
+    with checkpoint.Checkpoints(tmp_path / "run", config) as saver:
         saver.save(state, test_accuracy=0.5)
     out = tmp_path / "layout.png"
     result = show(f"--checkpoint={tmp_path / 'run'}", "--layers=conv_1,conv_2", f"--out={out}")

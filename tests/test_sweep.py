@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dsb_jax import checkpoint
 from dsb_jax.methods import METHODS
-from dsb_jax.training.config import Recipe
+from dsb_jax.training.config import Config
 from experiments import grid, outcomes
 from experiments.sweep import Estimate, Sweep, format_seconds
 
@@ -26,7 +26,7 @@ def digits_runs(**parts):
     return grid.expand([{"sparsity": (0.9,), **parts}], seeds=(0,), common={"dataset": "digits"})
 
 
-# A stand-in for a training: it writes the summary of the recipe that it is given, or fails.
+# A stand-in for a training: it writes the summary of the config that it is given, or fails.
 STAND_IN = """
 import json, pathlib, sys
 folder, body, code = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -40,7 +40,7 @@ folder.mkdir()
 
 def stand_in(root, code=lambda run: 0, calls=None):
     def command(run):
-        summary = {"recipe": run.recipe.to_json(), "test_accuracy": 0.5 + run.seed / 10, "train_time_s": 1.0}
+        summary = {"config": run.config.to_json(), "test_accuracy": 0.5 + run.seed / 10, "train_time_s": 1.0}
         return [sys.executable, "-c", STAND_IN, str(root / run.name), json.dumps(summary), str(code(run))]
 
     return command
@@ -54,7 +54,7 @@ def test_every_preset_has_distinct_names_and_settings_that_exist():
     for name in grid.PRESETS:
         runs = grid.preset_runs(name)
         assert len({run.name for run in runs}) == len(runs)
-        grid.check_runs([run for run in runs if run.recipe.method in METHODS])
+        grid.check_runs([run for run in runs if run.config.method in METHODS])
 
 
 def test_the_digits_preset_runs_shared_cells_once():
@@ -78,27 +78,27 @@ def test_settings_without_effect_or_equal_to_the_default_make_no_new_run():
     run = grid.make_run(settings, 3)
     assert run.name == ("digits-convnet-dsb-0.9-32x8-block_aware_drop=False-granularity=block-learning_rate=0.1-seed3")
     assert {"--noblock_aware_drop", "--block_shape=32x8", "--seed=3"} <= set(run.arguments())
-    assert run.recipe == dataclasses.replace(
-        Recipe(), block_shape=(32, 8), granularity="block", block_aware_drop=False, learning_rate=0.1, seed=3
+    assert run.config == dataclasses.replace(
+        Config(), block_shape=(32, 8), granularity="block", block_aware_drop=False, learning_rate=0.1, seed=3
     )
 
 
-def test_a_run_is_done_if_the_recipe_is_the_same(tmp_path):
+def test_a_run_is_done_if_the_config_is_the_same(tmp_path):
     run = grid.make_run({"dataset": "cifar10"}, 0)
-    recipe = run.recipe.to_json() | {"total_steps": 7, "image_shape": [32, 32, 3], "update_interval": 5}
-    assert run.matches(recipe)
-    assert not run.matches(recipe | {"weight_decay": 0.5})
-    assert not run.matches({k: v for k, v in recipe.items() if k != "grow"})
-    assert not grid.make_run({}, 0).matches(grid.make_run({}, 0).recipe.to_json() | {"update_interval": 5})
-    for method, same in (("dsb", False), ("ssb", True)):  # what has no effect on a method is no other recipe
+    config = run.config.to_json() | {"total_steps": 7, "image_shape": [32, 32, 3], "update_interval": 5}
+    assert run.matches(config)
+    assert not run.matches(config | {"weight_decay": 0.5})
+    assert not run.matches({k: v for k, v in config.items() if k != "grow"})
+    assert not grid.make_run({}, 0).matches(grid.make_run({}, 0).config.to_json() | {"update_interval": 5})
+    for method, same in (("dsb", False), ("ssb", True)):  # what has no effect on a method is no other config
         other = grid.make_run({"method": method}, 0)
-        assert other.matches(other.recipe.to_json() | {"granularity": "block", "grow": "norm"}) == same
+        assert other.matches(other.config.to_json() | {"granularity": "block", "grow": "norm"}) == same
     folder = grid.workdir(tmp_path, run)
     folder.mkdir()
-    (folder / "summary.json").write_text('{"recipe": ')
+    (folder / "summary.json").write_text('{"config": ')
     assert outcomes.finished(tmp_path, run) is None
-    (folder / "summary.json").write_text(json.dumps({"recipe": recipe, "test_accuracy": 0.5}))
-    assert outcomes.finished(tmp_path, run) == {"recipe": recipe, "test_accuracy": 0.5}
+    (folder / "summary.json").write_text(json.dumps({"config": config, "test_accuracy": 0.5}))
+    assert outcomes.finished(tmp_path, run) == {"config": config, "test_accuracy": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -141,13 +141,13 @@ def test_selecting_from_a_preset():
 
 def test_a_failed_run_is_noted_and_the_others_go_on(tmp_path):
     runs = digits_runs(method=("dsb", "ssb", "dense"))
-    failed = make(tmp_path, runs, code=lambda run: 3 if run.recipe.method == "ssb" else 0)
-    assert [run.recipe.method for run in failed] == ["ssb"]
+    failed = make(tmp_path, runs, code=lambda run: 3 if run.config.method == "ssb" else 0)
+    assert [run.config.method for run in failed] == ["ssb"]
     note = tmp_path / f"{failed[0].name}.failure.txt"
     assert "exit code 3" in note.read_text()
     assert "a line of output" in note.read_text()
     assert [row["settings"]["method"] for row in outcomes.make_rows(tmp_path, runs)] == ["dsb", "dense"]
-    assert make(tmp_path, runs, code=lambda run: 0 if run.recipe.method == "ssb" else 4) == []  # only what is missing
+    assert make(tmp_path, runs, code=lambda run: 0 if run.config.method == "ssb" else 4) == []  # only what is missing
     assert not note.exists()
     assert len(outcomes.make_rows(tmp_path, runs)) == 3
 
@@ -179,7 +179,7 @@ def test_a_row_by_hand(tmp_path):
     runs = grid.expand([{"method": ("dsb",)}], seeds=(0, 1, 2), common={})
     for run, accuracy, exploration in zip(runs, (0.9, 0.92, 0.97), (0.2, 0.4, None), strict=True):
         summary = {
-            "recipe": run.recipe.to_json(), "test_accuracy": accuracy, "sparsity": 0.9, "exploration": exploration,
+            "config": run.config.to_json(), "test_accuracy": accuracy, "sparsity": 0.9, "exploration": exploration,
             "flops": {"train_ratio": 0.2, "inference_ratio": 0.1},
         }  # fmt: skip
         grid.workdir(tmp_path, run).mkdir()
@@ -208,10 +208,10 @@ def test_the_estimate_takes_the_same_method_first():
     assert [format_seconds(s) for s in (None, 89.0, 120.0, 4000.0)] == ["?", "89 s", "2 min", "1 h 07 min"]
 
 
-def test_a_run_killed_while_it_noted_its_recipe_begins_again(tmp_path):
+def test_a_run_killed_while_it_noted_its_config_begins_again(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / ".recipe.json").write_text('{"dataset"')
-    assert checkpoint.check_workdir(tmp_path, Recipe(), resume=True) is None
+    (tmp_path / ".config.json").write_text('{"dataset"')
+    assert checkpoint.check_workdir(tmp_path, Config(), resume=True) is None
 
 
 SWEEP = ("--methods=dense", "--seeds=0,1", "--set=epochs=3", "--set=batch_size=256")

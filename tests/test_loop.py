@@ -2,20 +2,22 @@
 
 import dataclasses
 import json
+import shutil
+import warnings
 
 import jax
 import numpy as np
 import pytest
 
-from dsb_jax import checkpoint
-from dsb_jax.layout import validate
-from dsb_jax.telemetry import Explored, active_positions, count_active, count_bytes
-from dsb_jax.train_state import layouts
-from dsb_jax.training import data
-from dsb_jax.training.config import Recipe
-from experiments import curves, run
+from dsb_jax.methods.base import LayerReport
+from dsb_jax.paths import validate_topology
+from dsb_jax.telemetry import Explored, count_active, count_bytes
+from dsb_jax.training import data, json_files, loop, metrics
+from dsb_jax.training.checkpoints import restore
+from dsb_jax.training.config import Config
+from experiments import curves
 
-RECIPE = Recipe(
+CONFIG = Config(
     epochs=3, batch_size=48, update_interval=4, update_end_fraction=0.8, learning_rate=0.1, block_shape=(8, 8)
 )
 
@@ -26,8 +28,9 @@ class Silent:
     def __init__(self, interrupt_after: int | None = None) -> None:
         self.interrupt_after = interrupt_after
         self.steps: list[int] = []
+        self.notes: list[str] = []
 
-    def begin(self, recipe, assembly, state, done):
+    def begin(self, config, components, state, done):
         self.steps.append(done)
 
     def advance(self, step, values):
@@ -37,6 +40,9 @@ class Silent:
 
     def epoch(self, epoch, values):
         pass
+
+    def note(self, text):
+        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +60,13 @@ def digits():
 @pytest.fixture(scope="module")
 def finished(digits, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "whole"
-    recipe = run.for_dataset(RECIPE, digits)
-    summary = run.run(recipe, digits, workdir, resume=False, progress=Silent())
-    return recipe, workdir, summary
+    config = loop.for_dataset(CONFIG, digits)
+    summary = loop.run(config, digits, workdir, resume=False, progress=Silent())
+    return config, workdir, summary
 
 
 def test_the_summary_holds_what_is_promised(finished):
-    recipe, workdir, summary = finished
+    config, workdir, summary = finished
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert summary["test_accuracy"] > 0.2  # chance is 0.1
     assert abs(summary["sparsity"] - 0.9) < 0.005
@@ -73,13 +79,14 @@ def test_the_summary_holds_what_is_promised(finished):
     # Training costs more than inference for 5 adaptations in 30 steps, each with one dense weight gradient.
     assert 0.1 < summary["flops"]["inference_ratio"] < summary["flops"]["train_ratio"] < 0.3
     assert summary["adaptations"] == 5  # steps 4, 8, ..., 20 of 30, T_end = 24
-    assert Recipe.from_json(summary["recipe"]) == recipe
+    assert Config.from_json(summary["config"]) == dataclasses.replace(config, feature_major=True)
 
 
 def test_metrics_are_one_object_a_line(finished):
     _, workdir, _ = finished
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics.read_metrics(workdir / "metrics.jsonl")
     assert [e["step"] for e in lines if e["kind"] == "eval"] == [10, 20, 30]
+    assert [e["step"] for e in lines if e["kind"] == "train"] == [10, 20, 30]
     adapts = [e for e in lines if e["kind"] == "adapt"]
     assert [e["step"] for e in adapts] == [4, 8, 12, 16, 20]
     assert set(adapts[0]["layers"]) == {"conv_1", "conv_2", "conv_3"}
@@ -92,69 +99,102 @@ def test_the_curves_are_drawn(finished):
 
 
 def test_an_interrupted_run_resumes_to_the_same_bits(finished, digits, tmp_path):
-    recipe, workdir, _ = finished
+    config, workdir, _ = finished
     broken = tmp_path / "broken"
     with pytest.raises(KeyboardInterrupt):
-        run.run(recipe, digits, broken, resume=False, progress=Silent(interrupt_after=20))
+        loop.run(config, digits, broken, resume=False, progress=Silent(interrupt_after=20))
     progress = Silent()
-    summary = run.run(recipe, digits, broken, resume=True, progress=progress)
+    summary = loop.run(config, digits, broken, resume=True, progress=progress)
     assert progress.steps[0] in (10, 20)  # a checkpoint is written in the background: the last may not be complete
     assert summary["resumed_at_step"] == progress.steps[0]
-    ours, theirs = checkpoint.restore(broken), checkpoint.restore(workdir)
+    ours, theirs = restore(broken), restore(workdir)
     for a, b in zip(jax.tree.leaves(ours.state), jax.tree.leaves(theirs.state), strict=True):
         np.testing.assert_array_equal(a, b)
     jax.tree.map(np.testing.assert_array_equal, ours.extra, theirs.extra)
 
     def without_times(folder):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in e.items() if k != "seconds"} for e in lines if e["kind"] in ("adapt", "eval")]
+        return [{k: v for k, v in e.items() if k != "seconds"} for e in lines]
 
     assert without_times(broken) == without_times(workdir)
 
 
 def test_a_finished_run_is_not_trained_again(finished, digits):
-    recipe, workdir, summary = finished
+    config, workdir, summary = finished
     progress = Silent()
-    again = run.run(recipe, digits, workdir, resume=True, progress=progress)
+    again = loop.run(config, digits, workdir, resume=True, progress=progress)
     assert progress.steps == [30]
     assert again["test_accuracy"] == summary["test_accuracy"]
     assert again["step_time_s"] == summary["step_time_s"]
 
 
+def test_a_finished_run_without_its_metrics_is_evaluated(finished, digits, tmp_path):
+    config, workdir, summary = finished
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    (copy / "metrics.jsonl").unlink()
+    again = loop.run(config, digits, copy, resume=True, progress=Silent())
+    assert again["test_accuracy"] == summary["test_accuracy"]
+    assert again["train_loss"] is None
+
+
 def test_another_configuration_is_refused_and_nothing_overwritten(finished, digits):
-    recipe, workdir, _ = finished
+    config, workdir, _ = finished
     before = {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
-    other = dataclasses.replace(recipe, sparsity=0.8)
+    other = dataclasses.replace(config, sparsity=0.8)
     with pytest.raises(ValueError, match="sparsity"):
-        run.run(other, digits, workdir, resume=True, progress=Silent())
+        loop.run(other, digits, workdir, resume=True, progress=Silent())
     assert {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
 
 
 def test_a_batch_larger_than_the_data_is_refused(digits):
     with pytest.raises(ValueError, match="batch_size=1000 is more than the 480 images"):
-        run.for_dataset(dataclasses.replace(RECIPE, batch_size=1000), digits)
+        loop.for_dataset(dataclasses.replace(CONFIG, batch_size=1000), digits)
 
 
 def test_telemetry_counts_the_arrays(finished):
     _, workdir, summary = finished
-    restored = checkpoint.restore(workdir)
-    active = count_active(restored.state)
-    assert sum(active.values()) == summary["num_active"]
-    for path, layout in layouts(restored.state.topology).items():
-        validate(layout)
-        assert active[path] == layout.num_active == active_positions(layout).size
-    nbytes = count_bytes(restored.state)
-    assert nbytes["params"] == sum(leaf.nbytes for leaf in jax.tree.leaves(restored.state.params))
+    restored = restore(workdir)
+    state = restored.state
+    validate_topology(state.topology)
+    assert sum(count_active(state.topology).values()) == summary["num_active"]
+    nbytes = count_bytes(state.params, state.opt_state, state.topology)
+    assert nbytes["params"] == sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     assert nbytes["grads"] == nbytes["params"]
     explored = Explored(restored.extra)
-    explored.update(restored.state)
+    explored.update(state.topology)
     assert explored.share() == summary["exploration"]
 
 
 def test_dense_and_static_runs(digits, tmp_path):
     for method in ("dense", "ssb"):
-        recipe = run.for_dataset(dataclasses.replace(RECIPE, method=method, epochs=1), digits)
-        summary = run.run(recipe, digits, tmp_path / method, resume=False, progress=Silent())
+        config = loop.for_dataset(dataclasses.replace(CONFIG, method=method, epochs=1), digits)
+        summary = loop.run(config, digits, tmp_path / method, resume=False, progress=Silent())
         assert summary["accepted_growth"] is None
         assert np.isclose(summary["sparsity"], 0.9 if method == "ssb" else 0.0, atol=0.005)
         curves.draw(tmp_path / method, method)
+
+
+def test_without_sparse_layers_there_is_no_mean_of_nothing(digits, tmp_path):
+    config = loop.for_dataset(dataclasses.replace(CONFIG, sparsity=0.0, epochs=1), digits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        summary = loop.run(config, digits, tmp_path, resume=False, progress=Silent())
+    assert (summary["sparsity"], summary["adaptations"], summary["turnover"], summary["layers"]) == (0, 0, None, {})
+    assert summary["flops"] == {"train_ratio": 1, "inference_ratio": 1}
+    for file in ("summary.json", "metrics.jsonl"):
+        assert "NaN" not in (tmp_path / file).read_text()
+    assert metrics.report_totals({})["turnover"] == 0
+
+
+def test_a_layer_that_stays_as_it_is_is_named():
+    report = LayerReport(*np.float32([3, 2, 0.5, 0, 1]), calls=1, status=0)
+    skipped = report._replace(requested=np.int32(0), accepted=np.int32(0), turnover=np.float32(0), status=np.int32(5))
+    totals = metrics.report_totals({("a/b",): report, ("c",): skipped})
+    assert totals["skipped"] == {"c": "its statistic is not finite"}
+    assert (totals["turnover"], totals["accepted_growth"]) == (0.25, 2 / 3)
+    assert metrics.report_by_layer({("a/b",): report})["a%2Fb"]["turnover"] == 0.5
+
+
+def test_no_number_that_json_does_not_know():
+    value = {"a": [float("nan"), 1.5, float("-inf")], "b": {"c": float("inf")}, "d": None}
+    assert json_files.finite(value) == {"a": [None, 1.5, None], "b": {"c": None}, "d": None}

@@ -1,0 +1,186 @@
+"""From a config to objects: model, plan, method, optimizer, loss.
+
+"dense" and "small_dense" are models without sparse layers, so there is neither a plan nor a method then.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from dsb_jax.linen import SparseConv, SparseDense
+from dsb_jax.losses import Loss, smoothed_cross_entropy
+from dsb_jax.methods import DSB, SET, Method, RigL, Static, TopKAST
+from dsb_jax.ops.dense import conv_general_dilated
+from dsb_jax.ops.dispatch import A_DENSE_LAYER, record_choices
+from dsb_jax.plan import SparsityPlan, find_layers, make_plan
+from dsb_jax.spec import LayerSpec
+from dsb_jax.training import models
+from dsb_jax.training.config import DENSE_METHODS, Config, check_config
+
+KEY_IMPL = "threefry2x32"  # of new runs; never that of the environment, which would decide what a seed means
+
+
+class Components(NamedTuple):
+    """The objects of a config; hashable, so that they can be static arguments of the steps.
+
+    Attributes:
+      plan, method: None for the models without sparse layers.
+    """
+
+    model: nn.Module
+    plan: SparsityPlan | None
+    method: Method | None
+    optimizer: optax.GradientTransformation
+    loss: Loss
+    learning_rate: optax.Schedule
+
+
+def build(config: Config) -> Components:
+    """Builds everything. Configs that are equal but for the seed give the same objects, so nothing recompiles.
+
+    Raises:
+      ValueError: for an invalid value, with the value and the cure.
+    """
+    check_config(config)
+    return _build(dataclasses.replace(config, seed=0))
+
+
+def make_key(seed: int) -> jax.Array:
+    """The PRNG key of a seed, of the same generator whatever `jax_default_prng_impl` says."""
+    return jax.random.key(seed, impl=KEY_IMPL)
+
+
+def make_method(config: Config) -> Method | None:
+    """The method with its settings; None for a model without sparse layers.
+
+    Raises:
+      ValueError: if a setting is invalid or has no effect.
+    """
+    if config.method in DENSE_METHODS:
+        return None
+    if config.method == "ssb":
+        return Static()
+    when: dict[str, Any] = {"update_interval": config.update_interval, "update_end_step": config.update_end_step}
+    if config.method == "topkast":
+        return TopKAST(backward_factor=config.backward_factor, exploration=config.weight_decay, **when)
+    when |= {"drop_fraction": config.drop_fraction, "anneal_steps": config.anneal_steps}
+    if config.method != "dsb":
+        return {"rigl": RigL, "set": SET}[config.method](**when)
+    return DSB(
+        grow=config.grow,
+        block_aware_drop=config.block_aware_drop,
+        granularity=config.granularity,
+        min_group_blocks=config.min_group_blocks,
+        growth_score=config.growth_score,
+        regroup_interval=config.regroup_interval,
+        keep_grouping=config.keep_grouping,
+        **when,
+    )
+
+
+def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer and its learning rate by step. SGD's weight decay is L2, AdamW's decoupled."""
+    base, total = config.learning_rate, config.total_steps
+    schedule = {
+        "cosine": lambda: optax.cosine_decay_schedule(base, total),
+        "step": lambda: optax.piecewise_constant_schedule(base, {total // 2: 0.1, total * 3 // 4: 0.1}),
+        "constant": lambda: optax.constant_schedule(base),
+    }[config.learning_rate_schedule]()
+    if config.optimizer == "adamw":
+        return optax.adamw(schedule, weight_decay=config.weight_decay), schedule
+    sgd = optax.sgd(schedule, momentum=config.momentum or None)
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), sgd), schedule
+
+
+def decide_feature_major(config: Config) -> bool:
+    """Whether shuffled-block products, which read feature-major, see most of the sparse layers' activations.
+
+    The others would have to transpose theirs, at a cost that grows with the activations, not with the weights. A
+    function of the config and of the kind of device alone: what was tuned on this machine has no part in it.
+    """
+    model, plan = _model(dataclasses.replace(config, feature_major=False))
+    if plan is None:
+        return False
+    images = jax.ShapeDtypeStruct((config.batch_size, *config.image_shape), jnp.float32)
+    with record_choices() as choices:
+        jax.eval_shape(model.init, make_key(0), images)
+    sparse = [choice for choice in choices.values() if choice.reason != A_DENSE_LAYER]
+    products = sum(choice.elements for choice in sparse if choice.implementation != "dense")
+    return 2 * products > sum(choice.elements for choice in sparse)
+
+
+def equal_width(
+    create: Callable[..., nn.Module], image_shape: tuple[int, int, int], make: Callable[..., SparsityPlan]
+) -> float:
+    """The width multiplier at which the dense model has about as many weights as the sparse model of the plan stores.
+
+    Widths are whole numbers, so the nearest that bisection finds; weights of linear layers and convolutions count.
+    """
+    plan = make(_layers(create(width_multiplier=1.0), image_shape))
+    wanted = sum(
+        planned.num_active if isinstance(planned, LayerSpec) else plan.sizes[path].size
+        for path, planned in plan.items()
+    )
+
+    def excess(width: float) -> int:
+        return sum(spec.size for spec in _layers(create(width_multiplier=width), image_shape).values()) - wanted
+
+    low, high = 1 / 64, 1.0
+    for _ in range(10):  # to a thousandth of the width
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
+    return min((low, high), key=lambda width: abs(excess(width)))
+
+
+@functools.lru_cache(maxsize=32)
+def _build(config: Config) -> Components:
+    if config.feature_major is None:
+        config = dataclasses.replace(config, feature_major=decide_feature_major(config))
+    model, plan = _model(config)
+    optimizer, schedule = make_optimizer(config)
+    loss = smoothed_cross_entropy(config.label_smoothing)
+    return Components(model, plan, make_method(config), optimizer, loss, schedule)
+
+
+def _model(config: Config) -> tuple[nn.Module, SparsityPlan | None]:
+    method = make_method(config)
+    create = functools.partial(
+        models.create,
+        config.model,
+        num_classes=config.num_classes,
+        dtype=jnp.dtype(config.dtype),
+        dropout_rate=config.dropout_rate,
+    )
+    make = functools.partial(
+        make_plan,
+        sparsity=config.sparsity,
+        distribution=config.distribution,
+        block_shape=config.block_shape,
+        keep_dense=config.keep_dense,
+        min_blocks=config.min_blocks,
+        min_group_blocks=config.min_group_blocks,
+    )
+    if config.method == "small_dense":
+        create = functools.partial(create, width_multiplier=equal_width(create, config.image_shape, make))
+    dense = create(conv=functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated))
+    if method is None:
+        return dense, None
+    plan = make(_layers(dense, config.image_shape))
+    sparse: dict[str, Any] = {"plan": plan, "implementation": config.implementation, "method": method}
+    model = create(
+        conv=functools.partial(SparseConv, **sparse),
+        dense=functools.partial(SparseDense, **sparse),
+        feature_major=bool(config.feature_major),
+    )
+    return model, plan
+
+
+def _layers(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[tuple[str, ...], LayerSpec]:
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return find_layers(jax.eval_shape(model.init, make_key(0), images)["params"])

@@ -1,0 +1,142 @@
+"""Checkpoints of whole runs: a config is all that is needed to make the model they belong to."""
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsb_jax.checkpoint import (
+    CONFIG_FILES,
+    CheckpointError,
+    check_foreign,
+    cure,
+    find_latest,
+    find_step,
+    to_device,
+    workdir_root,
+)
+from dsb_jax.ops.dispatch import check_implementation
+from dsb_jax.stored_step import JSON_FILE, brief, config_item, fill, read_json, read_step
+from dsb_jax.train_state import TrainState, create_train_state
+from dsb_jax.training import old_checkpoints
+from dsb_jax.training.build import KEY_IMPL, Components, build, decide_feature_major
+from dsb_jax.training.config import Config
+
+RESUMABLE_FIELDS = ("implementation",)  # how a layer is computed, not what
+
+
+class Restored(NamedTuple):
+    """What `restore` returns: `state` on the default device, `extra` as saved (nested dicts of numpy arrays)."""
+
+    config: Config
+    components: Components
+    state: TrainState
+    extra: dict[str, Any]
+    host: dict[str, Any]
+    step: int
+
+
+def check_workdir(workdir: str | os.PathLike[str], config: Config, *, resume: bool) -> tuple[Config, int | None]:
+    """Decides whether a run may use `workdir`, before anything is written there.
+
+    Args:
+      workdir: any path; fresh if there is no file in it.
+      config: of the run that is about to begin. Only `implementation` may differ from the one there: a run may go on
+        with another, which continues it, though not with the bits that the first would have given.
+      resume: whether to continue what is there.
+
+    Returns:
+      The config to go on with, in which `feature_major` is decided, and the step to resume from, or None to begin at
+      step 0 (also if a run was stopped before its first checkpoint).
+
+    Raises:
+      CheckpointError: if it holds the same run and `resume` is False, another run, or files of something else.
+    """
+    root = workdir_root(workdir)
+    latest = find_latest(root) if check_foreign(root) else None
+    if latest is not None:
+        saved = _read_config(latest / config_item(latest) / JSON_FILE, cure(latest))
+    else:
+        file = next((root / name for name in CONFIG_FILES if (root / name).exists()), None)
+        if file is None:
+            return _decided(config), None
+        saved = _read_config(file, "Give another --workdir.")
+    for field in dataclasses.fields(Config):
+        old, new = getattr(saved, field.name), getattr(config, field.name)
+        undecided = field.name == "feature_major" and None in (old, new)
+        if old != new and field.name not in RESUMABLE_FIELDS and not undecided:
+            raise CheckpointError(
+                f"{root} holds a run of another config: {field.name} is {old!r} there and {new!r} here.\n"
+                f"Nothing was changed. Give another --workdir, or {field.name}={old!r} to resume that run "
+                f"(only {', '.join(RESUMABLE_FIELDS)} may differ)."
+            )
+    step = None if latest is None else int(latest.name)
+    if not resume:
+        raise CheckpointError(
+            f"{root} holds a run of this config already, at step {step or 0}; "
+            "add --resume to continue it, or give another --workdir."
+        )
+    # Of an old run it was decided by the implementation that it began with.
+    began = _decided(
+        saved if config.feature_major is None else dataclasses.replace(saved, feature_major=config.feature_major)
+    )
+    return dataclasses.replace(config, feature_major=began.feature_major), step
+
+
+def restore(
+    path: str | os.PathLike[str], *, step: int | None = None, best: bool = False, implementation: str | None = None
+) -> Restored:
+    """Restores a checkpoint from its path alone: config, model, state and telemetry, all of it checked.
+
+    Args:
+      path: a working directory, its `checkpoints` directory, or the directory of one step, wherever it lies.
+      step: which one; by default the latest.
+      best: the one of highest test accuracy instead (of equals the latest).
+      implementation: of the sparse layers, in place of the config's, say if this machine cannot run that one.
+
+    Raises:
+      CheckpointError: if there is none, or what is there is damaged, foreign, or of another model.
+      ValueError: if `step` and `best` are both given, or `implementation` is unknown.
+    """
+    if implementation is not None:
+        check_implementation(implementation)
+    directory = find_step(path, step=step, best=best)
+    stored = read_step(directory, cure(directory))
+    if old_checkpoints.is_old(directory):
+        stored = old_checkpoints.renamed(stored)
+    file = directory / config_item(directory)
+    saved = _read_config(file / JSON_FILE, cure(directory))
+    try:
+        saved = _decided(saved)
+        config = dataclasses.replace(saved, implementation=implementation or saved.implementation)
+        components = build(config)
+        abstract = abstract_state(config, components, key_impl=stored.key_impls.get("key", KEY_IMPL))
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:
+        raise CheckpointError(f"{file} makes no model ({brief(error)}). {cure(directory)}") from error
+    state = to_device(fill(abstract, stored, cure(directory)), directory)
+    return Restored(config, components, state, stored.extra, stored.host, int(state.step))
+
+
+def abstract_state(config: Config, components: Components, *, key_impl: str = KEY_IMPL) -> TrainState:
+    """Shapes and dtypes of the train state of a config."""
+    images = jax.ShapeDtypeStruct((1, *config.image_shape), jnp.float32)
+    create = functools.partial(create_train_state, components.model, components.optimizer, inputs=images)
+    return jax.eval_shape(create, jax.random.key(config.seed, impl=key_impl))
+
+
+def _decided(config: Config) -> Config:
+    if config.feature_major is not None:
+        return config
+    return dataclasses.replace(config, feature_major=decide_feature_major(config))
+
+
+def _read_config(file: Path, cure: str) -> Config:
+    values = read_json(file, cure)
+    try:
+        return Config.from_json(values)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} holds no config of this version ({brief(error)}). {cure}") from error

@@ -1,0 +1,258 @@
+"""One run: a config and a data set in; metrics, checkpoints and a summary out.
+
+workdir/config.json     what the run is
+workdir/metrics.jsonl   what happened, see `dsb_jax.training.metrics`
+workdir/checkpoints/    Orbax; a run that was killed and resumed ends with the same bits as one that was not
+workdir/summary.json    the outcome
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsb_jax import checkpoint
+from dsb_jax.paths import nodes
+from dsb_jax.telemetry import Explored
+from dsb_jax.train import adapt_step, eval_step, train_step
+from dsb_jax.train_state import TrainState, create_train_state
+from dsb_jax.training import data
+from dsb_jax.training.build import Components, build, make_key
+from dsb_jax.training.checkpoints import check_workdir, restore
+from dsb_jax.training.config import Config
+from dsb_jax.training.json_files import write_json
+from dsb_jax.training.metrics import Metrics, report_by_layer, report_totals
+from dsb_jax.training.summary import summarize
+
+LOG_EVERY = 10  # steps between two reads of the metrics, each of which waits for the device
+
+
+class Progress(Protocol):
+    """What a run tells while it runs."""
+
+    def begin(self, config: Config, components: Components, state: TrainState, done: int) -> None: ...
+
+    def advance(self, step: int, values: dict[str, float]) -> None: ...
+
+    def epoch(self, epoch: int, values: dict[str, float]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def for_dataset(config: Config, dataset: data.Dataset) -> Config:
+    """Fills in what depends on the data.
+
+    Raises:
+      ValueError: if a batch is larger than the data set.
+    """
+    num_train = len(dataset.train_labels)
+    if config.batch_size > num_train:
+        raise ValueError(f"batch_size={config.batch_size} is more than the {num_train} images of {dataset.name}.")
+    height, width, channels = dataset.train_images.shape[1:]
+    return dataclasses.replace(
+        config,
+        image_shape=(height, width, channels),
+        num_classes=dataset.num_classes,
+        total_steps=num_train // config.batch_size * config.epochs,
+    )
+
+
+def create(config: Config) -> tuple[Components, TrainState]:
+    """The objects of a config and the first train state, a function of the seed alone."""
+    components = build(config)
+    images = jax.ShapeDtypeStruct((config.batch_size, *config.image_shape), jnp.float32)
+    make = jax.jit(functools.partial(create_train_state, components.model, components.optimizer, inputs=images))
+    return components, make(make_key(config.seed))
+
+
+def evaluate(components: Components, state: TrainState, dataset: data.Dataset, batch_size: int) -> dict[str, float]:
+    """Accuracy and mean loss over the whole test split."""
+    totals: dict[str, Any] = {}
+    images, labels = dataset.test_images, dataset.test_labels
+    for idx, weight in data.eval_batches(len(dataset.test_labels), batch_size):
+        batch = data.normalize(images[idx], dataset.mean, dataset.std)
+        sums = eval_step(state, batch, labels[idx], jnp.asarray(weight), model=components.model)
+        totals = jax.tree.map(jnp.add, totals, sums) if totals else sums
+    totals = jax.device_get(totals)
+    return {
+        "test_accuracy": float(totals["correct"] / totals["count"]),
+        "test_loss": float(totals["loss"] / totals["count"]),
+    }
+
+
+class _Batches:
+    """The training images on the device, and the batch of any step: a function of the seed and the step alone."""
+
+    def __init__(self, config: Config, dataset: data.Dataset) -> None:
+        self.size = config.batch_size
+        self.num_train = len(dataset.train_labels)
+        self.steps_per_epoch = self.num_train // config.batch_size
+        self.images, self.labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
+        self.order_key, augment_key = jax.random.split(make_key(config.seed + 1))
+
+        def take(images: jax.Array, labels: jax.Array, order: jax.Array, start: np.int32, step: np.int32) -> Any:
+            return data.take_batch(
+                images,
+                labels,
+                jax.lax.dynamic_slice_in_dim(order, start, self.size),
+                key=jax.random.fold_in(augment_key, step),
+                augmentation=dataset.augmentation,
+                mean=dataset.mean,
+                std=dataset.std,
+            )
+
+        self._take = jax.jit(take)  # one call a step: for small models each costs as much as a part of the step
+
+    def epoch(self, epoch: int, first_step: int) -> Iterator[tuple[int, tuple[jax.Array, jax.Array]]]:
+        """(step, (images, labels)) from `first_step` to the end of the epoch."""
+        order = data.epoch_order(self.order_key, epoch, self.num_train)
+        for step in range(first_step, (epoch + 1) * self.steps_per_epoch):
+            start = (step - epoch * self.steps_per_epoch) * self.size
+            yield step, self._take(self.images, self.labels, order, np.int32(start), np.int32(step))
+
+
+class _Training:
+    """The state of a run and what is noted of it."""
+
+    def __init__(
+        self,
+        config: Config,
+        components: Components,
+        state: TrainState,
+        explored: Explored,
+        metrics: Metrics,
+        progress: Progress,
+    ) -> None:
+        self.config, self.components, self.state = config, components, state
+        self.explored, self.metrics, self.progress = explored, metrics, progress
+        self.turnover = 0.0  # of the latest adaptation
+        self.skipped: dict[str, str] = {}  # layers that it left as they were
+        self.is_compiled = False
+
+    def _is_due(self, step: int) -> bool:
+        method = self.components.method
+        return method is not None and method.due(step) and bool(nodes(self.state.topology))
+
+    def _adapt(self, step: int, batch: tuple[jax.Array, jax.Array]) -> None:
+        """One adaptation, noted in the metrics."""
+        jax.block_until_ready(self.state)
+        begin = time.perf_counter()
+        images, labels = (array[: self.config.adapt_batch_size] for array in batch)
+        method = self.components.method
+        assert method is not None  # it was due
+        state, report = adapt_step(
+            self.state,
+            images,
+            labels,
+            model=self.components.model,
+            method=method,
+            optimizer=self.components.optimizer,
+            loss=self.components.loss,
+        )
+        self.state, report = state, jax.device_get(jax.block_until_ready((state, report))[1])
+        seconds = time.perf_counter() - begin
+        self.explored.update(state.topology)
+        totals = report_totals(report)
+        self.metrics.write(
+            "adapt",
+            step,
+            **totals,
+            exploration=self.explored.share(),
+            seconds=seconds,
+            layers=report_by_layer(report),
+        )
+        self.turnover = totals["turnover"]
+        if totals["skipped"] != self.skipped:
+            self.skipped = totals["skipped"]
+            told = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
+            self.progress.note(f"step {step}: layers that stay as they are: {told or 'none'}")
+
+    def epoch(self, epoch: int, batches: _Batches) -> None:
+        """The rest of one epoch, from the state's step on."""
+        pending: list[dict[str, jax.Array]] = []
+        end = (epoch + 1) * batches.steps_per_epoch
+        begin, num_timed = time.perf_counter(), 0
+        for step, batch in batches.epoch(epoch, int(self.state.step)):
+            if self._is_due(step):
+                before = time.perf_counter()
+                self._adapt(step, batch)
+                begin += time.perf_counter() - before
+            self.state, measured = train_step(
+                self.state,
+                *batch,
+                model=self.components.model,
+                optimizer=self.components.optimizer,
+                loss=self.components.loss,
+            )
+            pending.append(measured)
+            num_timed += 1
+            if not self.is_compiled:  # the first step of a process holds the compilation and is not timed
+                jax.block_until_ready(measured)
+                self.is_compiled, begin, num_timed = True, time.perf_counter(), 0
+            done = step + 1
+            if (done - end) % LOG_EVERY == 0:
+                values = jax.device_get(pending)
+                seconds = {"seconds": (time.perf_counter() - begin) / num_timed} if num_timed else {}
+                self._log(done, values, seconds)
+                pending, begin, num_timed = [], time.perf_counter(), 0
+
+    def _log(self, done: int, values: list[dict[str, Any]], seconds: dict[str, float]) -> None:
+        means = {k: float(np.mean([v[k] for v in values])) for k in ("loss", "accuracy")}
+        if not np.isfinite(means["loss"]):
+            raise ValueError(f"the loss is {means['loss']} at step {done}; try a lower --learning_rate.")
+        learning_rate = float(self.components.learning_rate(done - 1))
+        self.metrics.write("train", done, **means, learning_rate=learning_rate, **seconds)
+        self.progress.advance(done, {**means, "turnover": self.turnover})
+
+
+def run(
+    config: Config, dataset: data.Dataset, workdir: Path, *, resume: bool, progress: Progress, keep_last: int = 2
+) -> dict[str, Any]:
+    """Trains to the end and returns what it wrote to summary.json.
+
+    Args:
+      config: completed by `for_dataset`.
+      dataset: the images.
+      workdir: new or empty, or with `resume` the one of an earlier run of the same config.
+      resume: continue from the latest checkpoint, if there is one.
+      progress: is told of every step.
+      keep_last: checkpoints to keep beside the best.
+
+    Raises:
+      ValueError: if the config is invalid, or the workdir belongs to another run; nothing is overwritten then.
+    """
+    config, resumed = check_workdir(workdir, config, resume=resume)
+    step, explored = resumed or 0, Explored()
+    if resumed is None:
+        components, state = create(config)
+    else:
+        restored = restore(workdir, step=resumed, implementation=config.implementation)
+        components, state, explored = restored.components, restored.state, Explored(restored.extra)
+    explored.update(state.topology)
+    started = time.perf_counter()
+    # Closed after Ctrl-C, too: what is being saved is finished.
+    with checkpoint.Checkpoints(workdir, config.to_json(), keep_last=keep_last) as checkpoints:
+        metrics = Metrics(workdir / "metrics.jsonl", step)
+        training = _Training(config, components, state, explored, metrics, progress)
+        progress.begin(config, components, state, step)
+        batches = _Batches(config, dataset)
+        for epoch in range(step // batches.steps_per_epoch, config.epochs):
+            training.epoch(epoch, batches)
+            test = evaluate(components, training.state, dataset, max(config.batch_size, 256))
+            step = int(training.state.step)
+            metrics.write("eval", step, epoch=epoch + 1, **test)
+            checkpoints.save(training.state, step=step, test_accuracy=test["test_accuracy"], extra=explored.bits)
+            progress.epoch(epoch + 1, test)
+        if not metrics.of_kind("eval"):  # a finished run whose metrics.jsonl is gone
+            test = evaluate(components, training.state, dataset, max(config.batch_size, 256))
+            metrics.write("eval", step, epoch=config.epochs, **test)
+    summary = summarize(config, components, training.state, metrics, explored)
+    summary |= {"train_time_s": time.perf_counter() - started, "resumed_at_step": resumed or 0}
+    write_json(workdir / "summary.json", summary)
+    return summary

@@ -1,0 +1,105 @@
+"""summary.json: what can be said of a finished run."""
+
+import os
+import platform
+from typing import Any
+
+import flax
+import jax
+import optax
+
+from dsb_jax import flops
+from dsb_jax.paths import nodes
+from dsb_jax.spec import LayerSpec
+from dsb_jax.telemetry import Explored, count_active, count_bytes
+from dsb_jax.train_state import TrainState
+from dsb_jax.training import models
+from dsb_jax.training.build import Components
+from dsb_jax.training.config import Config
+from dsb_jax.training.metrics import Metrics, mean_or_none
+
+
+def summarize(
+    config: Config, components: Components, state: TrainState, metrics: Metrics, explored: Explored
+) -> dict[str, Any]:
+    """The outcome of a finished run from its state and its metrics.
+
+    What there is no number of is None: of a run without adaptations what they did, of one whose metrics.jsonl was
+    removed the losses.
+    """
+    evals, adapts, trains = (metrics.of_kind(kind) for kind in ("eval", "adapt", "train"))
+
+    def last(entries: list[dict[str, Any]], name: str) -> Any:
+        return entries[-1][name] if entries else None
+
+    def mean(name: str) -> float | None:
+        return mean_or_none(entry[name] for entry in adapts)
+
+    layers: dict[str, dict[str, list[float]]] = {}
+    for entry in adapts:
+        for name, values in entry["layers"].items():
+            for key, value in values.items():
+                layers.setdefault(name, {}).setdefault(key, []).append(value)
+    requested, accepted = (sum(entry[name] for entry in adapts) for name in ("requested", "accepted"))
+    return {
+        "test_accuracy": last(evals, "test_accuracy"),
+        "test_loss": last(evals, "test_loss"),
+        "train_loss": last(trains, "loss"),
+        **measure_sparsity(components, state),
+        "bytes": count_bytes(state.params, state.opt_state, state.topology),
+        "flops": measure_flops(config, components),
+        "adaptations": len(adapts),
+        "accepted_growth": accepted / max(1, requested) if adapts else None,
+        "turnover": mean("turnover"),
+        "collateral": mean("collateral"),
+        "empty_groups": last(adapts, "empty_groups"),
+        "exploration": explored.share() if nodes(state.topology) else None,
+        "layers": {name: {k: mean_or_none(v) for k, v in values.items()} for name, values in layers.items()},
+        "step_time_s": metrics.median_seconds("train"),
+        "adapt_time_s": metrics.median_seconds("adapt"),
+        "config": config.to_json(),
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "optax": optax.__version__,
+        },
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
+    }
+
+
+def measure_flops(config: Config, components: Components) -> dict[str, float]:
+    """`train_ratio` and `inference_ratio`: operations against the dense model of the config, see `dsb_jax.flops`."""
+    plan, method = components.plan, components.method
+    if plan is not None and not any(isinstance(planned, LayerSpec) for _, planned in plan.items()):
+        method = None  # at sparsity 0 there is nothing to adapt
+    return flops.measure(
+        components.model,
+        models.create(config.model, num_classes=config.num_classes),
+        config.image_shape,
+        statistic=None if method is None else method.statistic,
+        adapt_share=flops.share_of_adaptations(
+            method,
+            total_steps=config.total_steps,
+            batch_size=config.batch_size,
+            adapt_batch_size=config.adapt_batch_size,
+        ),
+    )
+
+
+def measure_sparsity(components: Components, state: TrainState) -> dict[str, Any]:
+    """`sparsity` over the eligible layers and `sparsity_all` over all linear layers, counted from the arrays."""
+    kernels = sum(
+        leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(state.params) if path[-1].key == "kernel"
+    )
+    plan, active = components.plan, count_active(state.topology)
+    if plan is None:
+        return {"sparsity": 0.0, "sparsity_all": 0.0, "num_active": kernels}
+    eligible = {path: plan.sizes[path].size for path in plan.eligible}
+    stored = sum(active.get(path, size) for path, size in eligible.items())
+    everything = sum(spec.size for spec in plan.sizes.values())
+    return {
+        "sparsity": 1 - stored / sum(eligible.values()),
+        "sparsity_all": 1 - (sum(active.values()) + kernels) / everything,
+        "num_active": sum(active.values()),
+    }

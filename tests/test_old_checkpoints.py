@@ -1,0 +1,106 @@
+"""Checkpoints of version 0.1: restored bit by bit, adapted to the same layouts, trained to the same losses.
+
+`fixtures/write_checkpoints_8cce860.py` wrote the archive with the code of then, and what that code made of it.
+"""
+
+import json
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsb_jax.checkpoint import CheckpointError, Checkpoints
+from dsb_jax.stored_step import by_name
+from dsb_jax.train import adapt_step, train_step
+from dsb_jax.training import data
+from dsb_jax.training.checkpoints import check_workdir, restore
+
+ARCHIVE = Path(__file__).parent / "fixtures" / "checkpoints_8cce860.tar.xz"
+RUNS = ("dsb", "dsb_block", "ssb", "rigl", "set", "dense")
+ADAPTING = ("dsb", "dsb_block", "rigl", "set")
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    root = tmp_path_factory.mktemp("old")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(root, filter="data")
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(old):
+    return json.loads((old / "expected.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def batches():
+    digits = data.load("digits")
+    images = data.normalize(digits.train_images[:96], digits.mean, digits.std).reshape(3, 32, 8, 8, 1)
+    return images, jnp.asarray(digits.train_labels[:96]).reshape(3, 32)
+
+
+def old_name(name):
+    if name.startswith("topology/"):
+        return name.replace("/blocks/layout/", "/layout/")
+    return name.removeprefix("collections/")
+
+
+def checksums(state):
+    """CRC-32 of every array by the name that it had."""
+    return {old_name(name): zlib.crc32(np.asarray(leaf).tobytes()) for name, leaf in by_name(state).items()}
+
+
+def go_on(restored, batches):
+    """What `expected.json` says of one run, made by the code of today."""
+    state, built = restored.state, restored.components
+    found = {"restored": checksums(state), "adapted": {}, "losses": []}
+    objects = {"model": built.model, "optimizer": built.optimizer, "loss": built.loss}
+    images, labels = batches
+    if built.method is not None and built.method.due(restored.step):
+        state, _ = adapt_step(state, images[0], labels[0], method=built.method, **objects)
+        found["adapted"] = checksums(state)
+    for batch in zip(images, labels, strict=True):
+        state, metrics = train_step(state, *batch, **objects)
+        found["losses"].append(float(metrics["loss"]))
+    return found | {"final_same_machine": checksums(state)}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_old_run_goes_on(name, old, expected, batches):
+    restored = restore(old / name)
+    assert (restored.step, restored.host, restored.config.feature_major) == (80, {"seconds": 12.5}, name != "dense")
+    assert restored.state.key_impl == "threefry2x32"
+    assert set(restored.extra) == ({"conv_1", "conv_2", "conv_3"} if name in ("dsb", "set") else set())
+    found, want = go_on(restored, batches), expected[name]
+    assert found["restored"] == want["restored"]
+    assert (found["adapted"] != {}) == (name in ADAPTING)
+    assert found["adapted"] == want["adapted"]
+    np.testing.assert_allclose(found["losses"], want["losses"], rtol=1e-4)
+
+
+def test_an_old_run_is_resumed_and_its_next_step_has_the_names_of_today(old, tmp_path):
+    run = Path(shutil.copytree(old / "dsb", tmp_path / "run"))
+    config, step = check_workdir(run, restore(run).config, resume=True)
+    state = restore(run).state
+    with Checkpoints(run, config.to_json()) as checkpoints:
+        checkpoints.save(state, step=81, test_accuracy=0.5)
+    assert (step, restore(run).step, restore(run, step=80).step) == (80, 80, 80)  # state.step
+    assert (run / "config.json").exists()
+    assert (run / "checkpoints" / "81" / "config").exists()
+    assert checksums(restore(run).state) == checksums(state)
+
+
+def test_top_kast_of_then_is_refused(old, tmp_path):
+    step = Path(shutil.copytree(old / "ssb" / "checkpoints" / "80", tmp_path / "80"))
+    config, sums = ((step / item / "metadata") for item in ("recipe", "checksums"))
+    values = json.loads(config.read_text()) | {"method": "topkast"}
+    config.write_text(json.dumps(values))
+    text = json.dumps(values, sort_keys=True).encode()
+    sums.write_text(json.dumps(json.loads(sums.read_text()) | {"recipe": zlib.crc32(text)}))
+    with pytest.raises(CheckpointError, match="is of Top-KAST in version 0.1, which stored it in another way; train"):
+        restore(step)
