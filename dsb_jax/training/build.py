@@ -16,7 +16,7 @@ from flax import linen as nn
 from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.losses import Loss, smoothed_cross_entropy
 from dsb_jax.methods import DSB, SET, Method, RigL, Static, TopKAST
-from dsb_jax.ops.dense import conv_general_dilated
+from dsb_jax.ops.convolution import conv_general_dilated
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, record_choices
 from dsb_jax.plan import SparsityPlan, find_layers, make_plan
 from dsb_jax.spec import LayerSpec
