@@ -95,7 +95,7 @@ def measure_sparsity(components: Components, state: TrainState) -> dict[str, Any
     plan, active = components.plan, count_active(state.topology)
     if plan is None:
         return {"sparsity": 0.0, "sparsity_all": 0.0, "num_active": kernels}
-    eligible = {path: plan.sizes[path].size for path in plan.eligible}
+    eligible = {path: spec.size for path, spec in plan.eligible.items()}
     stored = sum(active.get(path, size) for path, size in eligible.items())
     everything = sum(spec.size for spec in plan.sizes.values())
     return {
