@@ -30,7 +30,7 @@ def define_flags() -> None:
     flags.DEFINE_list("distributions", ["uniform", "erk"], "Densities over the layers: uniform, erk.")
     flags.DEFINE_integer("batch_size", 128, "Images in a step.")
     flags.DEFINE_integer("image_size", 32, "Height and width of the images.")
-    flags.DEFINE_integer("rounds", 7, "Turns; each times every rival once.")
+    flags.DEFINE_integer("rounds", 7, "Turns; each times every candidate once.")
     flags.DEFINE_enum("implementation", "auto", IMPLEMENTATIONS, "Of the sparse products.")
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the computation.")
     flags.DEFINE_bool("layers", True, "Time each layer, too (of the first distribution).")

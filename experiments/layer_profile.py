@@ -45,7 +45,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_size", 128, "Images in a step.", lower_bound=1)
     flags.DEFINE_integer("image_size", 32, "Height and width of the images.", lower_bound=1)
     flags.DEFINE_integer("num_classes", 10, "Of the classifier: 100 for CIFAR-100.", lower_bound=2)
-    flags.DEFINE_integer("rounds", 7, "Turns; each times every rival once.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 7, "Turns; each times every candidate once.", lower_bound=1)
     flags.DEFINE_enum("implementation", "auto", IMPLEMENTATIONS, "Of the sparse products.")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the computation.")
     flags.DEFINE_bool("all_layers", False, "Print the layers of every sparsity, not only of the highest.")
