@@ -18,11 +18,10 @@ from rich.table import Table
 
 from dsb_jax import methods
 from dsb_jax.adapt import adapt_step, repack
-from dsb_jax.distributions import to_blocks
+from dsb_jax.distributions import LayerShape, to_blocks
 from dsb_jax.layout import BlockLayout, random_layout
 from dsb_jax.ops import sparse_conv
 from dsb_jax.ops.statistics import make_probe
-from dsb_jax.spec import conv_spec
 from dsb_jax.train import train_step
 from dsb_jax.training.config import Recipe
 from experiments import program, timing
@@ -44,7 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("update_interval", 100, "Training steps between adaptations.")
     flags.DEFINE_integer("batch_size", 128, "Images in a step.")
     flags.DEFINE_integer("adapt_batch_size", 32, "Images that an adaptation measures on, as in a run.")
-    flags.DEFINE_integer("rounds", 5, "Turns; each times every candidate once.")
+    flags.DEFINE_integer("rounds", 5, "Turns; each times every rival once.")
     flags.DEFINE_string("json", None, "Write the results to this file.")
 
 
@@ -55,10 +54,10 @@ def layer_calls(grow: str, granularity: str) -> dict[str, Any]:
     except ValueError:
         raise ValueError(f"layer={FLAGS.layer!r} is not out x channels x height x width, as in 512x512x3x3.") from None
     block_shape = parse_block_shape(FLAGS.block_shape)
-    spec = conv_spec((height, width), channels, out)
-    (count,) = to_blocks([spec], [1 - FLAGS.sparsity], block_shape)
+    shape = LayerShape(out, channels * height * width, (height, width))
+    (count,) = to_blocks([shape], [1 - FLAGS.sparsity], block_shape)
     key = jax.random.key(0)
-    layout = random_layout(key, spec.shape, block_shape=block_shape, num_blocks=count)
+    layout = random_layout(key, (out, shape.in_), block_shape=block_shape, num_blocks=count)
     blocks = jax.random.normal(key, (count, *block_shape))
     method = methods.dsb(update_end_step=10_000, grow=grow, granularity=granularity)
     assert method.update is not None

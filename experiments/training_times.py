@@ -16,14 +16,13 @@ from flax import linen as nn
 
 from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.ops import record_choices
-from dsb_jax.paths import Path
-from dsb_jax.spec import LayerSpec
+from dsb_jax.plan import Path
 from dsb_jax.train import train_step
 from dsb_jax.training.config import Assembly, Recipe, assemble
 from experiments import run as runs
 from experiments import timing
 
-DENSE = "dense"  # the name of the dense candidate, beside those of the recipes
+DENSE = "dense"  # the name of the dense rival, beside those of the recipes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,7 @@ class LayerTime:
 
 
 def sparse_recipes(dense: Recipe, sparsities: Sequence[str], distribution: str) -> dict[str, Recipe]:
-    """The sparse candidates of a dense recipe, by their sparsity as text.
+    """The sparse rivals of a dense recipe, by their sparsity as text.
 
     Raises:
       ValueError: if a sparsity is not a number.
@@ -118,7 +117,7 @@ def find_inputs(recipe: Recipe, assembly: Assembly) -> dict[Path, tuple[nn.Modul
     return seen
 
 
-def layer_candidates(
+def layer_rivals(
     modules: Mapping[str, Any],
     shape: tuple[int, ...],
     counts: Mapping[str, int | None],
@@ -131,14 +130,14 @@ def layer_candidates(
     Each takes its input in the order of activations that its model has: feature-major or not.
 
     Args:
-      modules: by the name of the candidate.
+      modules: by the name of the rival.
       shape: of the input, [N, H, W, C] or [N, C].
-      counts: number of blocks by the name of the candidate.
+      counts: number of blocks by the name of the rival.
       recipe: gives block shape and dtype.
       input_gradient: whether backward computes the gradient of the input, too.
 
     Returns:
-      Calls that return output and gradients, and names of implementations, both by the name of the candidate.
+      Calls that return output and gradients, and names of implementations, both by the name of the rival.
     """
     key = jax.random.key(0)
     x = jax.random.normal(key, shape, jnp.dtype(recipe.dtype))
@@ -190,17 +189,17 @@ def time_layers(
     measured: dict[Any, Any] = {}
     rows: dict[str, list[LayerTime]] = {name: [] for name in recipes}
     for position, (path, (module, shape)) in enumerate(inputs[first].items()):
-        planned = {name: plan[path] for name, plan in plans.items()}
-        counts = {name: spec.num_blocks for name, spec in planned.items() if isinstance(spec, LayerSpec)}
+        layers = {name: plan[path] for name, plan in plans.items()}
+        counts = {name: layer.num_blocks for name, layer in layers.items() if layer.num_blocks is not None}
         if not counts and not dense_layers:
             continue
-        sizes = plans[first].sizes[path]
+        sizes = layers[first].shape
         how = tuple(str(getattr(module, name, None)) for name in ("strides", "padding", "use_bias"))
         same = (shape, sizes, tuple(counts.items()), how, position == 0)
         if same not in measured:
             modules: dict[str, Any] = {DENSE: module.clone(feature_major=False)}
             modules |= {name: inputs[name][path][0] for name in counts}
-            calls, chosen = layer_candidates(
+            calls, chosen = layer_rivals(
                 modules, shape, {DENSE: None, **counts}, recipes[first], input_gradient=position > 0
             )
             measured[same] = timing.in_turns(calls, rounds), chosen
@@ -209,7 +208,7 @@ def time_layers(
             if name in counts or dense_layers:
                 rows[name].append(
                     LayerTime(
-                        path, sizes.shape, shape, counts.get(name), times[DENSE], times.get(name),
+                        path, (sizes.out, sizes.in_), shape, counts.get(name), times[DENSE], times.get(name),
                         chosen.get(name, DENSE),
                     )
                 )  # fmt: skip
