@@ -10,6 +10,7 @@ import optax
 
 from dsb_jax import flops
 from dsb_jax.paths import nodes
+from dsb_jax.plan import DENSITY_1
 from dsb_jax.spec import LayerSpec
 from dsb_jax.telemetry import Explored, count_active, count_bytes
 from dsb_jax.train_state import TrainState
@@ -71,7 +72,7 @@ def summarize(
 def measure_flops(config: Config, components: Components) -> dict[str, float]:
     """`train_ratio` and `inference_ratio`: operations against the dense model of the config, see `dsb_jax.flops`."""
     plan, method = components.plan, components.method
-    if plan is not None and not any(isinstance(planned, LayerSpec) for _, planned in plan.items()):
+    if plan is not None and not plan.sparse:
         method = None  # at sparsity 0 there is nothing to adapt
     return flops.measure(
         components.model,
@@ -95,11 +96,13 @@ def measure_sparsity(components: Components, state: TrainState) -> dict[str, Any
     plan, active = components.plan, count_active(state.topology)
     if plan is None:
         return {"sparsity": 0.0, "sparsity_all": 0.0, "num_active": kernels}
-    eligible = {path: plan.sizes[path].size for path in plan.eligible}
+    sizes = {path: spec.size for path, spec in plan.sizes.items()}
+    eligible = {
+        path: sizes[path] for path, planned in plan.items() if isinstance(planned, LayerSpec) or planned == DENSITY_1
+    }
     stored = sum(active.get(path, size) for path, size in eligible.items())
-    everything = sum(spec.size for spec in plan.sizes.values())
     return {
         "sparsity": 1 - stored / sum(eligible.values()),
-        "sparsity_all": 1 - (sum(active.values()) + kernels) / everything,
+        "sparsity_all": 1 - (sum(active.values()) + kernels) / sum(sizes.values()),
         "num_active": sum(active.values()),
     }
