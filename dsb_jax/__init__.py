@@ -2,7 +2,7 @@
 
     layers       linen.SparseDense, linen.SparseConv     drop-in for nn.Dense and nn.Conv
     plans        find_layers, make_plan, SparsityPlan    how many blocks each layer of a model holds
-    methods      methods.DSB(), RigL, SET, TopKAST, Static
+    methods      methods.DSB() and others, methods.METHODS
     any model    adaptation, measure, update, restage, repack, check_optimizer
                  report, masks, permutations, to_dense, from_dense, validate_topology
     classifiers  TrainState, create_train_state, train_step, eval_step, adapt_step

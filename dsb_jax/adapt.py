@@ -61,9 +61,9 @@ class Adaptation:
 
 
 def _adapt(how: Adaptation, trees: Any, rest: Any) -> tuple[Any, Any]:
-    step, key, batch, others = rest
-    *trees, report = how.adapted(*trees, step, key, batch, others)
-    return tuple(trees), report
+    (params, topology, opt_state), (step, key, batch, others) = trees, rest
+    *new, report = how.adapted(params, topology, opt_state, step, key, batch, others)
+    return tuple(new), report
 
 
 def adaptation(
@@ -169,7 +169,8 @@ def updated(
         (blocks, layout, aux), layer_report = updates[path]
         axes, sizes = node.stack_axes, node.stack_shape
         moved[path] = join_stack(blocks, axes, sizes)
-        new[path] = LayerTopology(*join_stack((layout, aux), axes, sizes), node.spec)
+        layout, aux = join_stack((layout, aux), axes, sizes)
+        new[path] = LayerTopology(layout, aux, node.spec)
         report[layer_path(path)] = jax.tree.map(lambda leaf, sizes=sizes: leaf.reshape(sizes), layer_report)
     leaves, structure = jax.tree.flatten(opt_state)
     origin = {path: origins_of(old[path], new[path]) for path in {f.path for f in following.values()}}

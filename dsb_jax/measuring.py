@@ -91,7 +91,8 @@ class Measure:
     def _finish(self, seen: Zero, kind: Any, node: LayerTopology, places: int) -> Measured:
         value = kind.finish(seen.value, self.axis_name)
         if kind != self.statistic:
-            value = by_layer(lambda layout, _, gradient: self.statistic.from_gradient(gradient, layout), node, value)
+            statistic: Any = self.statistic
+            value = by_layer(lambda layout, _, gradient: statistic.from_gradient(gradient, layout), node, value)
         calls = seen.calls.reshape(node.stack_shape)
         return Measured(value, calls if self.axis_name is None else jax.lax.pmax(calls, self.axis_name), places)
 

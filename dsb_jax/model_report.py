@@ -73,7 +73,9 @@ class ModelReport:
         return 1 - (sum(layer.num_active for layer in self.layers) + kernels) / size if size else 0.0
 
     def __str__(self) -> str:
-        rows = [("layer", "kernel", "density", "blocks", "dead outputs", "unread inputs", "bytes")]
+        rows: list[tuple[str, ...]] = [
+            ("layer", "kernel", "density", "blocks", "dead outputs", "unread inputs", "bytes")
+        ]
         for layer in self.layers:
             blocks = f"{layer.num_blocks} of {'x'.join(map(str, layer.block_shape))}"
             sizes = "x".join(map(str, layer.kernel_shape))

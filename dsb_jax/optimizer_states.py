@@ -56,14 +56,14 @@ def followers(optimizer: optax.GradientTransformation, params: Any, topology: An
     for i, ((keys, leaf), other) in enumerate(zip(before, after, strict=True)):
         if leaf.shape == other.shape:
             continue
-        path = growth.get((leaf.shape, other.shape))
-        if path is None:
+        follows = growth.get((leaf.shape, other.shape))
+        if follows is None:
             raise ValueError(
                 f"the optimizer keeps a state of shape {leaf.shape} at {jax.tree_util.keystr(keys)}, which cannot "
-                "follow the blocks of a sparse layer; use one whose moments have the shape of the weights (SGD, Adam, Lion, "
-                "...), without optax.flatten and without factored moments."
+                "follow the blocks of a sparse layer; use one whose moments have the shape of the weights (SGD, Adam, "
+                "Lion, ...), without optax.flatten and without factored moments."
             )
-        following[i] = Follower(path, _field(keys))
+        following[i] = Follower(follows, _field(keys))
     return following
 
 

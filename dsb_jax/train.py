@@ -194,9 +194,9 @@ def adapt_step(
 
 
 def _adapt_step(adapt: Adaptation, trees: Any, rest: Any) -> tuple[Any, Report]:
-    state, inputs, labels = rest
+    (params, topology, opt_state), (state, inputs, labels) = trees, rest
     key = step_key(state)
     batch = (inputs, labels, key)
     adapt_key = jax.random.fold_in(key, 1)  # apart from the key of the training step
-    *new, report = adapt.adapted(*trees, state.step, adapt_key, batch, state.collections)
+    *new, report = adapt.adapted(params, topology, opt_state, state.step, adapt_key, batch, state.collections)
     return tuple(new), report

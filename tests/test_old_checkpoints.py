@@ -102,5 +102,5 @@ def test_top_kast_of_then_is_refused(old, tmp_path):
     config.write_text(json.dumps(values))
     text = json.dumps(values, sort_keys=True).encode()
     sums.write_text(json.dumps(json.loads(sums.read_text()) | {"recipe": zlib.crc32(text)}))
-    with pytest.raises(CheckpointError, match="is of Top-KAST in version 0.1, which stored it in another way; train"):
+    with pytest.raises(CheckpointError, match=r"is of Top-KAST in version 0\.1, which stored it in another way; train"):
         restore(step)

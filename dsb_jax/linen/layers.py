@@ -159,10 +159,9 @@ class SparseDense(nn.Dense):
             blocks,
             node.layout,
             bias=bias,
-            implementation=choice.implementation,
+            implementation=choice,
             feature_major=self.feature_major,
             precision=self.precision,
-            tiles=choice.tiles,
         )
         return _observed(self, y, x, node, matmul_geometry(in_features))
 
@@ -224,10 +223,9 @@ class SparseConv(nn.Conv):
             node.layout,
             geometry=geometry,
             bias=bias,
-            implementation=choice.implementation,
+            implementation=choice,
             feature_major=self.feature_major,
             precision=self.precision,
-            tiles=choice.tiles,
         )
         y = _observed(self, y, x, node, geometry)
         return y if self.feature_major else y.reshape(*lead, *y.shape[1:])

@@ -15,6 +15,23 @@ from dsb_jax.methods.set import SET as SET
 from dsb_jax.methods.static import Static as Static
 from dsb_jax.methods.topkast import TopKAST as TopKAST
 
+# Without modules, one of which is called `set` and one as people call this package: `from dsb_jax.methods import *`.
+__all__ = [
+    "DSB",
+    "GRANULARITIES",
+    "GROW",
+    "METHODS",
+    "SET",
+    "LayerReport",
+    "LayerState",
+    "Method",
+    "RigL",
+    "Static",
+    "TopKAST",
+    "from_json",
+    "to_json",
+]
+
 METHODS: dict[str, Any] = {method.name: method for method in (DSB, Static, RigL, SET, TopKAST)}
 
 

@@ -8,6 +8,7 @@ model, an optimizer or a step loop; layers, adaptation, telemetry and checkpoint
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from dsb_jax.layout import BlockLayout
@@ -47,8 +48,8 @@ class LayerReport(NamedTuple):
     turnover: jax.Array
     collateral: jax.Array
     empty_groups: jax.Array
-    calls: jax.Array | int = 0
-    status: jax.Array | int = 0
+    calls: jax.Array | np.int32 = np.int32(0)
+    status: jax.Array | np.int32 = np.int32(0)
 
 
 STATUS = (

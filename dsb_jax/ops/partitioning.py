@@ -111,11 +111,12 @@ class Operation:
             first, second, out_idx, in_idx, group_start, *bias = operands
             product = self.product
             options: dict[str, Any] = {"geometry": product.geometry, "precision": product.precision}
-            options |= {
+            own: dict[str, dict[str, Any]] = {
                 "forward": {"out": product.out},
                 "input_gradient": {"input_size": product.input_size},
                 "weight_gradient": {"dtype": self.dtype},
-            }[self.name]
+            }
+            options |= own[self.name]
             if bias:
                 options["bias"] = bias[0]
             return getattr(product.kernels, self.name)(first, second, (out_idx, in_idx, group_start), **options)
