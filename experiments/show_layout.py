@@ -24,7 +24,6 @@ from matplotlib.figure import Figure, SubFigure
 
 from dsb_jax.checkpoint import CHECKPOINTS
 from dsb_jax.paths import path_name
-from dsb_jax.spec import LayerSpec
 from dsb_jax.training.checkpoints import restore
 from experiments import layout_views, program
 from experiments.layout_views import LayerView
@@ -244,7 +243,7 @@ def main() -> None:
     if plan is None or not found:
         raise ValueError(f"checkpoint={FLAGS.checkpoint} is of a dense model (method={config.method}), which has no "
                          "masks; give one of dsb, ssb, rigl, set or topkast.")  # fmt: skip
-    names = [path_name(path) for path, planned in plan.items() if isinstance(planned, LayerSpec)]
+    names = [path_name(path) for path in plan.sparse]
     shown = choose(names, FLAGS.layers)
     entries = read_adaptations(find_metrics(Path(FLAGS.checkpoint)))
     title = f"{config.dataset}, {config.model}, {config.method}, sparsity {config.sparsity:g}, step {restored.step:,}"

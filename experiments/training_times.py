@@ -17,7 +17,6 @@ from flax import linen as nn
 from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.ops import record_choices
 from dsb_jax.paths import Path
-from dsb_jax.spec import LayerSpec
 from dsb_jax.train import train_step
 from dsb_jax.training.build import Components, build
 from dsb_jax.training.config import Config
@@ -191,8 +190,7 @@ def time_layers(
     measured: dict[Any, Any] = {}
     rows: dict[str, list[LayerTime]] = {name: [] for name in configs}
     for position, (path, (module, shape)) in enumerate(inputs[first].items()):
-        planned = {name: plan[path] for name, plan in plans.items()}
-        counts = {name: spec.num_blocks for name, spec in planned.items() if isinstance(spec, LayerSpec)}
+        counts = {name: plan.sparse[path].num_blocks for name, plan in plans.items() if path in plan.sparse}
         if not counts and not dense_layers:
             continue
         sizes = plans[first].sizes[path]

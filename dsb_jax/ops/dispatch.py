@@ -66,15 +66,26 @@ _recorder: contextvars.ContextVar[dict[tuple[str, ...], Choice] | None] = contex
 )
 
 
+_without_tables: contextvars.ContextVar[bool] = contextvars.ContextVar("without_tables", default=False)
+
+
 @contextlib.contextmanager
-def record_choices() -> Iterator[dict[tuple[str, ...], Choice]]:
-    """Collects what is chosen for each layer (by its path) while a model is traced inside the context."""
+def record_choices(*, tuned: bool = True) -> Iterator[dict[tuple[str, ...], Choice]]:
+    """Collects what is chosen for each layer (by its path) while a model is traced inside the context.
+
+    With `tuned=False` the cost model alone decides there, whatever was measured on this machine.
+    """
     choices: dict[tuple[str, ...], Choice] = {}
-    token = _recorder.set(choices)
+    tokens = _recorder.set(choices), _without_tables.set(not tuned)
     try:
         yield choices
     finally:
-        _recorder.reset(token)
+        _recorder.reset(tokens[0])
+        _without_tables.reset(tokens[1])
+
+
+def _lookup(layer: LayerCall, device_kind: str) -> tuning.Found | None:
+    return None if _without_tables.get() else tuning.lookup(layer, device_kind)
 
 
 def record(path: tuple[str, ...], choice: Choice, elements: int = 0) -> None:
@@ -180,7 +191,7 @@ def _choose(layer: LayerCall, backend: str, device_kind: str, precision: lax.Pre
     predicted = predicted_time_ratio(layer, backend, device_kind)
     if predicted is None:
         return Choice("dense", f"no sparse kernel for {device_kind if backend == 'gpu' else backend}")
-    if (found := tuning.lookup(layer, device_kind)) is not None:
+    if (found := _lookup(layer, device_kind)) is not None:
         return _from_table(found, layer, predicted, backend, device_kind, precision)
     on_gpu = backend == "gpu"
     implementation = "pallas" if on_gpu else "xla"
@@ -227,6 +238,6 @@ def _from_table(
 
 def _tuned_tiles(implementation: str, layer: LayerCall, device_kind: str) -> KernelTiles | None:
     """The measured tiles of a GPU kernel that is asked for by name, if this layer or one nearby was measured."""
-    found = tuning.lookup(layer, device_kind) if implementation in GPU_KERNELS else None
+    found = _lookup(layer, device_kind) if implementation in GPU_KERNELS else None
     results = found.results if found else ()
     return next((result.tiles for result in results if result.implementation == implementation), None)

@@ -98,17 +98,18 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
     return optax.chain(optax.add_decayed_weights(config.weight_decay), sgd), schedule
 
 
-def decide_feature_major(config: Config) -> bool:
+def decide_feature_major(config: Config, *, tuned: bool = False) -> bool:
     """Whether shuffled-block products, which read feature-major, see most of the sparse layers' activations.
 
     The others would have to transpose theirs, at a cost that grows with the activations, not with the weights. A
-    function of the config and of the kind of device alone: what was tuned on this machine has no part in it.
+    function of the config and of the kind of device alone: what was tuned on this machine has no part in it, unless
+    `tuned` says so.
     """
     model, plan = _model(dataclasses.replace(config, feature_major=False))
     if plan is None:
         return False
     images = jax.ShapeDtypeStruct((config.batch_size, *config.image_shape), jnp.float32)
-    with record_choices() as choices:
+    with record_choices(tuned=tuned) as choices:
         jax.eval_shape(model.init, make_key(0), images)
     sparse = [choice for choice in choices.values() if choice.reason != A_DENSE_LAYER]
     products = sum(choice.elements for choice in sparse if choice.implementation != "dense")

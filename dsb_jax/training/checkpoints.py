@@ -111,7 +111,7 @@ def restore(
     file = directory / config_item(directory)
     saved = _read_config(file / JSON_FILE, cure(directory))
     try:
-        saved = _decided(saved)
+        saved = _decided(saved, tuned=True)
         config = dataclasses.replace(saved, implementation=implementation or saved.implementation)
         components = build(config)
         abstract = abstract_state(config, components, key_impl=stored.key_impls.get("key", KEY_IMPL))
@@ -128,10 +128,11 @@ def abstract_state(config: Config, components: Components, *, key_impl: str = KE
     return jax.eval_shape(create, jax.random.key(config.seed, impl=key_impl))
 
 
-def _decided(config: Config) -> Config:
+def _decided(config: Config, *, tuned: bool = False) -> Config:
+    """The config with `feature_major`; in version 0.1 it was decided at each start, by the tuned tables, too."""
     if config.feature_major is not None:
         return config
-    return dataclasses.replace(config, feature_major=decide_feature_major(config))
+    return dataclasses.replace(config, feature_major=decide_feature_major(config, tuned=tuned))
 
 
 def _read_config(file: Path, cure: str) -> Config:
