@@ -101,7 +101,7 @@ import jax, numpy as np
 import dsb_jax
 
 x = np.ones((2, 16), np.float32)
-layer = dsb_jax.SparseDense(16, density=0.5, block_shape=(4, 4))
+layer = dsb_jax.linen.SparseDense(16, density=0.5, block_shape=(4, 4))
 variables = jax.eval_shape(layer.init, jax.random.key(0), x)
 jax.eval_shape(jax.grad(lambda v: layer.apply(v, x).sum(), allow_int=True), variables)
 layers = list(sys.modules)
