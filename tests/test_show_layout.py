@@ -13,7 +13,6 @@ from dsb_jax import checkpoint
 from dsb_jax.layout import to_mask
 from dsb_jax.training.config import Config
 from experiments import layout_views
-from experiments import run as runs
 from experiments.show_layout import caption, choose
 from tests.conftest import make_layout
 
@@ -79,7 +78,7 @@ def show(*arguments):
 
 def test_the_program_draws_a_checkpoint(tmp_path):
     config = Config(total_steps=10, epochs=1)
-    _, state = runs.create(config)
+    _, state = create(config)
     with checkpoint.Checkpoints(tmp_path / "run", config) as saver:
         saver.save(state, test_accuracy=0.5)
     out = tmp_path / "layout.png"
