@@ -7,9 +7,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dsb_jax.training import data
+from dsb_jax.training import data, loop
 from dsb_jax.training.config import Config
-from dsb_jax.training import loop as loop
 
 
 class Silent:
@@ -18,6 +17,8 @@ class Silent:
     def advance(self, *args): ...
 
     def epoch(self, *args): ...
+
+    def note(self, *args): ...
 
 
 def write_random_cifar100(folder, counts):

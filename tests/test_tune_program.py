@@ -17,7 +17,8 @@ import pytest
 from dsb_jax.linen import SparseConv
 from dsb_jax.ops import record_choices, tuned
 from dsb_jax.ops.tuning import LayerSizes, Result
-from dsb_jax.training.config import Config, build, reads_feature_major
+from dsb_jax.training.build import decide_feature_major
+from dsb_jax.training.config import Config
 from experiments import tune, tune_layer
 from pallas_kernels import REFERENCE, Kernels
 from pallas_kernels.tiles import KernelTiles, Tiles
@@ -84,7 +85,7 @@ def test_the_layers_of_a_model_are_those_that_it_looks_up(monkeypatch):
         dataset="random", image_shape=(32, 32, 3), model="resnet18", block_shape=(32, 8), batch_size=4,
         dtype="bfloat16", label_smoothing=0.125,  # so that no other test has built it before
     )  # fmt: skip
-    reads_feature_major(build(config).model, config)
+    decide_feature_major(config, tuned=True)
     # A plan may move a block from one layer to another.
     wanted, asked_for = (
         {dataclasses.replace(layer, density=round(layer.density, 1)) for layer in layers if layer.batch == 4}
