@@ -1,18 +1,26 @@
 # Each target does all of its own set-up: a virtual environment from Python 3.12 and what the project needs in it.
 #   make train [ARGS="--sparsity=0.95 --block_shape=32x8"]
 #   make test
+#   make test-oldest                   # the layers with the oldest versions that pyproject.toml allows
 #   make gpu-check [BIN=/usr/bin]      # on a machine with an NVIDIA GPU; with BIN, the python there, nothing is installed
 PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 
-.PHONY: train test lint gpu-check gpu-compiler clean
+.PHONY: train test test-oldest lint gpu-check gpu-compiler clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m experiments.train $(ARGS)
 
 test: $(VENV)/.installed-dev $(VENV)/.installed-gpu-compiler lint
 	$(BIN)/python -m pytest -n auto
+
+# Direct dependencies at their lower bounds, theirs at the newest (what an old environment looks like after an upgrade).
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n auto $(addprefix tests/test_,$(addsuffix .py,\
+		checkpoint data layout linen_layers method_contract ops packaging))
+	$(OLDEST)/bin/python -m experiments.train --epochs=1
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -24,13 +32,13 @@ lint: $(VENV)/.installed-dev
 gpu-check: $(if $(filter file,$(origin BIN)),$(VENV)/.installed-cuda)
 	$(BIN)/python3 -m experiments.gpu_check --json=experiments/results/gpu_check.json $(ARGS)
 
-$(VENV)/bin/python:
+$(VENV)/bin/python $(OLDEST)/bin/python:
 	@$(PYTHON) -c "import sys; assert sys.version_info >= (3, 12)" || \
 		{ echo "error: $(PYTHON) is not Python 3.12 or newer; install it or pass PYTHON=/path/to/python"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,data]'
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
@@ -40,6 +48,11 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.installed-cuda: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,cuda]'
 	touch $@ $(VENV)/.installed $(VENV)/.installed-dev
+
+$(OLDEST)/.installed: pyproject.toml | $(OLDEST)/bin/python
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct -r pyproject.toml --extra dev
+	touch $@
 
 # What compiles for GPUs on a Linux machine without one: XLA's CUDA compiler, of jax's own version, and ptxas (490 MB).
 # Outside of site-packages, where jax would load it at every start and, without the CUDA libraries, print an error.
@@ -55,4 +68,4 @@ $(VENV)/.installed-gpu-compiler: $(VENV)/.installed-dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(OLDEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -22,7 +22,7 @@ def as_placed(function: Callable[..., Any], how: Any, trees: Any, rest: Any, *, 
     leaves, structure = jax.tree.flatten(trees)
     shardings = tuple(_sharding(leaf) for leaf in leaves)
     if not any(shardings):
-        shardings = ()
+        structure, shardings = None, ()
     new, more = _compiled(function, structure, shardings, donate)(how, trees, rest)
     return (*new, more)
 

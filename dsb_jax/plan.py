@@ -89,11 +89,21 @@ class SparsityPlan(Mapping[Path, LayerSpec | str]):
         """Where the density of a layer comes from: the distribution, a raise for its row groups, or why it is dense."""
         return self._layer(path).note
 
+    @property
+    def eligible(self) -> dict[Path, LayerSpec]:
+        """The layers that `sparsity` counts over, as they would be dense."""
+        return {
+            layer.path: layer.dense
+            for layer in self.layers
+            if isinstance(layer.planned, LayerSpec) or layer.planned == DENSITY_1
+        }
+
     def sparsity(self, *, eligible_only: bool = True) -> float:
         """Fraction of zeros over the eligible layers, or over all linear layers and convolutions."""
         size = active = 0
-        for _, dense, planned, _ in self.layers:
-            if isinstance(planned, LayerSpec) or planned == DENSITY_1 or not eligible_only:
+        eligible = self.eligible
+        for path, dense, planned, _ in self.layers:
+            if path in eligible or not eligible_only:
                 size += dense.num_layers * dense.size
                 active += dense.num_layers * (planned if isinstance(planned, LayerSpec) else dense).num_active
         return 1 - active / size if size else 0.0

@@ -147,7 +147,9 @@ def fill(like: Any, stored: StoredStep, cure: str) -> Any:
                 "restore with a key of that implementation."
             )
     leaves = [
-        jax.random.wrap_key_data(stored.arrays[name], impl=impls[name]) if is_key(leaf) else stored.arrays[name]
+        jax.random.wrap_key_data(jnp.asarray(stored.arrays[name]), impl=impls[name])
+        if is_key(leaf)
+        else stored.arrays[name]
         for name, leaf in wanted.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)

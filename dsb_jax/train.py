@@ -84,7 +84,8 @@ def _train_step(how: _TrainStep, state: TrainState, inputs: Any, labels: Any) ->
 
     (value, (outputs, collections)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
     metrics = {"loss": value}
-    if getattr(outputs, "shape", ())[:-1] == getattr(labels, "shape", None):
+    is_logits = isinstance(outputs, jax.Array) and isinstance(labels, jax.Array) and outputs.ndim > 0
+    if is_logits and outputs.shape[:-1] == labels.shape:
         metrics["accuracy"] = jnp.mean(jnp.argmax(outputs, -1) == labels)
     if how.axis_name is not None:
         gradients, metrics = jax.lax.pmean((gradients, metrics), how.axis_name)

@@ -92,12 +92,13 @@ def model_calls(name: str, grow: str, granularity: str) -> dict[str, Any]:
     images = jax.random.normal(jax.random.key(0), (config.batch_size, *config.image_shape))
     labels = jax.random.randint(jax.random.key(1), (config.batch_size,), 0, config.num_classes)
     held = [state]
+    method: Any = components.method
     common: Any = {"model": components.model, "optimizer": components.optimizer, "loss": components.loss}
 
     few = FLAGS.adapt_batch_size
 
     def adapt() -> Any:
-        held[0], report = adapt_step(held[0], images[:few], labels[:few], method=components.method, **common)
+        held[0], report = adapt_step(held[0], images[:few], labels[:few], method=method, **common)
         return held[0].step, report
 
     def train() -> Any:

@@ -31,8 +31,8 @@ from rich.table import Table
 from experiments import kernel_peers, program, timing
 from experiments.flags import parse_block_shape
 from experiments.kernel_bounds import measure_device
+from experiments.kernel_candidates import IMPLEMENTATIONS, PASSES, default_implementations, unavailable
 from experiments.kernel_measurement import BOTH, Bench, break_even_points, measure_layer
-from experiments.kernel_rivals import IMPLEMENTATIONS, PASSES, default_implementations, unavailable
 from experiments.kernel_shapes import Layer, layers_of
 
 FLAGS = flags.FLAGS
@@ -60,7 +60,7 @@ def define_flags() -> None:
     flags.DEFINE_list("implementations", None, f"Of {', '.join(IMPLEMENTATIONS)}; by default what the backend has.")
     flags.DEFINE_integer("batch_size", None, "Images of a model's layers.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Of activations and weights.")
-    flags.DEFINE_integer("rounds", 7, "Turns; each times every rival once.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 7, "Turns; each times every candidate once.", lower_bound=1)
     flags.DEFINE_bool("peers", True, "Measure PyTorch's BSR and stk, too, where they are installed.")
     flags.DEFINE_float("limit_s", None, "Begin nothing new after so many seconds.", lower_bound=0)
     flags.DEFINE_string("json", None, "Write the results to this file.")

@@ -13,7 +13,7 @@ import jax
 from dsb_jax.layout import random_layout
 from experiments import kernel_peers, timing
 from experiments.kernel_bounds import Device, bound, break_even
-from experiments.kernel_rivals import (
+from experiments.kernel_candidates import (
     PASSES,
     Call,
     CompiledPass,
@@ -68,7 +68,7 @@ class Bench:
         return max(1, min(MOST_INSIDE, math.ceil(LEAST_DISPATCH_S / seconds)))
 
     def attempt(self, make: Callable[[], Passes], where: str, *, ours: bool = True) -> Passes | str:
-        """The compiled passes of a rival, or why there are none; what breaks of ours is a failure, too."""
+        """The compiled passes of a candidate, or why there are none; what breaks of ours is a failure, too."""
         try:
             return make()
         except NotImplementedError as reason:
@@ -118,7 +118,7 @@ def measure_layer(
 
 
 class _Subject:
-    """A layer with its activations and its dense rival, which all block shapes and sparsities share."""
+    """A layer with its activations and the dense candidate, which all block shapes and sparsities share."""
 
     def __init__(self, bench: Bench, layer: Layer) -> None:
         self.bench, self.layer = bench, layer
@@ -157,13 +157,13 @@ class _Subject:
         }
         for name in bench.peers:
             found[name] = bench.attempt(functools.partial(theirs, name), f"{where}, {name}", ours=False)
-        rivals = {name: passes for name, passes in found.items() if not isinstance(passes, str)}
-        times = time_in_turns({"dense": self.dense, **rivals}, bench.rounds)
+        candidates = {name: passes for name, passes in found.items() if not isinstance(passes, str)}
+        times = time_in_turns({"dense": self.dense, **candidates}, bench.rounds)
         errors: dict[str, Any] = {}
-        if checked := [name for name in bench.implementations if name in rivals]:
+        if checked := [name for name in bench.implementations if name in candidates]:
             count = reference_count(layer, operands)
             wanted = reference_results(layer, operands, count)
-            errors = {name: bench.check(rivals[name], wanted, count, f"{where}, {name}") for name in checked}
+            errors = {name: bench.check(candidates[name], wanted, count, f"{where}, {name}") for name in checked}
         index_bytes = sum(array.nbytes for array in index)
         least = bound(layer, operands.blocks.size, index_bytes, self.x.dtype.itemsize, bench.device)
         common = {
@@ -193,14 +193,14 @@ class _Subject:
         return results
 
 
-def time_in_turns(rivals: Mapping[str, Mapping[str, Timed]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of one run of each pass of each rival, in each round."""
-    times: dict[str, dict[str, list[float]]] = {name: {} for name in rivals}
+def time_in_turns(candidates: Mapping[str, Mapping[str, Timed]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of one execution of each pass of each candidate, in each round."""
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in candidates}
     for name in PASSES:
-        samples = {rival: passes[name] for rival, passes in rivals.items() if name in passes}
-        taken = timing.in_turns({rival: timed.sample for rival, timed in samples.items()}, rounds)
-        for rival, timed in samples.items():
-            times[rival][name] = [seconds / timed.runs for seconds in taken[rival]]
+        samples = {candidate: passes[name] for candidate, passes in candidates.items() if name in passes}
+        taken = timing.in_turns({candidate: timed.sample for candidate, timed in samples.items()}, rounds)
+        for candidate, timed in samples.items():
+            times[candidate][name] = [seconds / timed.runs for seconds in taken[candidate]]
     return times
 
 

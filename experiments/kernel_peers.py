@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.kernel_rivals import Timed
+from experiments.kernel_candidates import Timed
 from experiments.kernel_shapes import Layer
 
 PEERS = {"torch_bsr": "torch", "stk": "stk"}  # peer -> module
@@ -37,7 +37,7 @@ def usable(versions: dict[str, str]) -> list[str]:
     return [p for p, version in versions.items() if not version.startswith(("not ", "no "))]
 
 
-def unservable(peer: str, layer: Layer, block_shape: tuple[int, int]) -> str | None:
+def unsupported_reason(peer: str, layer: Layer, block_shape: tuple[int, int]) -> str | None:
     """Why a peer cannot serve a layer, or None if it can."""
     if not layer.is_matmul:
         return "no convolutions"
@@ -96,7 +96,7 @@ def peer_passes(
     Raises:
       NotImplementedError: if the peer cannot serve the layer.
     """
-    reason = unservable(peer, layer, block_shape)
+    reason = unsupported_reason(peer, layer, block_shape)
     if reason is not None:
         raise NotImplementedError(reason)
     return {"torch_bsr": _torch_bsr, "stk": _stk}[peer](layer, num_blocks, block_shape, dtype)

@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsb_jax.distributions import LayerShape, to_blocks
+from dsb_jax.distributions import to_blocks
+from dsb_jax.ops.layer_call import LayerCall
 from dsb_jax.plan import KEEP_DENSE
+from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
 from dsb_jax.training import models
 from pallas_kernels import ConvGeometry, matmul_geometry
 
@@ -70,15 +72,33 @@ class Layer:
     def output_elements(self) -> int:
         return self.out * self.positions
 
+    @property
+    def spec(self) -> LayerSpec:
+        """The dense layer."""
+        if self.is_matmul:
+            return linear_spec(self.in_features, self.out)
+        return conv_spec(self.geometry.kernel_size, self.geometry.in_channels, self.out)
+
     def num_blocks(self, sparsity: float, block_shape: tuple[int, int]) -> int:
         """Blocks at a sparsity.
 
         Raises:
           ValueError: if the block or the sparsity does not fit the layer.
         """
-        kernel_size = () if self.is_matmul else self.geometry.kernel_size
-        (count,) = to_blocks([LayerShape(self.out, self.in_features, kernel_size)], [1 - sparsity], block_shape)
+        (count,) = to_blocks([self.spec], [1 - sparsity], block_shape)
         return count
+
+    def call(self, sparsity: float, block_shape: tuple[int, int], dtype: str) -> LayerCall:
+        """The layer in blocks, as "auto" sees it; ValueError as in `num_blocks`."""
+        return LayerCall.of(
+            self.out,
+            self.geometry,
+            block_shape=block_shape,
+            num_blocks=self.num_blocks(sparsity, block_shape),
+            input_size=self.input_size,
+            batch=self.batch,
+            dtype=dtype,
+        )
 
     def __str__(self) -> str:
         """The text that `parse_layer` reads, if the padding is that of the models."""

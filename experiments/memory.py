@@ -114,7 +114,7 @@ def compiled(phase: str, components: Components, state: TrainState, images: Any,
     if phase == "adaptation":
         step, options = adapt_step, {**options, "method": components.method}
     jitted = jax.jit(functools.partial(step, **options), donate_argnums=0)
-    memory = jitted.lower(state, images, labels).compile().memory_analysis()
+    memory: Any = jitted.lower(state, images, labels).compile().memory_analysis()
     return {
         "xla_argument_bytes": memory.argument_size_in_bytes, "xla_output_bytes": memory.output_size_in_bytes,
         "xla_temp_bytes": memory.temp_size_in_bytes, "xla_alias_bytes": memory.alias_size_in_bytes,

@@ -1,4 +1,4 @@
-"""Timing on noisy machines: rivals take turns within one run, ratios are medians over the turns."""
+"""Timing on noisy machines: candidates take turns in one program, ratios are medians over the turns."""
 
 import json
 import os
@@ -14,17 +14,17 @@ from typing import Any
 import jax
 
 
-def in_turns(rivals: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each rival in each round, after one call that compiles. A rival returns arrays to wait for.
+def in_turns(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round, after one call that compiles. A candidate returns arrays to wait for.
 
-    Before each timed call stands one of the same rival that is not timed, as in the loop it stands for: right after
+    Before each timed call stands one of the same candidate that is not timed, as in the loop it stands for: right after
     another program a training step was seen to take up to 7 % longer, for the memory that it finds.
     """
-    for call in rivals.values():
+    for call in candidates.values():
         jax.block_until_ready(call())
-    times: dict[str, list[float]] = {name: [] for name in rivals}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
-        for name, call in rivals.items():
+        for name, call in candidates.items():
             jax.block_until_ready(call())
             begin = time.perf_counter()
             jax.block_until_ready(call())

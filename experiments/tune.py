@@ -13,7 +13,6 @@ time.
 """
 
 import itertools
-import math
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -28,13 +27,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dsb_jax.layout import max_blocks
 from dsb_jax.ops import tuning as tuned
-from dsb_jax.ops.tuning import LayerSizes, Result
+from dsb_jax.ops.layer_call import LayerCall
+from dsb_jax.ops.tuning import Result
 from dsb_jax.plan import MIN_BLOCKS
 from dsb_jax.training.config import DTYPES
 from experiments import program
 from experiments.flags import parse_block_shape
 from experiments.kernel_shapes import layers_of
-from experiments.tune_layer import RIVALS, measure
+from experiments.tune_layer import SPARSE_IMPLEMENTATIONS, measure
 
 FLAGS = flags.FLAGS
 
@@ -52,14 +52,14 @@ def define_flags() -> None:
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Of activations and blocks.")
     flags.DEFINE_string("table", None, "The table to write or to go on with; by default in ~/.cache/dsb_jax/.")
     flags.DEFINE_float("limit_s", None, "Begin no layer that would probably end later than this many seconds.")
-    flags.DEFINE_integer("rounds", 7, "Turns; each times every rival once.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 7, "Turns; each times every candidate once.", lower_bound=1)
     flags.DEFINE_integer("repeats", None, "Passes in one timing; by default 16 on a GPU, else 1.", lower_bound=1)
     flags.DEFINE_enum("tiles", "each", ("each", "once", "default"),
                       "Tune tiles for each layer, or once for all sparsities of it, or take the defaults.")  # fmt: skip
     flags.DEFINE_bool("again", False, "Time the layers that the table has, too.")
 
 
-def wanted_layers() -> list[LayerSizes]:
+def wanted_layers() -> list[LayerCall]:
     """Every distinct layer of the flags, in their order; a block shape that a layer cannot hold is passed over.
 
     Raises:
@@ -72,21 +72,17 @@ def wanted_layers() -> list[LayerSizes]:
     if any(not 0 < sparsity < 1 for sparsity in sparsities):
         raise ValueError(f"sparsities={FLAGS.sparsities} are not all between 0 and 1; give such as 0.9,0.8.")
     block_shapes = [parse_block_shape(text) for text in FLAGS.block_shapes]
-    found: dict[LayerSizes, LayerSizes] = {}  # rounded -> exact
+    found: dict[LayerCall, LayerCall] = {}  # rounded -> exact
     layers = layers_of(FLAGS.shapes, [], FLAGS.models, FLAGS.batch_size)
     for sparsity, (rows, cols), layer in itertools.product(sparsities, block_shapes, layers):
         shape = layer.out, layer.in_features
         if rows > layer.out or cols > layer.in_features or max_blocks(shape, (rows, cols)) < MIN_BLOCKS:
             continue  # a plan keeps it dense
         try:
-            density = layer.num_blocks(sparsity, (rows, cols)) * rows * cols / math.prod(shape)
+            call = layer.call(sparsity, (rows, cols), FLAGS.dtype)
         except ValueError:
             continue  # fewer weights than one block
-        sizes = LayerSizes(
-            layer.out, layer.geometry.in_channels, layer.geometry.kernel_size, layer.geometry.strides,
-            layer.geometry.padding, layer.input_size, layer.batch, FLAGS.dtype, (rows, cols), density,
-        )  # fmt: skip
-        found.setdefault(sizes.rounded(), sizes)
+        found.setdefault(call.rounded(), call)
     if not found:
         raise ValueError(
             f"no layer of models={','.join(FLAGS.models)} shapes={','.join(FLAGS.shapes)} can hold blocks of "
@@ -129,13 +125,15 @@ def main() -> None:
     console = program.console()
     begin = time.perf_counter()
     backend, device_kind = jax.default_backend(), jax.devices()[0].device_kind
-    if backend not in RIVALS:
+    if backend not in SPARSE_IMPLEMENTATIONS:
         raise NotImplementedError(f"there is no sparse kernel to tune on the {backend}.")
     if FLAGS.table is None and backend == "cpu":
         raise ValueError(
             'on a CPU, --table=FILE is needed: "auto" has a fitted model there and reads no table unasked.'
         )
     path = Path(FLAGS.table) if FLAGS.table else tuned.user_path(device_kind)
+    if path is None:
+        raise ValueError("this user has no home for the table; give --table=FILE.")
     if FLAGS.table is None:
         path.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python -m experiments.tune", *(FLAGS[n].serialize() for n in SETTINGS if FLAGS[n].present)])
@@ -145,7 +143,7 @@ def main() -> None:
     todo = [layer for layer in layers if FLAGS.again or layer.rounded() not in entries]
     console.print(f"{len(layers)} layers for {escape(device_kind)}, {len(layers) - len(todo)} of them in the table")
 
-    def keep(layer: LayerSizes, results: tuple[Result, ...]) -> None:
+    def keep(layer: LayerCall, results: tuple[Result, ...]) -> None:
         entries[layer.rounded()] = results
         tuned.write(path, table._replace(entries=entries))
 
@@ -160,7 +158,7 @@ def main() -> None:
 
 
 def run_all(
-    todo: list[LayerSizes], backend: str, console: Console, begin: float, keep: Callable[[LayerSizes, Any], None]
+    todo: list[LayerCall], backend: str, console: Console, begin: float, keep: Callable[[LayerCall, Any], None]
 ) -> int:
     """Measures one layer after another until the time is up, and says so; how many were measured."""
     bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),

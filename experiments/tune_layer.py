@@ -1,7 +1,6 @@
 """One layer at a time: its passes as calls that can be timed, the fastest tiles, its implementations against dense."""
 
 import concurrent.futures
-import dataclasses
 import functools
 import os
 import statistics
@@ -13,16 +12,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsb_jax.layout import BlockLayout, random_layout
-from dsb_jax.ops import sparse_conv, sparse_matmul
-from dsb_jax.ops.dispatch import refusal
-from dsb_jax.ops.tuning import LayerSizes, Result
+from dsb_jax.ops import Choice, sparse_conv, sparse_matmul
+from dsb_jax.ops.dispatch import unsupported_reason
+from dsb_jax.ops.layer_call import LayerCall
+from dsb_jax.ops.tuning import Result
 from experiments import timing
 from pallas_kernels import Kernels
 from pallas_kernels.tiles import KernelTiles, Tiles
 
 # The sparse implementations that are worth timing, by backend.
-RIVALS = {"cpu": ("xla",), "gpu": ("pallas", "triton")}
-# Around the defaults: shorter and longer runs of positions, wider steps, more threads, other depths of the pipeline.
+SPARSE_IMPLEMENTATIONS = {"cpu": ("xla",), "gpu": ("pallas", "triton")}
+# Around the defaults: fewer and more positions, wider steps, more threads, other depths of the pipeline.
 CANDIDATES = (
     Tiles(128, 32, 4, 3),
     Tiles(64, 32, 4, 3),
@@ -75,14 +75,15 @@ class Example:
       repeats: how often a call computes its pass.
     """
 
-    def __init__(self, layer: LayerSizes, repeats: int) -> None:
+    def __init__(self, layer: LayerCall, repeats: int) -> None:
         self.layer, self.repeats = layer, repeats
         x_key, block_key, layout_key = jax.random.split(jax.random.key(0), 3)
         dtype = jnp.dtype(layer.dtype)
-        self.layout = random_layout(layout_key, layer.shape, block_shape=layer.block_shape, num_blocks=layer.num_blocks)
-        self.x = jax.random.normal(x_key, (layer.in_channels, *layer.input_size, layer.batch), dtype)
-        blocks = jax.random.normal(block_key, (layer.num_blocks, *layer.block_shape))
-        self.blocks = (blocks * (layer.density * layer.shape[1]) ** -0.5).astype(dtype)  # outputs of order one
+        spec = layer.spec
+        self.layout = random_layout(layout_key, spec.shape, block_shape=spec.block_shape, num_blocks=spec.num_blocks)
+        self.x = jax.random.normal(x_key, (spec.c_in, *layer.input_size, layer.batch), dtype)
+        blocks = jax.random.normal(block_key, (spec.num_blocks, *spec.block_shape))
+        self.blocks = (blocks * (layer.density * spec.in_) ** -0.5).astype(dtype)  # outputs of order one
         self.index = self.layout.index
 
     def training_pass(self, implementation: str, tiles: KernelTiles | None) -> Call:
@@ -91,8 +92,8 @@ class Example:
         Dense takes its activations with the batch first, as in a model that is mostly dense: the form XLA is best at.
         """
         layer, dense = self.layer, implementation == "dense"
-        options: dict[str, Any] = {} if tiles is None else {"tiles": tiles}
-        options |= {"implementation": implementation, "feature_major": not dense}
+        choice = Choice(implementation, "to be timed", tiles)
+        options: dict[str, Any] = {"implementation": choice, "feature_major": not dense}
 
         def product(x: jax.Array, blocks: jax.Array, layout: BlockLayout) -> jax.Array:
             if layer.is_linear:
@@ -101,20 +102,20 @@ class Example:
 
         def call(x: jax.Array, blocks: jax.Array, index: Any) -> Any:
             out_idx, in_idx, group_start = index
-            layout = BlockLayout(out_idx, in_idx, group_start, layer.shape, layer.block_shape)
+            layout = BlockLayout(out_idx, in_idx, group_start, layer.spec.shape, layer.spec.block_shape)
             y, backward = jax.vjp(lambda x, blocks: product(x, blocks, layout), x, blocks)
             return y, *backward(y)
 
-        x = self.x.reshape(layer.in_channels, layer.batch) if layer.is_linear else self.x
+        x = self.x.reshape(layer.spec.c_in, layer.batch) if layer.is_linear else self.x
         x = jnp.moveaxis(x, (0, -1), (-1, 0)) if dense else x
         return functools.partial(repeated(call, self.repeats), x, self.blocks, self.index)
 
     def one_pass(self, name: str, kernels: Kernels) -> Call:
         """One of the three passes of an implementation: "forward", "input_gradient" or "weight_gradient"."""
         layer, geometry = self.layer, self.layer.geometry
-        dy = jnp.ones((layer.out, *geometry.output_size(*layer.input_size), layer.batch), self.x.dtype)
+        dy = jnp.ones((layer.spec.out, *geometry.output_size(*layer.input_size), layer.batch), self.x.dtype)
         first, second, options = {
-            "forward": (self.x, self.blocks, {"out": layer.out}),
+            "forward": (self.x, self.blocks, {"out": layer.spec.out}),
             "input_gradient": (dy, self.blocks, {"input_size": layer.input_size}),
             "weight_gradient": (self.x, dy, {"dtype": self.blocks.dtype}),
         }[name]
@@ -196,7 +197,7 @@ def error_of(results: Any, dense: Any) -> float:
 
 
 def measure(
-    layer: LayerSizes,
+    layer: LayerCall,
     backend: str,
     *,
     rounds: int,
@@ -217,16 +218,16 @@ def measure(
       say: is told what is left out, and why.
     """
     example = Example(layer, repeats)
-    rivals = {"dense": example.training_pass("dense", None)}
-    right = rivals["dense"]()
+    candidates = {"dense": example.training_pass("dense", None)}
+    right = candidates["dense"]()
     chosen: dict[str, KernelTiles | None] = {"dense": None}
-    for name in RIVALS[backend]:
+    for name in SPARSE_IMPLEMENTATIONS[backend]:
         try:
-            if why := refusal(name, layer, backend):
-                raise Untunable(why)
+            if unsupported := unsupported_reason(name, layer, backend):
+                raise Untunable(unsupported)
             factory = factory_of(name)
             if factory is not None and tiles != "default":
-                key = name, dataclasses.replace(layer, density=layer.density if tiles == "each" else 1.0)
+                key = name, layer if tiles == "each" else layer.with_density(1.0)
                 if key not in known:
                     known[key] = tune_tiles(example, factory, rounds)
                 chosen[name] = known[key]
@@ -238,11 +239,10 @@ def measure(
         except Untunable as reason:
             say(f"{layer}: {name} left out: {reason}")
         else:
-            rivals |= good
-    times = timing.in_turns(rivals, rounds)
+            candidates |= good
+    times = timing.in_turns(candidates, rounds)
     dense_s = statistics.median(times["dense"]) / repeats
     # Ratios round by round are steadier than medians of seconds, and they are what "auto" reads.
-    results = [
-        Result(name, dense_s * timing.median_ratio(times[name], times["dense"]), chosen.get(name)) for name in rivals
-    ]
+    ratios = {name: timing.median_ratio(times[name], times["dense"]) for name in candidates}
+    results = [Result(name, dense_s * ratio, chosen.get(name)) for name, ratio in ratios.items()]
     return tuple(sorted(results, key=lambda result: result.seconds))

@@ -15,8 +15,8 @@ from experiments import gpu_check, kernel_peers
 from experiments.benchmark_kernels import parse_sparsities
 from experiments.gpu_check import Part, goals, read_results, run_part
 from experiments.kernel_bounds import Device, bound, break_even
+from experiments.kernel_candidates import Call, chained, compiled, dense_calls, unavailable
 from experiments.kernel_measurement import Bench, measure_layer, speedups
-from experiments.kernel_rivals import Call, chained, compiled, dense_calls, unavailable
 from experiments.kernel_shapes import layers_of, matmul_layer, model_layers, parse_layer, unique
 from pallas_kernels import ConvGeometry
 from tests.test_programs import ROOT, call
@@ -274,10 +274,10 @@ def test_gpu_kernels_and_peers_are_missing_by_name():
     assert kernel_peers.usable({"torch_bsr": "not installed", "stk": "0.7.1", "third": "no CUDA"}) == ["stk"]
     assert set(kernel_peers.installed()) == {"torch_bsr", "stk"}
     layer = matmul_layer(256, 256, 8)
-    assert kernel_peers.unservable("torch_bsr", layer, (32, 32)) is None
-    assert "powers of two" in kernel_peers.unservable("torch_bsr", layer, (64, 4))
-    assert "128x128" in kernel_peers.unservable("stk", layer, (32, 32))
-    assert "convolutions" in kernel_peers.unservable("stk", parse_layer("128x128x3x3@8x8x4"), (128, 128))
+    assert kernel_peers.unsupported_reason("torch_bsr", layer, (32, 32)) is None
+    assert "powers of two" in kernel_peers.unsupported_reason("torch_bsr", layer, (64, 4))
+    assert "128x128" in kernel_peers.unsupported_reason("stk", layer, (32, 32))
+    assert "convolutions" in kernel_peers.unsupported_reason("stk", parse_layer("128x128x3x3@8x8x4"), (128, 128))
 
 
 @on_a_cpu

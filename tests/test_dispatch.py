@@ -1,6 +1,5 @@
 """Which implementation is chosen, and that it says why."""
 
-import dataclasses
 import importlib.util
 
 import jax
@@ -10,11 +9,12 @@ from flax import linen as nn
 
 from dsb_jax.layout import random_layout
 from dsb_jax.linen import SparseConv, SparseDense
-from dsb_jax.ops import IMPLEMENTATIONS, Choice, choose, record_choices
+from dsb_jax.ops import IMPLEMENTATIONS, Choice, choose, record_choices, sparse_matmul
 from dsb_jax.ops import tuning as tuned
 from dsb_jax.ops.cost_model import GENERIC, device_facts
 from dsb_jax.ops.dispatch import predicted_time_ratio, record
-from dsb_jax.ops.tuning import LayerSizes, Result
+from dsb_jax.ops.layer_call import LayerCall
+from dsb_jax.ops.tuning import Result
 from pallas_kernels import ConvGeometry, matmul_geometry
 from pallas_kernels.tiles import KernelTiles, Tiles
 
@@ -38,13 +38,18 @@ def layout_of(density, shape=(256, 2304), block_shape=(32, 8)):
     )
 
 
+def call_of(layout, *, geometry, **sizes):
+    sizes |= {"block_shape": layout.block_shape, "num_blocks": layout.num_blocks}
+    return LayerCall.of(layout.shape[0], geometry, **sizes)
+
+
 def ratio_of(layout, backend="cpu", device_kind="cpu", dtype="float32", **sizes):
-    layer = LayerSizes.of(layout, **{**SIZES, **sizes}, dtype=dtype)
+    layer = call_of(layout, **{**SIZES, **sizes}, dtype=dtype)
     return predicted_time_ratio(layer, backend, device_kind)
 
 
 def write_table(monkeypatch, path, layout, *results, device_kind=KIND, dtype="bfloat16", **changes):
-    layer = dataclasses.replace(LayerSizes.of(layout, **SIZES, dtype=dtype), **changes).rounded()
+    layer = call_of(layout, **{**SIZES, **changes}, dtype=dtype).rounded()
     tuned.write(path, tuned.Table(device_kind, {}, "by hand", {layer: results}))
     monkeypatch.setenv(tuned.VARIABLE, str(path))
 
@@ -152,6 +157,31 @@ def test_a_layer_refuses_where_it_is_traced():
     layer = SparseDense(32, density=0.5, implementation="pallas")
     with pytest.raises(NotImplementedError, match="implementation='pallas' cannot compute a layer of 32x64, batch 2"):
         jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((2, 64)))
+
+
+def test_an_empty_batch_is_dense_and_divides_nothing():
+    sizes = {"geometry": matmul_geometry(2304), "input_size": (1, 1), "batch": 0}
+    for backend in ("cpu", "gpu", "tpu"):
+        assert choose("auto", layout_of(0.05), backend=backend, **sizes) == Choice("dense", "an empty batch")
+    assert choose("xla", layout_of(0.05), **sizes) == Choice("xla", "asked for")
+    empty = call_of(layout_of(0.05), **sizes, dtype="float32")
+    assert predicted_time_ratio(empty, "cpu", "cpu") > 0
+    assert predicted_time_ratio(empty, "gpu", KIND) > 0
+
+
+def test_a_choice_that_was_made_is_taken_as_it_is():
+    choice = Choice("pallas", "tuned", TILES)
+    assert choose(choice, layout_of(0.05), **SIZES) is choice
+    with pytest.raises(ValueError, match="implementation='cuda' is unknown"):
+        Choice("cuda", "asked for")
+    with pytest.raises(ValueError, match='implementation="auto" is no choice'):
+        Choice("auto", "asked for")
+    layout = random_layout(jax.random.key(0), (8, 12), block_shape=(4, 3), num_blocks=3)
+    x, blocks = jnp.ones((2, 12)), jnp.ones((3, 4, 3))
+    traced = jax.make_jaxpr(lambda: sparse_matmul(x, blocks, layout, implementation=Choice("xla", "tuned")))()
+    assert "custom_vjp" in str(traced)
+    traced = jax.make_jaxpr(lambda: sparse_matmul(x, blocks, layout, implementation=Choice("dense", "tuned")))()
+    assert "custom_vjp" not in str(traced)
 
 
 def test_an_unknown_name_is_refused():

@@ -1,6 +1,5 @@
 """`python -m experiments.tune`: the table it writes is the one that "auto" reads; what fails is left out, and said."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -15,16 +14,19 @@ import numpy as np
 import pytest
 
 from dsb_jax.linen import SparseConv
-from dsb_jax.ops import record_choices, tuned
-from dsb_jax.ops.tuning import LayerSizes, Result
+from dsb_jax.ops import record_choices
+from dsb_jax.ops import tuning as tuned
+from dsb_jax.ops.layer_call import LayerCall
+from dsb_jax.ops.tuning import Result
 from dsb_jax.training.build import decide_feature_major
 from dsb_jax.training.config import Config
 from experiments import tune, tune_layer
-from pallas_kernels import REFERENCE, Kernels
+from pallas_kernels import REFERENCE, ConvGeometry, Kernels, matmul_geometry
 from pallas_kernels.tiles import KernelTiles, Tiles
 
 ROOT = Path(__file__).parent.parent
-LAYER = LayerSizes(8, 4, (3, 3), (1, 1), ((1, 1), (1, 1)), (4, 4), 3, "float32", (4, 2), 8 * 8 / (8 * 36))
+SIZES = {"block_shape": (4, 2), "num_blocks": 8, "batch": 3, "dtype": "float32"}
+LAYER = LayerCall.of(8, ConvGeometry(4, (3, 3), (1, 1), ((1, 1), (1, 1))), input_size=(4, 4), **SIZES)
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -54,7 +56,7 @@ def test_the_table_is_what_auto_reads_and_the_program_goes_on(tmp_path, monkeypa
         "python -m experiments.tune --models= --shapes=16x8x3x3@4x4x2,32x16x3 --sparsities=0.5 "
         "--block_shapes=4x2,64x64 --rounds=1"
     )
-    assert [layer.shape for layer in table.entries] == [(16, 72), (32, 16)]  # no layer holds blocks of 64x64
+    assert [layer.spec.shape for layer in table.entries] == [(16, 72), (32, 16)]  # no layer holds blocks of 64x64
     for results in table.entries.values():
         assert {result.implementation for result in results} == {"dense", "xla"}
 
@@ -79,7 +81,7 @@ def test_the_table_is_what_auto_reads_and_the_program_goes_on(tmp_path, monkeypa
 def test_the_layers_of_a_model_are_those_that_it_looks_up(monkeypatch):
     settings = {"models": ["resnet18"], "shapes": [], "sparsities": ["0.9"], "block_shapes": ["32x8"]}
     monkeypatch.setattr(tune, "FLAGS", types.SimpleNamespace(**settings, batch_size=4, dtype="bfloat16"))
-    asked: list[LayerSizes] = []
+    asked: list[LayerCall] = []
     monkeypatch.setattr(tuned, "lookup", lambda layer, device_kind: asked.append(layer))
     config = Config(
         dataset="random", image_shape=(32, 32, 3), model="resnet18", block_shape=(32, 8), batch_size=4,
@@ -88,7 +90,7 @@ def test_the_layers_of_a_model_are_those_that_it_looks_up(monkeypatch):
     decide_feature_major(config, tuned=True)
     # A plan may move a block from one layer to another.
     wanted, asked_for = (
-        {dataclasses.replace(layer, density=round(layer.density, 1)) for layer in layers if layer.batch == 4}
+        {layer.with_density(round(layer.density, 1)) for layer in layers if layer.batch == 4}
         for layers in (tune.wanted_layers(), asked)
     )
     assert wanted == asked_for
@@ -131,20 +133,18 @@ def test_only_a_table_of_its_own_kind_is_gone_on_with(tmp_path):
         tune.open_table(path, "cpu", "third")
 
 
-def test_rivals_agree_on_linear_layers():
-    linear = dataclasses.replace(
-        LAYER, kernel_size=(1, 1), padding=((0, 0), (0, 0)), input_size=(1, 1), in_channels=36
-    )  # fmt: skip
+def test_candidates_agree_on_linear_layers():
+    linear = LayerCall.of(8, matmul_geometry(36), input_size=(1, 1), **SIZES)
     example = tune_layer.Example(linear, 1)
     assert tune_layer.error_of(example.training_pass("xla", None)(), example.training_pass("dense", None)()) < 1e-5
 
 
 def test_repeats_compute_the_same_as_once():
     once, thrice = tune_layer.Example(LAYER, 1), tune_layer.Example(LAYER, 3)
-    rivals = [lambda example: example.training_pass("dense", None)]
-    rivals += [functools.partial(tune_layer.Example.one_pass, name=name, kernels=REFERENCE) for name in Kernels._fields]
-    for rival in rivals:
-        results = [rival(example)() for example in (once, thrice)]
+    calls = [lambda example: example.training_pass("dense", None)]
+    calls += [functools.partial(tune_layer.Example.one_pass, name=name, kernels=REFERENCE) for name in Kernels._fields]
+    for call in calls:
+        results = [call(example)() for example in (once, thrice)]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
 
 
@@ -191,7 +191,7 @@ def test_tiles_are_tuned_pass_by_pass():
 def test_what_fails_or_is_wrong_is_left_out_and_said(monkeypatch):
     said: list[str] = []
     options = {"rounds": 1, "repeats": 1, "tiles": "each", "known": {}, "say": said.append}
-    monkeypatch.setattr(tune_layer, "RIVALS", {"cpu": ("xla", "reference", "pallas")})
+    monkeypatch.setattr(tune_layer, "SPARSE_IMPLEMENTATIONS", {"cpu": ("xla", "reference", "pallas")})
     measured = tune_layer.measure(LAYER, "cpu", **options)
     assert {result.implementation for result in measured} == {"dense", "xla", "reference"}
     assert [text.split(": ", 1)[1] for text in said] == [

@@ -1,16 +1,35 @@
 """Tables of measured layers: what is written is read, what is broken is named, the user's come first."""
 
-import dataclasses
 import json
 import os
+from pathlib import Path
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
+from dsb_jax.layout import max_blocks
 from dsb_jax.ops import tuning as tuned
-from dsb_jax.ops.tuning import LayerSizes, Result, Table, load, lookup, write
+from dsb_jax.ops.layer_call import LayerCall
+from dsb_jax.ops.tuning import Result, Table, load, lookup, write
+from pallas_kernels.interface import ConvGeometry
 from pallas_kernels.tiles import KernelTiles, Tiles
 
-LAYER = LayerSizes(512, 512, (3, 3), (1, 1), ((1, 1), (1, 1)), (4, 4), 128, "bfloat16", (32, 8), 0.1)
+SIZES = {
+    "out": 512, "in_channels": 512, "kernel_size": (3, 3), "strides": (1, 1), "padding": ((1, 1), (1, 1)),
+    "input_size": (4, 4), "batch": 128, "dtype": "bfloat16", "block_shape": (32, 8), "density": 0.1,
+}  # fmt: skip
+
+
+def layer_of(**changes):
+    """The key of a layer, from what a table says of it."""
+    sizes = {**SIZES, **changes}
+    geometry = ConvGeometry(*(sizes.pop(name) for name in ("in_channels", "kernel_size", "strides", "padding")))
+    out, density = sizes.pop("out"), sizes.pop("density")
+    return LayerCall.of(out, geometry, num_blocks=1, **sizes).with_density(density)
+
+
+LAYER = layer_of()
 TILES = KernelTiles(forward=Tiles(256, 64, 8, 2), weight_gradient=Tiles(32))
 RESULTS = (Result("pallas", 1.2e-4, TILES), Result("dense", 2.9e-4))
 TABLE = Table("NVIDIA H200", {"jax": "0.12.0"}, "python -m experiments.tune", {LAYER: RESULTS})
@@ -30,8 +49,8 @@ def of_speed(seconds, device_kind="NVIDIA H200", layer=LAYER):
 
 
 def test_round_trip(tmp_path):
-    linear = dataclasses.replace(LAYER, kernel_size=(1, 1), padding=((0, 0), (0, 0)), input_size=(1, 1))
-    odd = dataclasses.replace(LAYER, padding=((0, -1), (2, 1)), dtype="float32", density=0.33)
+    linear = layer_of(kernel_size=(1, 1), padding=((0, 0), (0, 0)), input_size=(1, 1))
+    odd = layer_of(padding=((0, -1), (2, 1)), dtype="float32", density=0.33)
     table = TABLE._replace(entries={LAYER: RESULTS, linear: (Result("dense", 1.0),), odd: RESULTS})
     path = tmp_path / "table.json"
     write(path, table)
@@ -51,11 +70,16 @@ def test_results_are_read_fastest_first(tmp_path):
 
 def test_sizes_worked_by_hand():
     """512 filters of 512 x 3 x 3 over 4x4 images: 16 positions each; 10 % of 512 * 4608 weights in blocks of 256."""
-    assert LAYER.shape == (512, 4608)
+    assert LAYER.spec.shape == (512, 4608)
     assert LAYER.positions == 16 * 128
-    assert LAYER.num_blocks == 922
+    assert LAYER.spec.num_blocks == 922
+    assert LAYER.density == 922 * 256 / (512 * 4608)
+    assert (LAYER.input_elements, LAYER.output_elements) == (512 * 16 * 128, 512 * 16 * 128)
     assert str(LAYER) == "512x4608, 3x3/1 over 4x4, batch 128, bfloat16, 32x8 blocks, density 0.1"
-    assert dataclasses.replace(LAYER, density=922 * 256 / (512 * 4608)).rounded() == LAYER
+    near, far = (LAYER.with_density(density) for density in (0.1004, 0.106))
+    assert near.spec.num_blocks == 925
+    assert near.rounded() == LAYER.rounded() == LAYER
+    assert far.rounded() != LAYER
     assert tuned.file_name("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3.json"
 
 
@@ -64,7 +88,7 @@ def body():
         "format": tuned.FORMAT, "device_kind": "NVIDIA H200", "versions": {}, "command": "",
         "entries": [
             {
-                "layer": {**dataclasses.asdict(LAYER)},
+                "layer": dict(SIZES),
                 "results": [{"implementation": "dense", "seconds": 1.0, "tiles": None}],
             }
         ],
@@ -171,7 +195,7 @@ def test_the_users_tables_come_before_the_shipped_one(home, monkeypatch):
     assert lookup(LAYER, kind).results[0].seconds == 0.2
     assert lookup(LAYER, "cpu").results[0].seconds == 0.1
     # An exact entry of a later table is worth more than one nearby of an earlier one.
-    write(own, of_speed(0.2, layer=dataclasses.replace(LAYER, batch=100)))
+    write(own, of_speed(0.2, layer=layer_of(batch=100)))
     assert lookup(LAYER, kind) == tuned.Found(LAYER, load(shipped).entries[LAYER], exact=True)
 
 
@@ -194,17 +218,59 @@ def test_the_users_tables_come_before_the_shipped_one(home, monkeypatch):
 def test_which_layers_are_near(home, monkeypatch, changes, near):
     write(home / "table.json", TABLE)
     monkeypatch.setenv(tuned.VARIABLE, str(home / "table.json"))
-    found = lookup(dataclasses.replace(LAYER, **changes), "NVIDIA H200")
+    found = lookup(layer_of(**changes), "NVIDIA H200")
     assert found == (tuned.Found(LAYER, RESULTS, exact=False) if near else None)
 
 
+@given(
+    out=st.integers(1, 70),
+    in_=st.integers(1, 70),
+    block_shape=st.sampled_from([(1, 1), (4, 2), (16, 16), (3, 5)]),
+    share=st.floats(0, 1),
+)
+def test_rounding_is_done_once(out, in_, block_shape, share):
+    """A key is its own key, whatever whole blocks make of two digits; the block count of a small layer is exact."""
+    assume(block_shape[0] <= out and block_shape[1] <= in_)
+    most = max_blocks((out, in_), block_shape)
+    sizes = {"block_shape": block_shape, "input_size": (1, 1), "batch": 3, "dtype": "float32"}
+    call = LayerCall.of(out, ConvGeometry(in_), num_blocks=max(1, round(share * most)), **sizes)
+    assert call.rounded().rounded() == call.rounded()
+    if most <= 10:
+        assert call.rounded() == call
+
+
+def test_without_a_home_there_is_no_table_of_the_user(home, monkeypatch):
+    """No HOME and no entry for the user; a home that does not exist, is a file, or has a name that is too long."""
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    (home / "file").touch()
+    write(home / "named.json", of_speed(0.1))
+    for where in (nobody, lambda: home / "nonexistent", lambda: home / "file", lambda: Path("/" + "x" * 5000)):
+        monkeypatch.setattr(tuned.Path, "home", where)
+        monkeypatch.delenv(tuned.VARIABLE, raising=False)
+        assert lookup(LAYER, "NVIDIA H200") is None
+        monkeypatch.setenv(tuned.VARIABLE, str(home / "named.json"))
+        assert lookup(LAYER, "NVIDIA H200").results[0].seconds == 0.1
+    monkeypatch.setattr(tuned.Path, "home", nobody)
+    assert tuned.user_path("cpu") is None
+
+
+def test_a_home_of_somebody_else_is_passed_over(home, monkeypatch):
+    path = tuned.user_path("NVIDIA H200")
+    path.parent.mkdir(parents=True)
+    write(path, of_speed(0.2))
+    assert lookup(LAYER, "NVIDIA H200") is not None
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs the tests may be root
+    assert lookup(LAYER, "NVIDIA H200") is None
+
+
 def test_the_nearest_of_several_is_taken(home, monkeypatch):
-    table = TABLE._replace(
-        entries={dataclasses.replace(LAYER, density=d): (Result("dense", d),) for d in (0.07, 0.1, 0.14)}
-    )
+    table = TABLE._replace(entries={layer_of(density=d): (Result("dense", d),) for d in (0.07, 0.1, 0.14)})
     write(home / "table.json", table)
     monkeypatch.setenv(tuned.VARIABLE, str(home / "table.json"))
-    assert lookup(dataclasses.replace(LAYER, density=0.123), "NVIDIA H200").layer.density == 0.14
+    assert lookup(layer_of(density=0.123), "NVIDIA H200").layer == layer_of(density=0.14)
 
 
 def test_shipped_tables_are_sound(monkeypatch):

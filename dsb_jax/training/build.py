@@ -71,7 +71,7 @@ def make_method(config: Config) -> Method | None:
         return TopKAST(backward_factor=config.backward_factor, exploration=config.weight_decay, **when)
     when |= {"drop_fraction": config.drop_fraction, "anneal_steps": config.anneal_steps}
     if config.method != "dsb":
-        return {"rigl": RigL, "set": SET}[config.method](**when)
+        return RigL(**when) if config.method == "rigl" else SET(**when)
     return DSB(
         grow=config.grow,
         block_aware_drop=config.block_aware_drop,

@@ -10,7 +10,6 @@ import optax
 
 from dsb_jax import flops
 from dsb_jax.paths import nodes
-from dsb_jax.plan import DENSITY_1
 from dsb_jax.spec import LayerSpec
 from dsb_jax.telemetry import Explored, count_active, count_bytes
 from dsb_jax.train_state import TrainState
@@ -72,7 +71,7 @@ def summarize(
 def measure_flops(config: Config, components: Components) -> dict[str, float]:
     """`train_ratio` and `inference_ratio`: operations against the dense model of the config, see `dsb_jax.flops`."""
     plan, method = components.plan, components.method
-    if plan is not None and not plan.sparse:
+    if plan is not None and not any(isinstance(planned, LayerSpec) for _, planned in plan.items()):
         method = None  # at sparsity 0 there is nothing to adapt
     return flops.measure(
         components.model,
@@ -96,13 +95,11 @@ def measure_sparsity(components: Components, state: TrainState) -> dict[str, Any
     plan, active = components.plan, count_active(state.topology)
     if plan is None:
         return {"sparsity": 0.0, "sparsity_all": 0.0, "num_active": kernels}
-    sizes = {path: spec.size for path, spec in plan.sizes.items()}
-    eligible = {
-        path: sizes[path] for path, planned in plan.items() if isinstance(planned, LayerSpec) or planned == DENSITY_1
-    }
+    eligible = {path: spec.size for path, spec in plan.eligible.items()}
     stored = sum(active.get(path, size) for path, size in eligible.items())
+    everything = sum(spec.size for spec in plan.sizes.values())
     return {
         "sparsity": 1 - stored / sum(eligible.values()),
-        "sparsity_all": 1 - (sum(active.values()) + kernels) / sum(sizes.values()),
+        "sparsity_all": 1 - (sum(active.values()) + kernels) / everything,
         "num_active": sum(active.values()),
     }

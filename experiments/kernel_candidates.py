@@ -1,8 +1,8 @@
-"""The rivals of a kernel benchmark: each pass of each implementation as a function of arrays, timed alike.
+"""The candidates of a kernel benchmark: each pass of each implementation as a function of arrays, timed alike.
 
-A rival takes activations in the order it has in a model: the kernels feature-major, `[C, H, W, N]`; the dense product
-and the dense fallback with the features innermost, `[N, H, W, C]` (a matrix: `[N, in]`), which is what cuDNN and cuBLAS
-are fastest at.
+A candidate takes activations in the order it has in a model: the kernels feature-major, `[C, H, W, N]`; the dense
+product and the dense fallback with the features innermost, `[N, H, W, C]` (a matrix: `[N, in]`), which is what cuDNN
+and cuBLAS are fastest at.
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ import numpy as np
 from jax import lax
 
 from dsb_jax.layout import BlockLayout
-from dsb_jax.ops.dense import convolve, dense_conv, dense_matmul
+from dsb_jax.ops.convolution import convolve
+from dsb_jax.ops.dense import dense_conv, dense_matmul
 from dsb_jax.ops.dispatch import choose
 from dsb_jax.ops.xla import XLA
 from experiments.kernel_shapes import Layer
@@ -47,7 +48,7 @@ class Operands(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One pass of one rival: the function, its operands, and whether activations have the batch first, features last.
+    """One pass of one candidate: the function, its operands, and whether activations are `[N, ..., features]`.
 
     The operands of a weight gradient begin with x and dy.
     """

@@ -1,0 +1,116 @@
+"""What is installed: the files of the wheel, its dependencies, its licence, and what `import dsb_jax` loads."""
+
+import email.message
+import email.parser
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS_NEED = {"absl-py", "flax", "jax", "jaxtyping", "numpy", "optax", "orbax-checkpoint"}
+EXTRAS = {"train", "data", "cuda", "triton", "dev"}
+# What only the extras bring, by the name of the module; scipy, which jax brings, takes half a second to import.
+OF_EXTRAS = {"PIL", "array_record", "importlib_resources", "matplotlib", "sklearn", "tensorflow_datasets", "triton"}
+NOT_LOADED = OF_EXTRAS | {"dsb_jax.training", "experiments", "scipy", "tensorflow"}
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel of the files that git would ship, built in a copy, because setuptools leaves a build/ beside them."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    paths = ["pyproject.toml", "README.md", "LICENSE", "CITATION.cff"]
+    for folder in ("dsb_jax", "pallas_kernels", "experiments", "tests"):
+        files = (ROOT / folder).rglob("*")
+        paths += [str(file.relative_to(ROOT)) for file in files if file.suffix in (".py", ".typed", ".json")]
+    for path in paths:
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).write_bytes((ROOT / path).read_bytes())
+    # A table as `experiments.tune` writes one, whether or not the checkout has some.
+    (source / "dsb_jax/ops/tables").mkdir(exist_ok=True)
+    (source / "dsb_jax/ops/tables/some_device.json").write_text("{}")
+    program = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=source)
+    assert result.returncode == 0, result.stderr
+    (file,) = out.glob("*.whl")
+    return zipfile.ZipFile(file)
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: zipfile.ZipFile) -> email.message.Message:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    return email.parser.Parser().parsestr(wheel.read(name).decode())
+
+
+def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
+    names = wheel.namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"dsb_jax", "pallas_kernels"}
+    modules = {str(path.relative_to(ROOT)) for p in ("dsb_jax", "pallas_kernels") for path in (ROOT / p).rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules
+    assert {"dsb_jax/py.typed", "pallas_kernels/py.typed", "dsb_jax/ops/tables/some_device.json"} <= set(names)
+
+
+def test_the_wheel_carries_its_licence(wheel, metadata):
+    (licence,) = (name for name in wheel.namelist() if name.endswith(".dist-info/licenses/LICENSE"))
+    assert wheel.read(licence) == (ROOT / "LICENSE").read_bytes()
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Author"] == "the dsb_jax authors"
+
+
+def test_the_base_install_is_what_the_layers_need(metadata):
+    requirements = [
+        re.match(r"[\w.-]+", line)[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line
+    ]
+    assert sorted(requirements) == sorted(LAYERS_NEED)
+    assert set(metadata.get_all("Provides-Extra")) == EXTRAS
+
+
+def test_every_requirement_has_a_lower_bound(metadata):
+    unbounded = [line for line in metadata.get_all("Requires-Dist") if ">=" not in line]
+    assert [line for line in unbounded if not line.startswith("dsb-jax[")] == []
+
+
+def test_dev_brings_all_that_the_tests_use(project):
+    assert "dsb-jax[train,data]" in project["optional-dependencies"]["dev"]
+
+
+def test_the_citation_is_of_this_version(project):
+    citation = (ROOT / "CITATION.cff").read_text()
+    top = dict(re.findall(r'^([a-z-]+): *"?(.*?)"?$', citation, re.MULTILINE))
+    assert {"cff-version", "message", "title", "authors"} <= top.keys()  # what the format requires
+    assert (top["cff-version"], top["version"], top["license"]) == ("1.2.0", project["version"], project["license"])
+    paper = citation.split("preferred-citation:")[1]
+    assert re.findall(r"family-names: (\w+)", paper) == ["Jiang", "Hu", "Song"]
+    assert re.search(r"^  year: 2022$", paper, re.MULTILINE)
+
+
+def test_importing_and_using_the_layers_loads_nothing_of_the_extras():
+    program = """
+import json, sys
+import jax, numpy as np
+import dsb_jax
+
+x = np.ones((2, 16), np.float32)
+layer = dsb_jax.SparseDense(16, density=0.5, block_shape=(4, 4))
+variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+jax.eval_shape(jax.grad(lambda v: layer.apply(v, x).sum(), allow_int=True), variables)
+layers = list(sys.modules)
+import dsb_jax.checkpoint
+print(json.dumps([layers, list(sys.modules)]))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    after_layers, after_checkpoint = json.loads(result.stdout)
+    assert "dsb_jax.linen.layers" in after_layers
+    assert NOT_LOADED.intersection(after_layers) == set()
+    assert OF_EXTRAS.intersection(after_checkpoint) == set()
