@@ -3,7 +3,7 @@
     python -m experiments.sweep --preset=digits --root=DIR
     python -m experiments.sweep --root=DIR --methods=dsb,ssb --sparsities=0.8,0.9 --seeds=0,1,2 --set=epochs=8
 
-    ROOT/NAME/               the workdir of a run (experiments/run.py), named by its settings
+    ROOT/NAME/               the workdir of a run (dsb_jax/training/loop.py), named by its settings
     ROOT/NAME.failure.txt    how its last attempt failed: command, exit code, end of the output
     ROOT/table.json          one row for each cell
     ROOT/.compilation_cache  what jax compiled, shared by the runs
@@ -33,10 +33,10 @@ from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dsb_jax.training.json_files import write_atomically
 from experiments import grid, program
 from experiments.grid import Run, workdir
 from experiments.outcomes import finished, make_rows, outcome_table
-from experiments.run import write_atomically
 
 FLAGS = flags.FLAGS
 

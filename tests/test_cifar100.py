@@ -7,9 +7,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dsb_jax.training import data
+from dsb_jax.training import data, loop
 from dsb_jax.training.config import Config
-from experiments import run as runs
 
 
 class Silent:
@@ -18,6 +17,8 @@ class Silent:
     def advance(self, *args): ...
 
     def epoch(self, *args): ...
+
+    def note(self, *args): ...
 
 
 def write_random_cifar100(folder, counts):
@@ -51,11 +52,11 @@ def test_cifar100_is_read_trained_and_evaluated(tmp_path):
     np.testing.assert_array_equal(dataset.test_labels, labels["test"])
     one_sparse_layer = ("stem", "head", "conv_1", "conv_2")  # compiles fastest
     config = Config(dataset="cifar100", method="ssb", epochs=1, batch_size=16, keep_dense=one_sparse_layer)
-    config = runs.for_dataset(config, dataset)
+    config = loop.for_dataset(config, dataset)
     assert (config.image_shape, config.num_classes, config.total_steps) == ((32, 32, 3), 100, 4)
-    summary = runs.run(config, dataset, tmp_path / "run", resume=False, progress=Silent())
+    summary = loop.run(config, dataset, tmp_path / "run", resume=False, progress=Silent())
     assert np.isfinite(summary["test_loss"])
-    components, state = runs.create(dataclasses.replace(config, seed=1))
+    components, state = loop.create(dataclasses.replace(config, seed=1))
     assert state.params["head"]["kernel"].shape == (128, 100)
     logits = jax.eval_shape(lambda s, x: components.model.apply(s.variables, x), state, dataset.test_images[:2] / 255)
     assert logits.shape == (2, 100)

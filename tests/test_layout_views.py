@@ -1,7 +1,6 @@
 """Pictures of layouts by hand and read back; single weights, Top-KAST, and checkpoints that have no masks."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -10,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsb_jax import checkpoint
+from dsb_jax.checkpoint import Checkpoints
 from dsb_jax.layout import BlockLayout
-from dsb_jax.train_state import create_train_state, layouts, with_layouts
-from dsb_jax.training.config import Config, build
+from dsb_jax.paths import nodes, replace_at
+from dsb_jax.training.build import build
+from dsb_jax.training.checkpoints import abstract_state
+from dsb_jax.training.config import Config
 from experiments import layout_views, show_layout
 from experiments.outcomes import read_adaptations
 from tests.conftest import make_layout
@@ -125,21 +126,22 @@ def test_the_metrics_beside_a_checkpoint(tmp_path):
 def random_state(config):
     """A train state of the config with random layouts and weights; nothing is compiled for it."""
     components, rng = build(config), np.random.default_rng(0)
-    create = functools.partial(create_train_state, components.model, components.optimizer)
-    images = jax.ShapeDtypeStruct((1, *config.image_shape), np.float32)
-    abstract = jax.eval_shape(create, jax.random.key(0), images)
+    abstract = abstract_state(config, components)
     state = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), abstract)
-    new, beside = {}, {}
-    for path, layout in layouts(abstract.topology).items():
+    new = {}
+    for path, node in nodes(state.topology).items():
+        layout, aux = node.layout, node.aux
         if config.method == "dsb":
             counts = [len(part) for part in np.array_split(np.arange(layout.num_blocks), layout.num_groups)]
             drawn = make_layout(0, layout.shape, layout.block_shape, tuple(counts))
         else:
             places = rng.permutation(layout.shape[0] * layout.shape[1])
             drawn = single_weights((places < layout.num_blocks).reshape(layout.shape))
-            beside[path] = {"forward_mask": (rng.permutation(layout.num_blocks) % 2 == 0).reshape(-1, 1, 1)}
-        new[path] = dataclasses.replace(drawn, in_idx=np.asarray(drawn.in_idx).astype(layout.in_idx.dtype))
-    topology = with_layouts(state.topology, new, beside)
+            forward_mask = (rng.permutation(layout.num_blocks) % 2 == 0).reshape(-1, 1, 1)
+            aux = dataclasses.replace(aux, forward_mask=forward_mask)
+        drawn = dataclasses.replace(drawn, in_idx=np.asarray(drawn.in_idx).astype(layout.in_idx.dtype))
+        new[path] = dataclasses.replace(node, layout=drawn, aux=aux)
+    topology = replace_at(state.topology, new)
     return dataclasses.replace(state, topology=topology, step=np.zeros((), np.int32))
 
 
@@ -149,8 +151,8 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for method in ("dsb", "topkast", "dense"):
         config = Config(method=method)
-        with checkpoint.Checkpoints(folder / method, config) as saver:
-            saver.save(random_state(config), test_accuracy=0.1)
+        with Checkpoints(folder / method, config.to_json()) as saver:
+            saver.save(random_state(config), step=0, test_accuracy=0.1)
     layers = {f"conv_{i}": {"turnover": 0.1 * i} for i in (1, 2, 3)}
     entries = [json.dumps({"kind": "adapt", "step": step, "layers": layers}) + "\n" for step in (0, 40, 80)]
     (folder / "dsb" / "metrics.jsonl").write_text("".join(entries))

@@ -7,8 +7,8 @@ import pytest
 from absl.testing import flagsaver
 
 from dsb_jax.training.config import Config
+from dsb_jax.training.loop import create
 from experiments import memory
-from experiments import run as runs
 
 SPARSE = ("dsb", "ssb", "rigl", "set")
 
@@ -53,7 +53,7 @@ def test_table_three(results):
 
 
 def test_the_account_is_that_of_a_real_state(results):
-    _, state = runs.create(Config(dataset="random", image_shape=(32, 32, 3), method="dsb"))
+    _, state = create(Config(dataset="random", image_shape=(32, 32, 3), method="dsb"))
     blocks = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params) if path[-1].key == "blocks"]
     row = results["dsb", "training"]
     assert row["weights_bytes"] == sum(leaf.nbytes for leaf in blocks)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dsb_jax.training.config import Config, build
+from dsb_jax.training.build import build
+from dsb_jax.training.config import Config
 
 ROOT = Path(__file__).parent.parent
 

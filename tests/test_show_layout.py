@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsb_jax import checkpoint
+from dsb_jax.checkpoint import Checkpoints
 from dsb_jax.layout import to_mask
 from dsb_jax.training.config import Config
+from dsb_jax.training.loop import create
 from experiments import layout_views
-from experiments import run as runs
 from experiments.show_layout import caption, choose
 from tests.conftest import make_layout
 
@@ -79,9 +79,9 @@ def show(*arguments):
 
 def test_the_program_draws_a_checkpoint(tmp_path):
     config = Config(total_steps=10, epochs=1)
-    _, state = runs.create(config)
-    with checkpoint.Checkpoints(tmp_path / "run", config) as saver:
-        saver.save(state, test_accuracy=0.5)
+    _, state = create(config)
+    with Checkpoints(tmp_path / "run", config.to_json()) as checkpoints:
+        checkpoints.save(state, step=0, test_accuracy=0.5)
     out = tmp_path / "layout.png"
     result = show(f"--checkpoint={tmp_path / 'run'}", "--layers=conv_1,conv_2", f"--out={out}")
     assert result.returncode == 0, result.stderr

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dsb_jax import checkpoint
-from dsb_jax.methods import METHODS
-from dsb_jax.training.config import Config
+from dsb_jax.training.checkpoints import check_workdir
+from dsb_jax.training.config import METHODS, Config
 from experiments import grid, outcomes
 from experiments.sweep import Estimate, Sweep, format_seconds
 
@@ -211,7 +210,7 @@ def test_the_estimate_takes_the_same_method_first():
 def test_a_run_killed_while_it_noted_its_config_begins_again(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / ".config.json").write_text('{"dataset"')
-    assert checkpoint.check_workdir(tmp_path, Config(), resume=True) is None
+    assert check_workdir(tmp_path, Config(), resume=True)[1] is None
 
 
 SWEEP = ("--methods=dense", "--seeds=0,1", "--set=epochs=3", "--set=batch_size=256")

@@ -80,11 +80,9 @@ def check_workdir(workdir: str | os.PathLike[str], config: Config, *, resume: bo
             f"{root} holds a run of this config already, at step {step or 0}; "
             "add --resume to continue it, or give another --workdir."
         )
-    # Of an old run it was decided by the implementation that it began with.
-    began = _decided(
-        saved if config.feature_major is None else dataclasses.replace(saved, feature_major=config.feature_major)
-    )
-    return dataclasses.replace(config, feature_major=began.feature_major), step
+    if config.feature_major is None:  # of an old run decided by the implementation that it began with
+        config = dataclasses.replace(config, feature_major=_decided(saved, tuned=True).feature_major)
+    return config, step
 
 
 def restore(
