@@ -18,7 +18,7 @@ from dsb_jax.ops import record_choices
 from dsb_jax.ops import tuning as tuned
 from dsb_jax.ops.layer_call import LayerCall
 from dsb_jax.ops.tuning import Result
-from dsb_jax.training.build import decide_feature_major
+from dsb_jax.training.build import build
 from dsb_jax.training.config import Config
 from experiments import tune, tune_layer
 from pallas_kernels import REFERENCE, ConvGeometry, Kernels, matmul_geometry
@@ -87,7 +87,8 @@ def test_the_layers_of_a_model_are_those_that_it_looks_up(monkeypatch):
         dataset="random", image_shape=(32, 32, 3), model="resnet18", block_shape=(32, 8), batch_size=4,
         dtype="bfloat16", label_smoothing=0.125,  # so that no other test has built it before
     )  # fmt: skip
-    decide_feature_major(config, tuned=True)
+    images = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
+    jax.eval_shape(build(config).model.init, jax.random.key(0), images)
     # A plan may move a block from one layer to another.
     wanted, asked_for = (
         {layer.with_density(round(layer.density, 1)) for layer in layers if layer.batch == 4}
