@@ -67,17 +67,16 @@ def grow_norm(
 
     levels = np.maximum(row_joins[:, None], col_joins[None])
     # A level is the strip of the row or column of blocks that joined last; its blocks are numbered along the other.
-    along = np.where(
-        row_joins[:, None] > col_joins[None], np.arange(col_joins.size), np.arange(row_joins.size)[:, None]
-    )
+    rows_of_blocks, columns_of_blocks = (np.arange(joins.size, dtype=np.int32) for joins in (row_joins, col_joins))
+    along = np.where(row_joins[:, None] > col_joins[None], columns_of_blocks, rows_of_blocks[:, None])
     level, k_level = _cut(jnp.zeros(row_joins.size + col_joins.size, jnp.int32).at[levels].add(in_block), k)
     strip = jnp.where(levels == level, in_block, 0)
     block, k_block = _cut(jnp.zeros(max(in_block.shape), jnp.int32).at[along].add(strip), k_level)
 
     # Whole blocks, looked up by the rank of each row and column.
     whole = (levels < level) | ((levels == level) & (along < block))
-    row_block = jnp.zeros(out, jnp.int32).at[row_order].set(jnp.arange(out) // rows)
-    col_block = jnp.zeros(in_, jnp.int32).at[col_order].set(jnp.arange(in_) // cols)
+    row_block = jnp.zeros(out, jnp.int32).at[row_order].set(jnp.arange(out, dtype=jnp.int32) // rows)
+    col_block = jnp.zeros(in_, jnp.int32).at[col_order].set(jnp.arange(in_, dtype=jnp.int32) // cols)
     grown = candidate & whole[row_block][:, col_block]
     # The one block that is cut.
     last = jnp.argmax((levels == level) & (along == block))
@@ -176,10 +175,10 @@ def grow_random(
       ValueError: if `granularity` is neither, or `out_idx` is missing where it is needed.
     """
     if granularity == "position":
-        return select_largest(jax.random.uniform(key, candidate.shape), k, where=candidate)
+        return select_largest(jax.random.uniform(key, candidate.shape, jnp.float32), k, where=candidate)
     if granularity != "column":
         raise ValueError(f"granularity={granularity!r} is unknown; give 'column' or 'position'.")
     if out_idx is None:
         raise ValueError("granularity='column' needs the row groups: pass out_idx, or granularity='position'.")
-    noise = jax.random.uniform(key, (out_idx.shape[0], candidate.shape[1]))
+    noise = jax.random.uniform(key, (out_idx.shape[0], candidate.shape[1]), jnp.float32)
     return grow_block_gradient(noise, k, candidate=candidate, out_idx=out_idx)

@@ -3,7 +3,7 @@
 Jiang, Hu, Song, NeurIPS 2022 ("shuffled blocking"): group rows with similar patterns, order each group's columns
 by their score, cut them into blocks, keep the best. The layout L maximises, approximately,
 
-    retained_score(L) = sum(score * to_mask(L)) / sum(score).
+    retained(L) = sum(score * to_mask(L)) / sum(score).
 
 The paper's public code groups rows by complete-linkage clustering on the host. Here, in static shapes and
 `num_groups` sequential steps and a few more, whatever the data:
@@ -17,7 +17,7 @@ The paper's public code groups rows by complete-linkage clustering on the host. 
    each other's best partner exchange at the same time. Choosing the columns anew and exchanging again never loses.
 4. *Cut*: `cut_columns`, exactly `num_blocks` blocks, over the whole layer.
 
-Deviations from the paper: groups are always balanced, the previous grouping competes with the new one, and
+Deviations from the paper: groups are always balanced, the previous grouping can compete with the new one, and
 `min_group_blocks` can keep row groups from starving.
 """
 
@@ -36,7 +36,6 @@ from dsb_jax.layout import (
     count_groups,
     groups_of_blocks,
     num_active,
-    pack,
     ragged_blocks,
 )
 from dsb_jax.select import select_largest
@@ -97,7 +96,7 @@ def _reblock(
     shape = (score.shape[0], score.shape[1])
     score = jnp.where(score > 0, score, 0).astype(jnp.float32)
     phantoms = count_groups(shape[0], block_shape[0]) * block_shape[0] - shape[0]
-    padded = jnp.concatenate([score, jnp.zeros((phantoms, shape[1]))]) if phantoms else score
+    padded = jnp.concatenate([score, jnp.zeros((phantoms, shape[1]), jnp.float32)]) if phantoms else score
 
     def cut(out_idx: Int[Array, "num_groups R"]) -> tuple[BlockLayout, Float[Array, ""]]:
         columns = padded[out_idx].sum(axis=1)
@@ -136,7 +135,7 @@ def _group_rows(
         """`count` free rows like the seed: the group doubles until it is full, then is chosen once more."""
 
         def fill(i: Int[Array, ""], members: Int[Array, "count"]) -> Int[Array, "count"]:
-            held = jnp.arange(count) < jax.lax.shift_left(jnp.int32(1), i)
+            held = jnp.arange(count, dtype=jnp.int32) < jax.lax.shift_left(jnp.int32(1), jnp.int32(i))
             like = similarity(members, held.astype(jnp.float32))
             return jax.lax.top_k(jnp.where(free, like, -jnp.inf), count)[1].astype(jnp.int32)
 
@@ -178,11 +177,11 @@ def _ragged_fit(
     last, ragged = out % rows, ragged_blocks(shape, block_shape, num_blocks) or 0
 
     def fit(row: Int[Array, ""]) -> Float[Array, ""]:
-        like = similarity(row[None], jnp.ones(1))
+        like = similarity(row[None], jnp.ones(1, jnp.float32))
         near, _ = jax.lax.top_k(like, rows)
         gap = near[:last].mean() - near[last:].mean()
         left_over = jnp.sum(like > 1 - 1e-5) % rows == last
-        return gap - jnp.abs(size[row] - ragged * cols) / in_ + 1e-3 * left_over
+        return gap - jnp.abs(size[row] - ragged * cols) / in_ + 1e-3 * left_over.astype(jnp.float32)
 
     return jax.lax.map(fit, jnp.arange(out), batch_size=min(out, 256))
 
@@ -298,16 +297,8 @@ def _cut(
     group = groups_of_blocks(group_start, num_blocks)
     order = order.reshape(groups, slots, cols).astype(jnp.int32)
     in_idx = order[group, ids - group_start[group]].astype(column_dtype(shape[1]))
-    retained = jnp.where(jnp.arange(slots)[:, None] < count[None], worth, 0).sum()
+    retained = jnp.where(jnp.arange(slots, dtype=jnp.int32)[:, None] < count[None], worth, 0).sum()
     return BlockLayout(jnp.asarray(out_idx, jnp.int32), in_idx, group_start, shape, block_shape), retained
-
-
-@jax.jit
-def retained_score(score: Float[Array | np.ndarray, "out in"], layout: BlockLayout) -> Float[Array, ""]:
-    """The share of a nonnegative score that lies on the layout, 0 to 1; 1 if there is no score at all."""
-    score = jnp.asarray(score, jnp.float32)
-    total = score.sum()
-    return jnp.where(total > 0, pack(score, layout).sum() / jnp.where(total > 0, total, 1), 1.0)
 
 
 def most_group_blocks(shape: tuple[int, int], block_shape: tuple[int, int], num_blocks: int) -> int:

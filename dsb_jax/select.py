@@ -87,7 +87,7 @@ def _bisect(
     index_bits = max(bits.size - 1, 1).bit_length()
 
     def below(bound: Int[Array, ""], first: Int[Array, ""]) -> Bool[Array, "*dims"]:
-        return bits < bound + (index < first)  # that is: smaller, or equal and before `first`
+        return bits < bound + (index < first).astype(jnp.int32)  # that is: smaller, or equal and before `first`
 
     def try_bit(state: State) -> State:
         step, bound, first, count = state

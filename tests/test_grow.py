@@ -138,6 +138,8 @@ def test_random_follows_its_key():
     one, same, other = (grow(jax.random.key(s), 64) for s in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
+    with jax.enable_x64(True):  # the draws are of 32 bits all the same
+        np.testing.assert_array_equal(grow(jax.random.key(1), 64), one)
     panels = one[out_idx]
     assert (panels.all(axis=1) == panels.any(axis=1)).all()  # 64 is 16 whole columns of 4 rows
 

@@ -4,16 +4,30 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dsb_jax.methods.base import LayerReport as LayerReport
-from dsb_jax.methods.base import LayerState as LayerState
-from dsb_jax.methods.base import Method as Method
-from dsb_jax.methods.dsb import DSB as DSB
-from dsb_jax.methods.dsb import GRANULARITIES as GRANULARITIES
-from dsb_jax.methods.dsb_growth import GROW as GROW
-from dsb_jax.methods.rigl import RigL as RigL
-from dsb_jax.methods.set import SET as SET
-from dsb_jax.methods.static import Static as Static
-from dsb_jax.methods.topkast import TopKAST as TopKAST
+from dsb_jax.methods.base import LayerReport, LayerState, Method
+from dsb_jax.methods.dsb import DSB, GRANULARITIES
+from dsb_jax.methods.dsb_growth import GROW
+from dsb_jax.methods.rigl import RigL
+from dsb_jax.methods.set import SET
+from dsb_jax.methods.static import Static
+from dsb_jax.methods.topkast import TopKAST
+
+# `import *` must not bring the module `set`, which is a word of Python.
+__all__ = [
+    "DSB",
+    "GRANULARITIES",
+    "GROW",
+    "METHODS",
+    "SET",
+    "LayerReport",
+    "LayerState",
+    "Method",
+    "RigL",
+    "Static",
+    "TopKAST",
+    "from_json",
+    "to_json",
+]
 
 # Without modules, one of which is called `set` and one as people call this package: `from dsb_jax.methods import *`.
 __all__ = [

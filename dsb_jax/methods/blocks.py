@@ -28,7 +28,7 @@ def scale_to_fan_in(weights: Float[Array, "out in"], layout: BlockLayout) -> Flo
     blocks = pack(weights, layout)
     fan_in = jnp.diff(layout.group_start)[block_group(layout)] * layout.block_shape[1]
     scale = jnp.sqrt(layout.shape[1] / fan_in.astype(jnp.float32))[:, None, None]
-    dtype = jnp.promote_types(blocks.dtype, jnp.float32)
+    dtype = blocks.dtype if jnp.finfo(blocks.dtype).bits > 32 else jnp.dtype(jnp.float32)
     return (blocks.astype(dtype) * scale.astype(dtype)).astype(blocks.dtype)
 
 
