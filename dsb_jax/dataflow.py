@@ -37,7 +37,8 @@ def _bodies(equation: Any) -> list[tuple[Any, Sequence[Any]]]:
 def dependencies(jaxpr: Any) -> list[frozenset[int]]:
     """For each output of a (closed) jaxpr the numbers of the inputs it may depend on.
 
-    Exact through calls and conditionals; of a loop or an opaque equation every output depends on every operand.
+    Exact through calls and conditionals; of a loop or an opaque equation every output depends on every operand. Whether
+    a number is finite does not count: it is of every gradient, but where a step is skipped.
     """
     jaxpr = _open(jaxpr)
     reached = {variable: frozenset([i]) for i, variable in enumerate(jaxpr.invars)}
@@ -47,6 +48,8 @@ def dependencies(jaxpr: Any) -> list[frozenset[int]]:
         return frozenset().union(*known)
 
     for equation in jaxpr.eqns:
+        if equation.primitive.name == "is_finite":
+            continue
         bodies = [] if equation.primitive.name in _LOOPS else _bodies(equation)
         bodies = [(body, operands) for body, operands in bodies if len(body.outvars) == len(equation.outvars)]
         if not bodies:

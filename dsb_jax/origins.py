@@ -31,7 +31,7 @@ def origins(old: BlockLayout, new: BlockLayout) -> Int[Array, "num_blocks R C"]:
 
 def take(values: jax.Array, origin: Int[Array, "num_blocks R C"], *, fill: float = 0) -> jax.Array:
     """Values of the old blocks at their new places; `fill`, which phantom rows would get too, where they are new."""
-    return values.reshape(-1).at[origin].get(mode="fill", fill_value=fill)
+    return jnp.asarray(values).reshape(-1).at[origin].get(mode="fill", fill_value=fill)
 
 
 def move(values: jax.Array, old: BlockLayout, new: BlockLayout) -> jax.Array:

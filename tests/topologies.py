@@ -1,0 +1,49 @@
+"""Nodes made by hand and comparisons by bits, which the tests of the core share."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsb_jax.layout import BlockLayout
+from dsb_jax.spec import LayerSpec, linear_spec
+from dsb_jax.topology import LayerTopology
+from tests.conftest import make_layout
+
+
+def make_node(layout: BlockLayout, *, spec: LayerSpec | None = None) -> LayerTopology:
+    """The node of a linear layer with this layout, or of a layer whose dense spec is given."""
+    dense = linear_spec(layout.shape[1], layout.shape[0]) if spec is None else spec
+    return LayerTopology(layout, None, dense.with_blocks(layout.block_shape, layout.in_idx.shape[0]))
+
+
+def node_of_counts(seed: int, shape: tuple[int, int], block_shape: tuple[int, int], counts: tuple[int, ...]) -> Any:
+    """The node of a linear layer whose group g holds `counts[g]` blocks, of random rows and columns."""
+    return make_node(make_layout(seed, shape, block_shape, counts))
+
+
+def stacked(nodes: list[LayerTopology], axis: int = 0) -> LayerTopology:
+    """One node of several equal layers, as a model that lifts its layers along `axis` holds it."""
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves], axis), *nodes)
+
+
+def assert_same_bits(one: Any, other: Any) -> None:
+    """Equal structures, dtypes, shapes and bits (NaN equals NaN; 0 and -0 differ)."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        if jax.dtypes.issubdtype(getattr(a, "dtype", None), jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert a.tobytes() == b.tobytes()
+
+
+def noise_like(tree: Any, seed: int = 0) -> Any:
+    """Random numbers for every float leaf, so that none is zero by chance; zeros for the others."""
+    rng = np.random.default_rng(seed)
+
+    def noise(leaf: Any) -> Any:
+        floats = jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
+        return (rng.standard_normal(leaf.shape) if floats else np.zeros(leaf.shape)).astype(leaf.dtype)
+
+    return jax.tree.map(noise, tree)
