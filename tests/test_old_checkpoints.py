@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from dsb_jax.checkpoint import CheckpointError, Checkpoints
-from dsb_jax.stored_step import by_name
+from dsb_jax.stored_step import by_name, read_step
 from dsb_jax.train import adapt_step, train_step
 from dsb_jax.training import data
 from dsb_jax.training.checkpoints import check_workdir, restore
+from dsb_jax.training.old_checkpoints import renamed
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "checkpoints_8cce860.tar.xz"
 RUNS = ("dsb", "dsb_block", "ssb", "rigl", "set", "dense")
@@ -95,12 +96,11 @@ def test_an_old_run_is_resumed_and_its_next_step_has_the_names_of_today(old, tmp
     assert checksums(restore(run).state) == checksums(state)
 
 
-def test_top_kast_of_then_is_refused(old, tmp_path):
-    step = Path(shutil.copytree(old / "ssb" / "checkpoints" / "80", tmp_path / "80"))
-    config, sums = ((step / item / "metadata") for item in ("recipe", "checksums"))
-    values = json.loads(config.read_text()) | {"method": "topkast"}
-    config.write_text(json.dumps(values))
-    text = json.dumps(values, sort_keys=True).encode()
-    sums.write_text(json.dumps(json.loads(sums.read_text()) | {"recipe": zlib.crc32(text)}))
-    with pytest.raises(CheckpointError, match=r"is of Top-KAST in version 0\.1, which stored it in another way; train"):
-        restore(step)
+def test_what_a_method_kept_beside_a_layout_is_refused(old):
+    stored = read_step(old / "ssb" / "checkpoints" / "80", "")
+    beside = {**stored.arrays, "topology/conv_1/forward_mask": np.ones((7, 1, 1), bool)}
+    with pytest.raises(
+        CheckpointError, match="topology/conv_1/forward_mask lies beside a layout as version 0.1 stored"
+    ):
+        renamed(stored._replace(arrays=beside))
+    assert "topology/conv_1/blocks/layout/out_idx" in renamed(stored).arrays

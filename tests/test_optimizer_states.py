@@ -173,7 +173,9 @@ def test_the_move_of_these_tests_keeps_some_and_loses_some():
 @pytest.mark.parametrize("abstract", [False, True])
 def test_what_cannot_follow_is_refused_before_the_first_step(name, abstract):
     params = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, PARAMS)) if abstract else PARAMS
-    with pytest.raises(ValueError, match=r"the optimizer keeps a state of shape \(.*\) at .*, which cannot follow .*SGD, Adam, Lion"):
+    with pytest.raises(
+        ValueError, match=r"the optimizer keeps a state of shape \(.*\) at .*, which cannot follow .*SGD, Adam, Lion"
+    ):
         check_optimizer(REFUSED[name], params, TOPOLOGY)
     if name != "lbfgs":
         with pytest.raises(ValueError, match="cannot follow the blocks"):
@@ -187,7 +189,9 @@ def test_what_cannot_follow_is_refused_before_the_first_step(name, abstract):
 
 def test_layers_that_have_nothing_to_do_with_it_may_be_factored():
     """What a masked transformation keeps for the dense layers need not follow anything."""
-    dense = optax.masked(optax.sm3(0.1), lambda params: jax.tree.map(lambda is_sparse: not is_sparse, is_blocks(params)))
+    dense = optax.masked(
+        optax.sm3(0.1), lambda params: jax.tree.map(lambda is_sparse: not is_sparse, is_blocks(params))
+    )
     assert followers(dense, PARAMS, TOPOLOGY) == {}
     assert len(followers(optax.chain(dense, optax.trace(0.9)), PARAMS, TOPOLOGY)) == 4
 

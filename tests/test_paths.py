@@ -52,7 +52,10 @@ def test_boxes_are_looked_into_and_kept():
 
 
 def test_weights_that_are_not_there():
-    for params, count in (({"fc": {"kernel": np.ones(3)}}, 0), ({"fc": {"blocks": {"a": np.ones(1), "b": np.ones(1)}}}, 2)):
+    for params, count in (
+        ({"fc": {"kernel": np.ones(3)}}, 0),
+        ({"fc": {"blocks": {"a": np.ones(1), "b": np.ones(1)}}}, 2),
+    ):
         with pytest.raises(ValueError, match=f"the tree has {count} arrays at 'fc/blocks', where the topology has"):
             weights_at(params, {("fc", "blocks"): NODE})
 

@@ -96,9 +96,7 @@ def test_by_layer_is_a_loop_over_the_layers(axis):
         stacked(each, axis), np.moveaxis(blocks, 0, axis)
     )
     one = jax.jit(lambda node, blocks: by_layer(dense, node, blocks))
-    assert_same_bits(
-        result, np.stack([np.asarray(one(node, b)) for node, b in zip(each, blocks, strict=True)], axis)
-    )
+    assert_same_bits(result, np.stack([np.asarray(one(node, b)) for node, b in zip(each, blocks, strict=True)], axis))
 
 
 def top_kast(num_active: int) -> tuple[jax.Array, LayerTopology]:
@@ -189,5 +187,3 @@ def test_two_plans_are_two_programs():
     one, same, other = (node_of_counts(s, (8, 12), (4, 3), c) for s, c in ((0, (1, 2)), (1, (2, 1)), (0, (2, 2))))
     assert [int(count(node)) for node in (one, same, other)] == [3, 3, 4]
     assert len(traced) == 2
-
-

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.losses import Loss, smoothed_cross_entropy
-from dsb_jax.methods import DSB, SET, Method, RigL, Static, TopKAST
+from dsb_jax.methods import METHODS, Method
 from dsb_jax.ops.convolution import conv_general_dilated
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, record_choices
 from dsb_jax.plan import SparsityPlan, find_layers, make_plan
@@ -64,24 +64,9 @@ def make_method(config: Config) -> Method | None:
     """
     if config.method in DENSE_METHODS:
         return None
-    if config.method == "ssb":
-        return Static()
-    when: dict[str, Any] = {"update_interval": config.update_interval, "update_end_step": config.update_end_step}
-    if config.method == "topkast":
-        return TopKAST(backward_factor=config.backward_factor, exploration=config.weight_decay, **when)
-    when |= {"drop_fraction": config.drop_fraction, "anneal_steps": config.anneal_steps}
-    if config.method != "dsb":
-        return RigL(**when) if config.method == "rigl" else SET(**when)
-    return DSB(
-        grow=config.grow,
-        block_aware_drop=config.block_aware_drop,
-        granularity=config.granularity,
-        min_group_blocks=config.min_group_blocks,
-        growth_score=config.growth_score,
-        regroup_interval=config.regroup_interval,
-        keep_grouping=config.keep_grouping,
-        **when,
-    )
+    method = METHODS[config.method]
+    names = [field.name for field in dataclasses.fields(method)]
+    return method(**{name: getattr(config, name) for name in names if hasattr(config, name)})
 
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -110,6 +110,11 @@ class Config:
     feature_major: bool | None = None
 
     @property
+    def exploration(self) -> float:
+        """Of Top-KAST: the weight decay, from which its exploration regularizer follows."""
+        return self.weight_decay
+
+    @property
     def update_end_step(self) -> int:
         """The first step without adaptation, at least 1; nothing is adapted before step 1."""
         return max(round(self.update_end_fraction * self.total_steps), 1)

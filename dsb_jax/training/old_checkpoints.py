@@ -5,7 +5,8 @@
     batch_stats/...                                  collections/batch_stats/...
     topology/LAYER/layout/out_idx, in_idx, ...       topology/LAYER/blocks/layout/out_idx, in_idx, ...
 
-There was one generator of random numbers, threefry2x32. Top-KAST kept its weights in another way and is refused.
+There was one generator of random numbers, threefry2x32. What a method keeps beside the layout had another form, and is
+refused.
 """
 
 import re
@@ -14,10 +15,9 @@ from pathlib import Path
 from dsb_jax.stored_step import CheckpointError, StoredStep
 from dsb_jax.training.build import KEY_IMPL
 
-_NAMES = (
-    (re.compile(r"^batch_stats/"), "collections/batch_stats/"),
-    (re.compile(r"^(topology/.*)/layout/(out_idx|in_idx|group_start)$"), r"\1/blocks/layout/\2"),
-)
+_IS_TOPOLOGY = re.compile(r"^topology/")
+_LAYOUT = re.compile(r"^(topology/.*)/layout/(out_idx|in_idx|group_start)$")
+_NAMES = ((re.compile(r"^batch_stats/"), "collections/batch_stats/"), (_LAYOUT, r"\1/blocks/layout/\2"))
 
 
 def is_old(directory: Path) -> bool:
@@ -29,11 +29,13 @@ def renamed(stored: StoredStep) -> StoredStep:
     """An old step with the names of today, to be called after the checksums were compared.
 
     Raises:
-      CheckpointError: for a run of Top-KAST.
+      CheckpointError: if a layer keeps something beside its layout.
     """
-    if stored.config.get("method") == "topkast":
+    beside = next((name for name in stored.arrays if _IS_TOPOLOGY.match(name) and not _LAYOUT.match(name)), None)
+    if beside is not None:
         raise CheckpointError(
-            f"{stored.directory} is of Top-KAST in version 0.1, which stored it in another way; train anew."
+            f"{stored.directory}: {beside} lies beside a layout as version 0.1 stored it for method "
+            f"{stored.config.get('method')!r}, which is read no more; train anew."
         )
     return stored._replace(
         arrays={_new_name(name): array for name, array in stored.arrays.items()}, key_impls={"key": KEY_IMPL}
