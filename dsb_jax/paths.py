@@ -15,14 +15,15 @@ from dsb_jax.topology import LayerTopology, split_stack
 Path = tuple[str, ...]
 
 
-def _name(key: Any) -> str:
+def key_name(key: Any) -> str:
+    """One step of a path of `jax.tree_util` as text."""
     return str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)))
 
 
 def by_path(tree: Any, *, leaf: type = LayerTopology) -> dict[Path, Any]:
     """Every leaf of a tree by its path; nodes of type `leaf` are leaves."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, leaf))
-    return {tuple(map(_name, path)): leaf for path, leaf in leaves}
+    return {tuple(map(key_name, path)): leaf for path, leaf in leaves}
 
 
 def nodes(topology: Any) -> dict[Path, LayerTopology]:
@@ -56,7 +57,7 @@ def replace_at(tree: Any, values: Mapping[Path, Any]) -> Any:
     """The tree with other leaves (or nodes) at some paths, in the same boxes."""
 
     def replaced(path: tuple[Any, ...], leaf: Any) -> Any:
-        names = tuple(map(_name, path))
+        names = tuple(map(key_name, path))
         return values[names] if names in values else values.get(names[:-1], leaf)
 
     return jax.tree_util.tree_map_with_path(replaced, tree, is_leaf=lambda node: isinstance(node, LayerTopology))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dsb_jax.paths import key_name, path_name
 from dsb_jax.train_state import TrainState
 
 JSON_FILE = "metadata"  # Orbax's name for the file of a JSON item
@@ -51,7 +52,7 @@ class StoredStep(NamedTuple):
 def by_name(tree: Any) -> dict[str, Any]:
     """Leaves by names such as `params/conv_1/blocks`: equal for a dataclass and for the dicts that Orbax returns."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {path_name(tuple(map(key_name, path))): leaf for path, leaf in leaves}
 
 
 def checksums(arrays: dict[str, Any], **texts: Any) -> dict[str, int]:
