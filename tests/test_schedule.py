@@ -12,6 +12,7 @@ from dsb_jax.methods.schedule import AUTHORS, drop_fraction, is_within
 
 SHARES = st.floats(0, 1)
 ENDS = st.integers(1, 1_000_000)
+jitted = jax.jit(drop_fraction, static_argnums=0)
 
 
 def test_drop_fraction_by_hand():
@@ -57,9 +58,6 @@ def test_drop_fraction_is_the_same_traced(step):
     traced = jitted(method, step)
     np.testing.assert_allclose(traced, drop_fraction(method, step), atol=1e-7)
     assert traced.dtype == jnp.float32
-
-
-jitted = jax.jit(drop_fraction, static_argnums=0)
 
 
 def test_due_by_hand():

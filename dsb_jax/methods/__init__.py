@@ -29,24 +29,7 @@ __all__ = [
     "to_json",
 ]
 
-# Without modules, one of which is called `set` and one as people call this package: `from dsb_jax.methods import *`.
-__all__ = [
-    "DSB",
-    "GRANULARITIES",
-    "GROW",
-    "METHODS",
-    "SET",
-    "LayerReport",
-    "LayerState",
-    "Method",
-    "RigL",
-    "Static",
-    "TopKAST",
-    "from_json",
-    "to_json",
-]
-
-METHODS: dict[str, Any] = {method.name: method for method in (DSB, Static, RigL, SET, TopKAST)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (DSB, Static, RigL, SET, TopKAST)}
 
 
 def to_json(method: Method) -> dict[str, Any]:
@@ -70,7 +53,7 @@ def from_json(values: Mapping[str, Any]) -> Method:
     name = fields.pop("name", None)
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method name={name!r} is unknown; choose one of {', '.join(METHODS)}.")
-    known = [field.name for field in dataclasses.fields(METHODS[name])]
+    known = [field.name for field in dataclasses.fields(METHODS[name])]  # type: ignore[arg-type]
     if odd := [field for field in fields if field not in known]:
         raise ValueError(f"method {name!r} has no field {odd[0]!r}; it has {', '.join(known) or 'none'}.")
     try:
