@@ -7,14 +7,16 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from dsb_jax.layout import random_layout, unpack
+from dsb_jax.layout import unpack
 from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.ops import sparse_conv
-from dsb_jax.ops.statistics import make_probe, observe
+from dsb_jax.ops.statistics import Gradient, OutputInputNorms, PanelGradientNorm, Zero, observe
+from dsb_jax.spec import conv_spec, linear_spec
 from pallas_kernels import ConvGeometry
 from tests.conftest import make_layout
 
-KINDS = ("norm", "block_gradient", "gradient")
+KINDS = (OutputInputNorms(), PanelGradientNorm(), Gradient())
+IDS = [type(kind).__name__ for kind in KINDS]
 
 # name: geometry, (batch, height, width), out, blocks of each group of 4 rows
 GEOMETRIES = {
@@ -71,15 +73,21 @@ def patches(x, geometry):
     return np.stack(columns)
 
 
-def run(x, blocks, layout, dy, geometry, kind=None, feature_major=False):
-    """y and the gradients of (x, blocks, probe); without a kind, of (x, blocks) of the layer that is not observed."""
+def zero_of(kind, layout):
+    out, in_ = layout.shape
+    spec = linear_spec(in_, out).with_blocks(layout.block_shape, layout.num_blocks)
+    return Zero(kind.zeros(spec), jnp.zeros(()), kind)
+
+
+def observed(x, blocks, layout, dy, geometry, kind=None, feature_major=False):
+    """y and the gradients of x and blocks, and the statistic; without a kind, of a layer that is not observed."""
     to_major = (3, 1, 2, 0)
 
-    def layer(x, blocks, probe):
+    def layer(x, blocks, zero):
         x = x.transpose(to_major) if feature_major else x
         y = sparse_conv(x, blocks, layout, geometry=geometry, implementation="dense", feature_major=feature_major)
         if kind is not None:
-            y = observe(y, x, probe, layout, geometry=geometry, feature_major=feature_major)
+            y = observe(y, x, zero, layout, geometry=geometry, feature_major=feature_major)
         return y.transpose(to_major) if feature_major else y
 
     @jax.jit
@@ -87,66 +95,71 @@ def run(x, blocks, layout, dy, geometry, kind=None, feature_major=False):
         y, pullback = jax.vjp(layer, *args)
         return y, *pullback(dy)
 
-    return together(x, blocks, {} if kind is None else make_probe(kind, layout))
+    y, dx, d_blocks, seen = together(x, blocks, {} if kind is None else zero_of(kind, layout))
+    if kind is None:
+        return y, dx, d_blocks, None
+    assert seen.calls == 1
+    return y, dx, d_blocks, kind.finish(seen.value)
 
 
 def close(result, wanted):
     np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
 def test_the_statistic_is_that_of_the_dense_gradient(case, kind):
     x, _, layout, dy, geometry = case
-    statistic = run(*case, kind)[3]
+    statistic = observed(*case, kind)[3]
     gradient = dense_gradient(x, layout, dy, geometry)
-    if kind == "norm":
-        close(statistic["dy_norm"], np.sqrt(np.square(dy).sum(axis=(0, 1, 2))))
-        close(statistic["x_norm"], np.linalg.norm(patches(np.asarray(x), geometry), axis=1))
-        bound = np.outer(statistic["dy_norm"], statistic["x_norm"])
+    if kind == OutputInputNorms():
+        close(statistic.dy_norm, np.sqrt(np.square(dy).sum(axis=(0, 1, 2))))
+        close(statistic.x_norm, np.linalg.norm(patches(np.asarray(x), geometry), axis=1))
+        bound = np.outer(statistic.dy_norm, statistic.x_norm)
         assert (np.abs(gradient) <= bound * (1 + 1e-5)).all()
-    elif kind == "block_gradient":
+    elif kind == PanelGradientNorm():
         padded = np.concatenate([gradient, np.zeros((layout.out_idx.size - layout.shape[0], layout.shape[1]))])
-        close(statistic["panel_norm"], np.linalg.norm(padded[layout.out_idx], axis=1))
+        close(statistic, np.linalg.norm(padded[layout.out_idx], axis=1))
+        close(kind.from_gradient(jnp.asarray(gradient), layout), statistic)
     else:
-        close(statistic["gradient"], gradient)
+        close(statistic, gradient)
 
 
 @pytest.mark.parametrize("feature_major", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
 def test_observing_changes_neither_the_output_nor_other_gradients(kind, feature_major):
     case = make_case("stride 2")
-    seen = run(*case, kind, feature_major)
-    for one, other in zip(seen[:3], run(*case, None, feature_major)[:3], strict=True):
+    seen = observed(*case, kind, feature_major)
+    for one, other in zip(seen[:3], observed(*case, None, feature_major)[:3], strict=True):
         np.testing.assert_array_equal(one, other)
-    for name, value in run(*case, kind)[3].items():
-        close(seen[3][name], value)  # the same statistic in either layout of activations
+    for value, wanted in zip(*(jax.tree.leaves(s) for s in (seen[3], observed(*case, kind)[3])), strict=True):
+        close(value, wanted)  # the same statistic in either layout of activations
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
 def test_bfloat16_is_measured_in_float32(kind):
     geometry = ConvGeometry(4)
     layout = make_layout(0, (8, 4), (4, 4), (1, 1))
     x, dy = jnp.full((64, 8, 8, 4), 1.0, jnp.bfloat16), jnp.full((64, 8, 8, 8), 1.0, jnp.bfloat16)
     # 4096 positions: in bfloat16 a sum of ones stops growing at 256.
-    statistic = run(x, jnp.ones((2, 4, 4), jnp.bfloat16), layout, dy, geometry, kind)[3]
-    wanted = {"dy_norm": 64, "x_norm": 64, "panel_norm": 2 * 4096, "gradient": 4096}
-    for name, value in statistic.items():
+    statistic = observed(x, jnp.ones((2, 4, 4), jnp.bfloat16), layout, dy, geometry, kind)[3]
+    wanted = {OutputInputNorms(): 64, PanelGradientNorm(): 2 * 4096, Gradient(): 4096}[kind]
+    for value in jax.tree.leaves(statistic):
         assert value.dtype == jnp.float32
-        np.testing.assert_array_equal(value, wanted[name])
+        np.testing.assert_array_equal(value, wanted)
 
 
 def test_the_bound_is_met_with_equality_by_one_position():
     """With one example and one output position dW is an outer product: the bound is exact."""
     layout = make_layout(0, (8, 12), (4, 4), (2, 1))
     x, dy = jax.random.normal(jax.random.key(0), (1, 1, 1, 12)), jax.random.normal(jax.random.key(1), (1, 1, 1, 8))
-    statistic = run(x, jnp.ones((3, 4, 4)), layout, dy, ConvGeometry(12), "norm")[3]
-    close(np.outer(statistic["dy_norm"], statistic["x_norm"]), np.abs(dense_gradient(x, layout, dy, ConvGeometry(12))))
+    statistic = observed(x, jnp.ones((3, 4, 4)), layout, dy, ConvGeometry(12), OutputInputNorms())[3]
+    close(np.outer(statistic.dy_norm, statistic.x_norm), np.abs(dense_gradient(x, layout, dy, ConvGeometry(12))))
 
 
 @pytest.mark.parametrize("feature_major", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
 @pytest.mark.parametrize("layer", [SparseDense, SparseConv])
-def test_layers_observe_when_given_a_probe(layer, kind, feature_major):
+def test_layers_observe_when_given_a_zero(layer, kind, feature_major):
     """The gradient of a mean-square loss, measured through a Flax layer and from the dense kernel."""
     conv = layer is SparseConv
     args = {"features": 8, "num_blocks": 3, "block_shape": (4, 4), "implementation": "dense"}
@@ -159,12 +172,13 @@ def test_layers_observe_when_given_a_probe(layer, kind, feature_major):
     model = layer(**args)
     inputs = x.transpose(major) if feature_major else x
     variables = jax.jit(model.init)(jax.random.key(1), inputs)
-    layout = variables["topology"]["layout"]
+    node = variables["topology"]["blocks"]
+    layout = node.layout
 
     @jax.jit
     @jax.grad
-    def measure(probe):
-        return jnp.square(model.apply({**variables, "probes": {"statistic": probe}}, inputs)).mean()
+    def measure(zero):
+        return jnp.square(model.apply({**variables, "statistics": {"blocks": zero}}, inputs)).mean()
 
     @jax.jit
     @jax.grad
@@ -175,25 +189,22 @@ def test_layers_observe_when_given_a_probe(layer, kind, feature_major):
         return jnp.square(x @ weight.T + variables["params"]["bias"][None]).mean()
 
     gradient = np.asarray(dense(unpack(variables["params"]["blocks"], layout)))
-    statistic = measure(make_probe(kind, layout))
-    if kind == "norm":
-        assert (np.abs(gradient) <= np.outer(statistic["dy_norm"], statistic["x_norm"]) * (1 + 1e-5)).all()
+    statistic = kind.finish(measure(Zero(kind.zeros(node.spec), jnp.zeros(()), kind)).value)
+    if kind == OutputInputNorms():
+        assert (np.abs(gradient) <= np.outer(statistic.dy_norm, statistic.x_norm) * (1 + 1e-5)).all()
         columns = patches(np.asarray(x), ConvGeometry(2, (3, 3), (2, 2), ((1, 1), (1, 1)))) if conv else np.asarray(x).T
-        close(statistic["x_norm"], np.linalg.norm(columns, axis=1))
-    elif kind == "block_gradient":
-        close(statistic["panel_norm"], np.linalg.norm(gradient[layout.out_idx], axis=1))
+        close(statistic.x_norm, np.linalg.norm(columns, axis=1))
+    elif kind == PanelGradientNorm():
+        close(statistic, np.linalg.norm(gradient[layout.out_idx], axis=1))
     else:
-        close(statistic["gradient"], gradient)
+        close(statistic, gradient)
 
 
-def test_probes_are_zeros_of_the_sizes_of_the_layer():
-    layout = random_layout(jax.random.key(0), (10, 12), block_shape=(4, 3), num_blocks=5)
-    shapes = {kind: {k: v.shape for k, v in make_probe(kind, layout).items()} for kind in KINDS}
-    assert shapes == {
-        "norm": {"dy_norm": (10,), "x_norm": (12,)},
-        "block_gradient": {"panel_norm": (3, 12)},
-        "gradient": {"gradient": (10, 12)},
-    }
-    assert not any(v.any() for kind in KINDS for v in make_probe(kind, layout).values())
-    with pytest.raises(ValueError, match="no probe measures 'hessian'; choose norm, block_gradient or gradient"):
-        make_probe("hessian", layout)
+def test_zeros_have_the_sizes_of_one_layer():
+    spec = conv_spec((2, 2), 3, 10).with_blocks((4, 3), 5)
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.any()), kind.zeros(spec)) for kind in KINDS]
+    assert shapes == [(((10,), False), ((12,), False)), ((3, 12), False), ((10, 12), False)]
+
+
+def test_values_are_equal_and_have_a_hash():
+    assert {OutputInputNorms(): 1, PanelGradientNorm(): 2, Gradient(): 3}[PanelGradientNorm()] == 2

@@ -64,7 +64,7 @@ def make_method(config: Config) -> Method | None:
     """
     if config.method in DENSE_METHODS:
         return None
-    method = METHODS[config.method]
+    method: Any = METHODS[config.method]
     names = [field.name for field in dataclasses.fields(method)]
     return method(**{name: getattr(config, name) for name in names if hasattr(config, name)})
 

@@ -1,0 +1,260 @@
+"""Statistics of whole models: of the whole batch however it is mapped, of the sum of several calls, or none at all."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from dsb_jax.adapt import adaptation
+from dsb_jax.convert import to_dense
+from dsb_jax.layout import BlockLayout
+from dsb_jax.linen import SparseDense
+from dsb_jax.measuring import measure
+from dsb_jax.methods import DSB, SET, RigL
+from dsb_jax.spec import linear_spec
+from dsb_jax.topology import LayerTopology
+
+METHODS = {"PanelGradientNorm": DSB(), "OutputInputNorms": DSB(grow="norm"), "Gradient": DSB(grow="gradient")}
+X = np.random.default_rng(0).normal(size=(16, 12)).astype(np.float32)
+Y = np.arange(16) % 4
+layer = functools.partial(SparseDense, 12, num_blocks=6, block_shape=(4, 3), implementation="dense")
+
+
+class Chain(nn.Module):
+    """One sparse layer, called `calls` times in a row."""
+
+    calls: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        fc = layer(name="fc")
+        for _ in range(self.calls):
+            x = nn.tanh(fc(x))
+        return nn.Dense(4, name="head")(x)
+
+
+class Loop(nn.Module):
+    """The same, in a loop that the trace sees once."""
+
+    @nn.compact
+    def __call__(self, x):
+        shared = ["params", "topology", "statistics"]
+        call = nn.scan(
+            lambda fc, x, _: (nn.tanh(fc(x)), None), variable_broadcast=shared, split_rngs={"params": False}, length=3
+        )
+        return nn.Dense(4, name="head")(call(layer(name="fc"), x, None)[0])
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.tanh(layer(name="fc")(x)), None
+
+
+class Scanned(nn.Module):
+    """A stack of layers, lifted along an axis of their arrays, recomputed in the backward pass."""
+
+    axis: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        axes = dict.fromkeys(("params", "topology", "statistics"), self.axis)
+        stack = nn.scan(nn.remat(Block), variable_axes=axes, split_rngs={"params": True}, length=2)
+        return nn.Dense(4, name="head")(stack(name="stack")(x, None)[0])
+
+
+@functools.cache
+def variables_of(model):
+    return jax.jit(model.init)(jax.random.key(0), X)
+
+
+def loss_of(model):
+    def loss(variables, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(model.apply(variables, x), y).mean()
+
+    return loss
+
+
+def loss_by_example(model):
+    """The same loss, one example at a time."""
+    one = loss_of(model)
+    return lambda variables, x, y: jax.vmap(lambda x, y: one(variables, x[None], y[None]))(x, y).mean()
+
+
+def values(statistics, path=("fc",)):
+    for name in (*path, "blocks"):
+        statistics = statistics[name]
+    return statistics
+
+
+def close(result, wanted):
+    for a, b in zip(jax.tree.leaves(result.value), jax.tree.leaves(wanted.value), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6 * float(jnp.abs(b).max()))
+
+
+@functools.cache
+def whole(kind, model=None):
+    """The statistic of the whole batch on one device."""
+    model = model or Chain()
+    variables = variables_of(model)
+    return values(measure(loss_of(model), METHODS[kind])(variables["params"], variables["topology"], X, Y))
+
+
+def test_a_layer_worked_by_hand():
+    """y = W x for two examples, loss = (y0 + 10 y1) / 2: dW = mean over examples of (1, 10) x^T."""
+    layout = BlockLayout(
+        jnp.array([[1, 0]], jnp.int32), jnp.array([[2]], jnp.uint16), jnp.array([0, 1], jnp.int32), (2, 3), (2, 1)
+    )
+    node = LayerTopology(layout, None, linear_spec(3, 2).with_blocks((2, 1), 1))
+    params, topology = {"blocks": jnp.ones((1, 2, 1))}, {"blocks": node}
+    model = SparseDense(2, num_blocks=1, block_shape=(2, 1), use_bias=False, implementation="dense")
+    x = jnp.array([[3.0, 0.0, 4.0], [1.0, 8.0, -2.0]])
+
+    def loss(variables, x):
+        return (model.apply(variables, x) @ jnp.array([1.0, 10.0])).mean()
+
+    def found(method):
+        return measure(loss, method)(params, topology, x)["blocks"]
+
+    gradient = np.outer([1, 10], [2, 4, 1])  # the mean of x is (2, 4, 1)
+    np.testing.assert_allclose(found(RigL()).value, gradient, rtol=1e-6)
+    np.testing.assert_allclose(found(DSB()).value, [np.sqrt(101) * np.array([2, 4, 1])], rtol=1e-6)
+    norms = found(DSB(grow="norm")).value
+    np.testing.assert_allclose(norms.dy_norm, np.sqrt([2 * 0.5**2, 2 * 5**2]), rtol=1e-6)
+    np.testing.assert_allclose(norms.x_norm, np.sqrt([10, 64, 20]), rtol=1e-6)
+    assert found(DSB()).calls == 1
+    assert measure(loss, SET())(params, topology, x) == {}
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_vmap_over_examples_gives_the_statistic_of_the_batch(kind):
+    variables = variables_of(Chain())
+    found = measure(loss_by_example(Chain()), METHODS[kind])(variables["params"], variables["topology"], X, Y)
+    close(values(found), whole(kind))
+    assert values(found).calls == 1
+
+
+@pytest.mark.parametrize("loss", [loss_of, loss_by_example])
+@pytest.mark.parametrize("kind", METHODS)
+def test_named_axes_give_the_statistic_of_the_whole_batch(kind, loss):
+    """On every device alike; `vmap` with a name stands for devices here, tests/test_sharding.py has them."""
+    variables = variables_of(Chain())
+    of_shard = measure(loss(Chain()), METHODS[kind], axis_name="data")
+    shards = X.reshape(4, 4, 12), Y.reshape(4, 4)
+    found = jax.vmap(lambda x, y: of_shard(variables["params"], variables["topology"], x, y), axis_name="data")(*shards)
+    for device in range(4):
+        close(jax.tree.map(lambda leaf, i=device: leaf[i], values(found)), whole(kind))
+
+
+@pytest.mark.parametrize("loss", [loss_of, loss_by_example])
+@pytest.mark.parametrize("kind", METHODS)
+def test_vmap_over_models_and_over_batches_keeps_statistics_apart(kind, loss):
+    params, topology = variables_of(Chain())["params"], variables_of(Chain())["topology"]
+    of = measure(loss(Chain()), METHODS[kind])
+    two = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+    found = values(jax.vmap(lambda params: of(params, topology, X, Y))(two))
+    batches = values(jax.vmap(lambda x, y: of(params, topology, x, y))(X.reshape(2, 8, 12), Y.reshape(2, 8)))
+    np.testing.assert_array_equal(found.calls, [1, 1])
+    for i in range(2):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], (found, batches))
+        close(one[0], values(of(jax.tree.map(lambda leaf, i=i: leaf[i], two), topology, X, Y)))
+        close(one[1], values(of(params, topology, X[8 * i : 8 * i + 8], Y[8 * i : 8 * i + 8])))
+
+
+@pytest.mark.parametrize("calls", [2, 3])
+@pytest.mark.parametrize("kind", METHODS)
+def test_several_calls_of_a_layer_give_the_norm_of_the_sum(kind, calls):
+    variables = variables_of(Chain(calls))
+    found = values(measure(loss_of(Chain(calls)), METHODS[kind])(variables["params"], variables["topology"], X, Y))
+
+    @jax.jit
+    @jax.grad
+    def dense(params):
+        x = X
+        for _ in range(calls):
+            x = jnp.tanh(x @ params["fc"]["kernel"] + params["fc"]["bias"][None])
+        logits = x @ params["head"]["kernel"] + params["head"]["bias"][None]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean()
+
+    gradient = np.asarray(dense(to_dense(variables["params"], variables["topology"]))["fc"]["kernel"]).T
+    assert found.calls == calls
+    if kind == "OutputInputNorms":
+        assert (np.abs(gradient) <= np.outer(*found.value) * (1 + 1e-5)).all()
+    elif kind == "Gradient":
+        np.testing.assert_allclose(found.value, gradient, rtol=1e-4, atol=1e-6)
+    else:
+        out_idx = np.asarray(variables["topology"]["fc"]["blocks"].layout.out_idx)
+        np.testing.assert_allclose(found.value, np.linalg.norm(gradient[out_idx], axis=1), rtol=1e-4, atol=1e-6)
+
+
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+def adapted(model, method, loss=None, x=X):
+    """Parameters, topology and report of one adaptation, and whether anything has changed."""
+    variables = variables_of(model)
+    params, topology = variables["params"], variables["topology"]
+    adapt = adaptation(loss or loss_of(model), method, OPTIMIZER)
+    new_params, new_topology, _, report = adapt(params, topology, OPTIMIZER.init(params), 1, jax.random.key(1), x, Y)
+    leaves = zip(jax.tree.leaves((params, topology)), jax.tree.leaves((new_params, new_topology)), strict=True)
+    (layer_report,) = report.values()
+    return layer_report, any((np.asarray(a) != np.asarray(b)).any() for a, b in leaves)
+
+
+def test_a_loop_over_a_layer_leaves_it_as_it_is_where_norms_do_not_add_up():
+    report, has_changed = adapted(Loop(), METHODS["PanelGradientNorm"])
+    assert (int(report.calls), int(report.status), int(report.requested), has_changed) == (3, 4, 0, False)
+    report, has_changed = adapted(Loop(), METHODS["Gradient"])  # sums of gradients are gradients
+    assert (int(report.calls), int(report.status), has_changed) == (3, 0, True)
+
+
+def test_a_loss_that_drops_the_statistics_leaves_the_layer_as_it_is():
+    def loss(variables, x, y):
+        return loss_of(Chain())({name: variables[name] for name in ("params", "topology")}, x, y)
+
+    report, has_changed = adapted(Chain(), DSB(), loss)
+    assert (int(report.calls), int(report.status), has_changed) == (0, 3, False)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+@pytest.mark.parametrize("kind", METHODS)
+def test_what_is_not_finite_changes_nothing(kind, bad):
+    x = X.copy()
+    x[3, 0] = bad
+    report, has_changed = adapted(Chain(), METHODS[kind], x=x)
+    assert (int(report.calls), int(report.status), int(report.accepted), has_changed) == (1, 5, 0, False)
+    report, has_changed = adapted(Chain(), METHODS[kind])
+    assert (int(report.status), has_changed) == (0, True)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_stacked_layers_are_observed_each(axis):
+    model = Scanned(axis)
+    report, has_changed = adapted(model, DSB())
+    np.testing.assert_array_equal(report.calls, [1, 1])
+    np.testing.assert_array_equal(report.status, [0, 0])
+    assert has_changed
+    variables = variables_of(model)
+    found = measure(loss_of(model), DSB())(variables["params"], variables["topology"], X, Y)
+    value = values(found, ("stack", "fc")).value
+    assert value.shape == ((2, 3, 12) if axis == 0 else (3, 2, 12))
+
+
+def test_no_dense_gradient_exists_while_norms_are_averaged_over_devices():
+    """Of 64 groups of 4 rows, 32 at a time: no array of the layer's 256x48 weights is in the program."""
+    model = nn.Sequential([SparseDense(256, num_blocks=90, block_shape=(4, 4), implementation="xla")])
+    x = jnp.ones((4, 48))
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+
+    def loss(variables, x):
+        return jnp.square(model.apply(variables, x)).mean()
+
+    of_shard = measure(loss, DSB(), axis_name="data")
+    traced = jax.make_jaxpr(of_shard, axis_env=[("data", 2)])(variables["params"], variables["topology"], x)
+    assert "f32[128,48]" in str(traced)
+    assert "[256,48]" not in str(traced)
+    assert "[48,256]" not in str(traced)
