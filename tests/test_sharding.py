@@ -111,8 +111,8 @@ def test_meshes_of_two_axes_and_shardings_in_types(mesh_type, spec):
 
 
 @eight_devices
-@pytest.mark.parametrize(("mesh_type", "implementation"), [(AxisType.Auto, "xla"), (AxisType.Explicit, "xla"),
-                                                           (AxisType.Auto, "dense")])  # fmt: skip
+@pytest.mark.parametrize("mesh_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("implementation", ["xla", "dense"])
 def test_bias_is_replicated_and_its_gradient_summed(mesh_type, implementation):
     def loss(x, blocks, bias):
         y = sparse_conv(x, blocks, LAYOUT, geometry=GEOMETRY, bias=bias, implementation=implementation)
@@ -190,10 +190,10 @@ def test_gradients_accumulated_in_a_scan_with_remat():
     x = x.reshape(2, 16, *x.shape[1:])
 
     def accumulated(x, blocks):
-        def turn(total, x):
+        def step(total, x):
             return total + jax.grad(jax.checkpoint(loss), 1)(x, blocks), None
 
-        return jax.lax.scan(turn, jnp.zeros_like(blocks), x)[0]
+        return jax.lax.scan(step, jnp.zeros_like(blocks), x)[0]
 
     mesh = mesh_of(data=8)
     result, found = run(accumulated, put(mesh, x, None, "data"), put(mesh, blocks))
