@@ -111,7 +111,7 @@ def split_stack(tree: Any, axes: tuple[int, ...]) -> Any:
 
     def split(leaf: Any) -> Array:
         moved = jnp.moveaxis(jnp.asarray(leaf), axes, range(len(axes)))
-        return moved.reshape(-1, *moved.shape[len(axes) :])
+        return moved.reshape(math.prod(moved.shape[: len(axes)]), *moved.shape[len(axes) :])  # leaves may be empty
 
     return jax.tree.map(split, tree)
 
