@@ -452,5 +452,7 @@ def test_a_stack_is_adapted_as_its_layers(axis):
     keys = jax.random.split(jax.random.split(jax.random.key(2), 1)[0], 2)
     for i, node in enumerate(each):
         state, _ = jax.jit(how.update)(keys[i], 3, LayerState(blocks[i], node.layout), None)
-        took = jax.tree.map(lambda leaf, i=i: np.take(leaf, i, axis), (new_params["s"]["blocks"], new_topology["s"]["blocks"].layout))
+        took = jax.tree.map(
+            lambda leaf, i=i: np.take(leaf, i, axis), (new_params["s"]["blocks"], new_topology["s"]["blocks"].layout)
+        )
         assert_same_bits(took, jax.device_get((state.blocks, state.layout)))

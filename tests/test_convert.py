@@ -54,7 +54,9 @@ def made(request):
 def test_kept_weights_keep_their_bits(made):
     method, dense, params, topology = made
     dsb.validate_topology(topology)
-    masks, back = (jax.device_get(jax.jit(f)(*a)) for f, a in ((dsb.masks, [topology]), (dsb.to_dense, [params, topology])))
+    masks, back = (
+        jax.device_get(jax.jit(f)(*a)) for f, a in ((dsb.masks, [topology]), (dsb.to_dense, [params, topology]))
+    )
     assert jax.tree.map(np.shape, back) == jax.tree.map(np.shape, dense)
     assert_same_bits(back["head"], dense["head"])
     for name, spec in SPECS.items():

@@ -83,7 +83,9 @@ def test_what_stays_keeps_its_bits_and_its_dtype(dtype):
         kept = plain[mine & stays].astype(np.float64)
         assert is_new.any()
         wanted = kept.mean() if kept.size else plain[stays].astype(np.float64).mean()
-        np.testing.assert_allclose(result[is_new].astype(np.float64), wanted, rtol=1e-5 if dtype == jnp.float32 else 0.01)
+        np.testing.assert_allclose(
+            result[is_new].astype(np.float64), wanted, rtol=1e-5 if dtype == jnp.float32 else 0.01
+        )
 
 
 @settings(max_examples=10)
@@ -123,7 +125,9 @@ def test_pairs_have_a_hash_and_an_order():
 
 def test_a_field_that_does_not_exist():
     check_fill(fill_pairs({"nu": "zero"}), {"mu", "nu", ""})
-    with pytest.raises(ValueError, match="fill names 'v', but the optimizer's state has no such field: its fields are mu, nu"):
+    with pytest.raises(
+        ValueError, match="fill names 'v', but the optimizer's state has no such field: its fields are mu, nu"
+    ):
         check_fill(fill_pairs({"nu": "zero", "v": "zero"}), {"mu", "nu", ""})
     with pytest.raises(ValueError, match="it keeps nothing for the sparse layers"):
         check_fill(fill_pairs({"nu": "zero"}), set())
@@ -161,4 +165,6 @@ def test_each_field_has_its_own_fill(filled):
         assert_same_bits(adam.mu, adam_plain.mu)
         assert (adam_plain.nu[layer]["blocks"][is_new] == 0).all()
         assert (adam.nu[layer]["blocks"] == 2).all()  # whatever stays is 2, so that every mean is
-        assert_same_bits(trace.trace[layer]["blocks"], np.where(is_new, np.float32(7), trace_plain.trace[layer]["blocks"]))
+        assert_same_bits(
+            trace.trace[layer]["blocks"], np.where(is_new, np.float32(7), trace_plain.trace[layer]["blocks"])
+        )

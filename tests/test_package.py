@@ -48,7 +48,16 @@ def test_every_name_is_there():
 
 
 def test_the_core_loads_neither_linen_nor_what_a_training_needs():
-    heavy = ["flax.nnx", "tensorflow_datasets", "matplotlib", "sklearn", "PIL", "orbax", "dsb_jax.linen", "dsb_jax.training"]
+    heavy = [
+        "flax.nnx",
+        "tensorflow_datasets",
+        "matplotlib",
+        "sklearn",
+        "PIL",
+        "orbax",
+        "dsb_jax.linen",
+        "dsb_jax.training",
+    ]
     program = f"import sys, dsb_jax; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -19,8 +19,13 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsb_jax import SparseConv, create_train_state, train_step
+from dsb_jax.adapt import adaptation
+from dsb_jax.linen import SparseConv, SparseDense
+from dsb_jax.measuring import measure
+from dsb_jax.methods import DSB, RigL
 from dsb_jax.ops import sparse_conv, sparse_matmul
+from dsb_jax.train import adapt_step, train_step
+from dsb_jax.train_state import create_train_state
 from dsb_jax.training import models
 from pallas_kernels import ConvGeometry
 from tests.conftest import make_layout
@@ -215,11 +220,148 @@ def test_a_train_step_gathers_nothing():
     state = jax.jit(functools.partial(create_train_state, model, optimizer))(jax.random.key(1), images)
     mesh = mesh_of(data=8)
     args = put(mesh, jax.tree.map(jnp.copy, state)), put(mesh, images, "data"), put(mesh, labels, "data")
-    compiled = train_step.lower(*args, model=model, optimizer=optimizer).compile()
+    step = functools.partial(train_step, model=model, optimizer=optimizer)
+    compiled = jax.jit(step, donate_argnums=0).lower(*args).compile()
     assert set(collectives(compiled)) == {"all-reduce"}
     result = compiled(*args)
     wanted = train_step(state, images, labels, model=model, optimizer=optimizer)
     assert_trees_close(result, wanted, 1e-4)
+
+
+class Layers(nn.Module):
+    """Two sparse layers, of blocks or, for RigL, of single weights."""
+
+    method: object
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        sparse = functools.partial(SparseDense, block_shape=(4, 3), implementation="dense", method=self.method)
+        return nn.Dense(4)(nn.tanh(sparse(16, num_blocks=8)(nn.tanh(sparse(12, num_blocks=8)(x)))))
+
+
+METHODS = {"dsb": DSB(), "norm": DSB(grow="norm"), "rigl": RigL()}
+OPTIMIZER = optax.adam(0.01)
+X, Y = np.random.default_rng(0).normal(size=(16, 12)).astype(np.float32), np.arange(16, dtype=np.int32) % 4
+
+
+def loss_fn(name):
+    def mean_loss(variables, x, y):
+        logits = Layers(METHODS[name]).apply(variables, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    return mean_loss
+
+
+@functools.cache
+def begin(name):
+    """params, topology, opt_state."""
+    variables = jax.jit(Layers(METHODS[name]).init)(jax.random.key(0), X)
+    return variables["params"], variables["topology"], jax.jit(OPTIMIZER.init)(variables["params"])
+
+
+@functools.cache
+def adapted_on_one_device(name):
+    return adaptation(loss_fn(name), METHODS[name], OPTIMIZER)(*begin(name), 7, jax.random.key(1), X, Y)
+
+
+def assert_adapted_alike(name, result):
+    """The same topology, exactly; weights and moments moved alike, bit by bit."""
+    for a, b in zip(jax.tree.leaves(result[:3]), jax.tree.leaves(adapted_on_one_device(name)[:3]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in
+               zip(jax.tree.leaves(result[1]), jax.tree.leaves(begin(name)[1]), strict=True))  # fmt: skip
+
+
+@eight_devices
+@pytest.mark.parametrize(
+    ("name", "shards", "check_vma"),
+    [("dsb", 1, False), ("dsb", 2, False), ("dsb", 8, False), ("dsb", 8, True), ("norm", 8, False), ("rigl", 8, True)],
+)
+def test_shard_map_measures_the_whole_batch_and_replicas_agree(name, shards, check_vma):
+    mesh = jax.make_mesh((shards,), ("data",), devices=jax.devices()[:shards], axis_types=(AxisType.Auto,))
+    adapt = adaptation(loss_fn(name), METHODS[name], OPTIMIZER, axis_name="data")
+    of_shard = measure(loss_fn(name), METHODS[name], axis_name="data")
+
+    def local(params, topology, opt_state, x, y):
+        statistics = of_shard(params, topology, x, y)
+        *new, _ = adapt(params, topology, opt_state, 7, jax.random.key(1), x, y)
+        return tuple(new), statistics
+
+    specs = P(), P(), P(), P("data"), P("data")
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
+    result, statistics = jax.jit(mapped)(*begin(name), X, Y)
+    assert_adapted_alike(name, result)
+    params, topology, _ = begin(name)
+    assert_trees_close(statistics, measure(loss_fn(name), METHODS[name])(params, topology, X, Y), 1e-4)
+
+
+@eight_devices
+@pytest.mark.parametrize(("name", "shards"), [("dsb", 2), ("dsb", 8), ("norm", 2)])
+def test_pmap_leaves_every_replica_with_the_same_topology(name, shards):
+    adapt = adaptation(loss_fn(name), METHODS[name], OPTIMIZER, axis_name="batch")
+    replicated = jax.tree.map(lambda leaf: jnp.stack([leaf] * shards), begin(name))
+    mapped = jax.pmap(
+        lambda params, topology, opt_state, x, y: adapt(params, topology, opt_state, 7, jax.random.key(1), x, y),
+        axis_name="batch",
+        devices=jax.devices()[:shards],
+    )
+    result = mapped(*replicated, X.reshape(shards, -1, 12), Y.reshape(shards, -1))
+    for device in range(shards):
+        assert_adapted_alike(name, jax.tree.map(lambda leaf, i=device: leaf[i], result))
+
+
+@eight_devices
+@pytest.mark.parametrize(
+    ("name", "mesh_type"), [("dsb", AxisType.Auto), ("dsb", AxisType.Explicit), ("rigl", AxisType.Auto)]
+)
+def test_an_adaptation_keeps_shardings(name, mesh_type):
+    """Blocks and moments over the devices, as the batch is; they come back as they went in."""
+    mesh = mesh_of(mesh_type, data=8)
+    sharded = mesh_type == AxisType.Auto
+
+    def place(leaf):
+        return put(mesh, leaf, *(["data"] if sharded and leaf.ndim == 3 and leaf.shape[0] % 8 == 0 else []))
+
+    trees = jax.tree.map(place, begin(name))
+    with jax.set_mesh(mesh):
+        adapt = adaptation(loss_fn(name), METHODS[name], OPTIMIZER)
+        result = adapt(*trees, 7, jax.random.key(1), put(mesh, X, "data"), put(mesh, Y, "data"))
+    assert_adapted_alike(name, result)
+    placed = [leaf.sharding for leaf in jax.tree.leaves(trees)]
+    assert [leaf.sharding for leaf in jax.tree.leaves(result[:3])] == placed
+    assert sharded == any(sharding.spec == P("data") for sharding in placed)
+
+
+@eight_devices
+def test_the_steps_of_a_classifier_keep_shardings_and_replicas_agree_under_pmap():
+    model = Layers(METHODS["dsb"])
+    options = {"model": model, "optimizer": OPTIMIZER}
+    state = jax.jit(functools.partial(create_train_state, model, OPTIMIZER))(jax.random.key(0), X)
+    want, _ = train_step(jax.tree.map(jnp.copy, state), X, Y, **options)
+    want, report = adapt_step(want, X, Y, method=METHODS["dsb"], **options)
+    assert all(layer.accepted > 0 for layer in report.values())
+
+    mesh = mesh_of(data=8)
+    placed = jax.tree.map(lambda leaf: put(mesh, jnp.copy(leaf), *["data"] * (leaf.ndim == 3)), state)
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(placed.params)]
+    new, _ = train_step(placed, put(mesh, X, "data"), put(mesh, Y, "data"), **options)
+    new, _ = adapt_step(new, put(mesh, X, "data"), put(mesh, Y, "data"), method=METHODS["dsb"], **options)
+    assert [leaf.sharding for leaf in jax.tree.leaves(new.params)] == shardings
+    assert_trees_close(new.params, want.params, 1e-4)
+    for a, b in zip(jax.tree.leaves(new.topology), jax.tree.leaves(want.topology), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    def both(state, x, y):
+        state, _ = train_step(state, x, y, axis_name="batch", **options)
+        return adapt_step(state, x, y, method=METHODS["dsb"], axis_name="batch", **options)[0]
+
+    replicated = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), state)
+    replicas = jax.pmap(both, axis_name="batch")(replicated, X.reshape(8, 2, 12), Y.reshape(8, 2))
+    for device in (0, 7):
+        one = jax.tree.map(lambda leaf, i=device: leaf[i], replicas)
+        assert_trees_close(one.params, want.params, 1e-4)
+        for a, b in zip(jax.tree.leaves(one.topology), jax.tree.leaves(want.topology), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.skipif(HAS_DEVICES, reason="this is the process with eight devices")

@@ -57,6 +57,8 @@ def _permute(values: jax.Array, order: jax.Array, inverse: jax.Array, axis: int)
     def take(idx: jax.Array, values: jax.Array) -> jax.Array:
         return values.at[(slice(None),) * axis + (idx,)].get(mode="promise_in_bounds")
 
+    # Constants of a solve must differ from device to device as its values do: `shard_map` checks that.
+    order, inverse = (idx + jnp.zeros_like(values, jnp.int32, shape=()) for idx in (order, inverse))
     return lax.custom_linear_solve(
         functools.partial(take, inverse),
         values,
