@@ -218,8 +218,11 @@ def squares(model, variables, x):
 PLAIN_LOSS = functools.partial(squares, Plain())
 
 
+STATIC = Static()
+
+
 @functools.cache
-def plain(method=Static()):
+def plain(method=STATIC):
     variables = jax.device_get(jax.jit(Plain(method).init)(jax.random.key(0), X))
     return variables["params"], variables["topology"]
 
@@ -326,17 +329,24 @@ def test_layers_of_another_storage_are_refused(made, method):
     run = dsb.adaptation(PLAIN_LOSS, method, optimizer)
     doors = {
         "adaptation": lambda: jax.eval_shape(run, params, topology, optimizer.init(params), 3, jax.random.key(0), X),
-        "update": lambda: dsb.update(method, optimizer, params, topology, optimizer.init(params), 3, jax.random.key(0), {}),
+        "update": lambda: dsb.update(
+            method, optimizer, params, topology, optimizer.init(params), 3, jax.random.key(0), {}
+        ),
         "check_optimizer": lambda: dsb.check_optimizer(optimizer, params, topology, method=method),
-        "restage": lambda: dsb.restage(params, topology, (), dsb.SparsityPlan(()), method, optimizer, jax.random.key(0)),
-    }  # fmt: skip
+        "restage": lambda: dsb.restage(
+            params, topology, (), dsb.SparsityPlan(()), method, optimizer, jax.random.key(0)
+        ),
+    }
     if made.storage == method.storage:
         doors["check_optimizer"]()
         return
     for name, door in doors.items():
-        with pytest.raises(ValueError, match=rf"^{type(method).__name__} adapts layers with storage '{method.storage}', "
-                           rf"but one has '{made.storage}'; make the layers with method={type(method).__name__}\("
-                           ) as error:  # fmt: skip
+        wanted = (
+            rf"^{type(method).__name__} adapts layers with storage '{method.storage}', but one has '{made.storage}'; "
+        )
+        with pytest.raises(
+            ValueError, match=rf"{wanted}make the layers with method={type(method).__name__}\("
+        ) as error:
             door()
         assert "\n" not in str(error.value), name
 

@@ -82,7 +82,7 @@ def first_column_twice(layout):
     (changed_layout(block_shape=(0, 3)), r"the layout is of \(8, 12\) in \(0, 3\) blocks, the spec"),
     (changed_layout(shape=(8, 11)), r"the layout is of \(8, 11\)"),
     (dataclasses.replace(NODE, spec=NODE.spec.with_blocks((4, 3), 4)), "the layout holds 3 blocks, the spec 4"),
-    (dataclasses.replace(NODE, layout=make_layout(0, (8, 12), (4, 3), (2, 2))), "the layout holds 4 blocks, the spec 3"),
+    (dataclasses.replace(NODE, layout=make_layout(0, (8, 12), (4, 3), (2, 2))), "holds 4 blocks, the spec 3"),
 ])  # fmt: skip
 def test_a_damaged_layer_is_named(node, message):
     validate_topology({"a/b": {"blocks": NODE}})
