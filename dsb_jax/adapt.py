@@ -294,7 +294,7 @@ def _one_by_one(update: Callable[..., Any], every: Any, zero: jax.Array) -> Any:
     return lax.fori_loop(0, count + zero, update_next, empty)
 
 
-def repack(tree: Any, old_topology: Any, topology: Any, *, fill: float = 0) -> Any:
+def repack(tree: Any, old_topology: Any, topology: Any, fill: float = 0) -> Any:
     """Moves a tree that is shaped like the parameters along when the topology changes: an average, gradients, moments.
 
     Bit-identical where a weight is active in both topologies, `fill` where it is new. Jit-able.

@@ -94,7 +94,6 @@ class ModelReport:
 def report(
     params: Any,
     topology: Any,
-    *,
     plan: SparsityPlan | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> ModelReport:

@@ -88,7 +88,7 @@ def frozen_layers(optimizer: optax.GradientTransformation, params: Any, opt_stat
     return {path for path in paths if numbers[path] not in reached[numbers[path]]}
 
 
-def check_optimizer(optimizer: optax.GradientTransformation, params: Any, topology: Any, *, method: Any = None) -> None:
+def check_optimizer(optimizer: optax.GradientTransformation, params: Any, topology: Any, method: Any = None) -> None:
     """Checks before the first step whether an optimizer's state can follow the weights when the topology changes.
 
     Args:
