@@ -1,6 +1,8 @@
 """`SparseConv` and `SparseDense` are drop-in: the dense layer without a density, its sparse equal with one."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+import dsb_jax as dsb
 from dsb_jax.layout import BlockLayout, unpack, validate
 from dsb_jax.linen import SparseConv, SparseDense
+from dsb_jax.methods import DSB, SET, LayerState, RigL, Static, TopKAST
+from dsb_jax.methods.blocks import scale_to_fan_in
 from dsb_jax.plan import find_layers, make_plan
+from dsb_jax.spec import conv_spec, linear_spec
+from dsb_jax.topology import LayerTopology
 from tests.conftest import make_layout
 
 CONVS = {
@@ -28,11 +35,10 @@ BLOCKS = {"density": 0.5, "block_shape": (4, 4), "implementation": "dense"}  # `
 KEY = jax.random.key(3)
 
 
-def dense_twin(variables, kernel_shape):
-    """The params of the dense layer that has the unpacked kernel."""
-    params = dict(variables["params"])
-    weight = unpack(params.pop("blocks"), variables["topology"]["layout"])
-    return {"params": {**params, "kernel": weight.T.reshape(kernel_shape)}}
+@jax.jit
+def dense_twin(variables):
+    """The variables of the dense layer that has the unpacked kernel, in its own shape."""
+    return {"params": dsb.to_dense(variables["params"], variables["topology"])}
 
 
 @pytest.mark.parametrize("name", CONVS)
@@ -63,8 +69,7 @@ def test_conv_equals_the_dense_one_with_the_unpacked_kernel(name):
     x = jax.random.normal(KEY, (2, 7, 6, 4))
     sparse = SparseConv(8, **CONVS[name], **BLOCKS, bias_init=jax.random.normal)
     y, variables = jax.jit(sparse.init_with_output)(KEY, x)
-    kernel_shape = (*CONVS[name]["kernel_size"], 4, 8)
-    wanted = jax.jit(nn.Conv(8, **CONVS[name]).apply)(dense_twin(variables, kernel_shape), x)
+    wanted = jax.jit(nn.Conv(8, **CONVS[name]).apply)(dense_twin(variables), x)
     assert y.shape == wanted.shape
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
 
@@ -74,12 +79,12 @@ def test_unbatched_and_more_batch_dimensions(lead):
     x = jax.random.normal(KEY, (*lead, 5, 6, 4))
     sparse = SparseConv(8, (3, 3), **BLOCKS)
     y, variables = jax.jit(sparse.init_with_output)(KEY, x)
-    wanted = nn.Conv(8, (3, 3)).apply(dense_twin(variables, (3, 3, 4, 8)), x)
+    wanted = nn.Conv(8, (3, 3)).apply(dense_twin(variables), x)
     assert y.shape == wanted.shape == (*lead, 5, 6, 8)
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
     sparse = SparseDense(8, **BLOCKS)
     y, variables = jax.jit(sparse.init_with_output)(KEY, x)
-    wanted = nn.Dense(8).apply(dense_twin(variables, (4, 8)), x)
+    wanted = nn.Dense(8).apply(dense_twin(variables), x)
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -101,7 +106,11 @@ def test_collections_hold_floats_here_and_integers_there():
     variables = jax.jit(sparse.init)(KEY, jnp.zeros((1, 4, 4, 4)))
     assert set(variables) == {"params", "topology"}
     assert {k: v.shape for k, v in variables["params"].items()} == {"blocks": (7, 4, 4), "bias": (10,)}
-    layout = variables["topology"]["layout"]
+    assert set(variables["topology"]) == {"blocks"}
+    node = variables["topology"]["blocks"]
+    assert isinstance(node, LayerTopology)
+    assert (node.spec, node.aux) == (conv_spec((3, 3), 4, 10).with_blocks((4, 4), 7), None)
+    layout = node.layout
     assert isinstance(layout, BlockLayout)
     validate(layout)
     assert (layout.shape, layout.block_shape) == ((10, 36), (4, 4))
@@ -128,13 +137,23 @@ def test_outputs_have_the_variance_of_the_dense_layer(density, init):
     assert np.sqrt(np.square(std).mean()) == pytest.approx(float(wanted), rel=0.05)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Given(Static):
+    """Static blocks in a layout of one's own."""
+
+    layout: Any = None
+
+    def init(self, key, weights, spec, *, score=None):
+        return LayerState(scale_to_fan_in(weights, self.layout), self.layout)
+
+
 def test_each_group_has_the_variance_of_its_own_fan_in():
     """One group reads 8 columns, the other 120; the outputs of both vary as those of the dense layer."""
     layout = make_layout(0, (128, 128), (64, 8), (1, 15))
     x = jax.random.normal(KEY, (256, 128))
     sparse = SparseDense(
-        128, num_blocks=16, block_shape=(64, 8), init_layout=lambda key, shape, **sizes: layout,
-        implementation="dense", kernel_init=nn.initializers.lecun_normal(),
+        128, num_blocks=16, block_shape=(64, 8), method=Given(layout), implementation="dense",
+        kernel_init=nn.initializers.lecun_normal(),
     )  # fmt: skip
     std = np.asarray(jax.jit(sparse.init_with_output)(KEY, x)[0]).std(axis=0)
     groups = np.sqrt(np.square(std[layout.out_idx]).mean(axis=1))
@@ -217,7 +236,7 @@ def test_errors_name_the_layer_and_the_cure(layer, args):
     ):
         with pytest.raises(ValueError, match=message):
             build(layer, *args, **options)
-    with pytest.raises(ValueError, match=r"conv is LayerShape\(out=12, .* but the plan was made for LayerShape\(out=8"):
+    with pytest.raises(ValueError, match=r"conv has a kernel of \(.*8, 12\), but its plan was made for \(.*8, 8\)"):
         build(layer, 12, *args[1:], plan=plan)
     other = make_plan(find_layers({"body": build(layer, *args)["params"]["conv"]}), sparsity=0.5, block_shape=(4, 4),
                       min_blocks=1)  # fmt: skip
@@ -230,3 +249,76 @@ def test_a_foreign_product_cannot_replace_the_sparse_one():
         build(SparseDense, 8, density=0.5, block_shape=(4, 4), dot_general=jax.lax.dot_general)
     with pytest.raises(NotImplementedError, match="conv_general_dilated="):
         build(SparseConv, 8, (3, 3), density=0.5, block_shape=(4, 4), conv_general_dilated=jax.lax.conv)
+
+
+@pytest.mark.parametrize("method", [Static(), DSB(), RigL(), SET(), TopKAST(backward_factor=1.5)], ids=lambda m: m.name)
+def test_a_layer_holds_what_its_method_stores(method):
+    """As many weights computed with, in the method's own storage, without a word of the model about it."""
+    x = jax.random.normal(KEY, (3, 12))
+    layer = SparseDense(8, num_blocks=5, block_shape=(4, 3), method=method, implementation="dense", use_bias=False)
+    y, variables = jax.jit(layer.init_with_output)(KEY, x)
+    node = variables["topology"]["blocks"]
+    assert node.spec == method.stored(linear_spec(12, 8).with_blocks((4, 3), 5))
+    assert (node.spec.storage, node.spec.num_active) == (method.storage, 60)
+    assert variables["params"]["blocks"].shape == node.blocks_shape
+    kernel = dense_twin(variables)["params"]["kernel"]
+    assert np.count_nonzero(kernel) == 60
+    np.testing.assert_allclose(y, x @ kernel, rtol=1e-5, atol=1e-5)
+
+
+def spec_of(layer, x, **options):
+    return jax.eval_shape(layer(**options).init, KEY, jnp.zeros(x))["topology"]["blocks"].spec
+
+
+@pytest.mark.parametrize(("layer", "x"), [
+    (functools.partial(SparseConv, 64, (1, 1)), (1, 4, 4, 32)),  # as it was found: 48 outputs without weights
+    (functools.partial(SparseConv, 60, (1, 1)), (1, 4, 4, 32)),
+    (functools.partial(SparseConv, 64, (3, 3)), (1, 4, 4, 16)),
+    (functools.partial(SparseDense, 64), (1, 32)),
+    (functools.partial(SparseDense, 250), (1, 16)),
+])  # fmt: skip
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.6])
+def test_every_row_group_has_a_block(layer, x, density):
+    """With `density=` as with a plan (finding 16); 0 takes the density as it is."""
+    spec = spec_of(layer, x, density=density)
+    wanted = density * spec.size / 256
+    assert spec.num_blocks >= spec.num_groups
+    ragged = spec.num_blocks / 8 if spec.out % 16 else 0  # whose last blocks hold fewer weights
+    assert abs(spec.num_blocks - max(wanted, spec.num_groups)) <= 1 + ragged
+    fewer = spec_of(layer, x, density=density, min_group_blocks=0)
+    assert abs(fewer.num_blocks - wanted) <= 1 + ragged
+
+
+@pytest.mark.parametrize("features", [64, 60])
+def test_no_output_begins_without_weights(features):
+    for options, dead in (({}, 0), ({"min_group_blocks": 0}, features - 16)):
+        conv = SparseConv(features, (1, 1), density=0.1, **options)
+        variables = jax.device_get(jax.jit(conv.init)(KEY, jnp.zeros((1, 4, 4, 32))))
+        (layer,) = dsb.report(variables["params"], variables["topology"]).layers
+        assert layer.dead_outputs == dead
+
+
+def test_more_blocks_for_each_row_group():
+    spec = functools.partial(spec_of, functools.partial(SparseDense, 64, density=0.1, block_shape=(16, 8)), (1, 32))
+    assert [spec(min_group_blocks=n).num_blocks for n in (0, 1, 2, 4, 9)] == [2, 4, 8, 16, 16]
+    with pytest.raises(ValueError, match="min_group_blocks=-1 is negative"):
+        spec(min_group_blocks=-1)
+    with pytest.raises(ValueError, match="leaves 41 weights, but one 32x32 block in each of 1 layers takes 1024"):
+        spec(density=0.02, block_shape=(32, 32))
+
+
+@pytest.mark.parametrize("layer", [SparseDense(8, **BLOCKS), SparseConv(8, (1, 1), **BLOCKS)])
+def test_weights_without_their_topology(layer):
+    """`model.apply({"params": params}, x)` would else make a dense layer of it."""
+    x = jnp.zeros((1, 1, 1, 8))
+    variables = jax.jit(layer.init)(KEY, x)
+    with pytest.raises(ValueError, match="has sparse weights but no topology; pass all collections"):
+        layer.apply({"params": variables["params"]}, x)
+
+
+def test_a_layer_reads_its_sizes_from_its_topology():
+    """The arguments decide at initialization alone: later the number of blocks may be another one."""
+    x = jax.random.normal(KEY, (2, 8))
+    few, many = (SparseDense(8, num_blocks=n, block_shape=(4, 4), implementation="dense") for n in (2, 4))
+    variables = jax.jit(many.init)(KEY, x)
+    np.testing.assert_array_equal(few.apply(variables, x), many.apply(variables, x))

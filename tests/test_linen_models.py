@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dsb_jax.layout import unpack, validate
+import dsb_jax as dsb
 from dsb_jax.linen import SparseConv, SparseDense
+from dsb_jax.paths import nodes
 from dsb_jax.plan import SparsityPlan, find_layers, make_plan
-from dsb_jax.train_state import layouts
 
 KEY = jax.random.key(0)
 
@@ -41,24 +41,16 @@ def test_a_plan_made_from_the_same_model_without_one():
     x = jax.random.normal(KEY, (2, 4, 4, 3))
     params = jax.eval_shape(UserModel().init, KEY, x)["params"]
     plan = make_plan(find_layers(params), sparsity=0.5, block_shape=(8, 4), keep_dense=("Conv_0", "head"))
-    assert {"/".join(layer.path) for layer in plan.sparse_layers} == {
-        "Block_0/SparseConv_0", "Block_1/SparseConv_0", "SparseDense_0",
-    }  # fmt: skip
+    assert set(plan.sparse) == {("Block_0", "SparseConv_0"), ("Block_1", "SparseConv_0"), ("SparseDense_0",)}
     model = UserModel(plan)
     logits, variables = jax.jit(model.init_with_output)(KEY, x)
-    for layer in plan.sparse_layers:
-        assert layouts(variables["topology"])[layer.path].num_blocks == layer.num_blocks
+    found = nodes(variables["topology"])
+    assert {path[:-1]: node.spec for path, node in found.items()} == plan.sparse
 
-    # The dense model with the unpacked kernels says the same.
-    def unpacked(params, topology):
-        if "blocks" in params:
-            weight = unpack(params["blocks"], topology["layout"])
-            kernel = weight.T if weight.shape[0] == 32 else weight.T.reshape(3, 3, 16, 16)
-            return {"kernel": kernel, "bias": params["bias"]}
-        return {k: unpacked(v, topology.get(k, {})) if isinstance(v, dict) else v for k, v in params.items()}
-
-    dense = jax.jit(UserModel().apply)({"params": unpacked(variables["params"], variables["topology"])}, x)
-    np.testing.assert_allclose(logits, dense, rtol=1e-5, atol=1e-5)
+    # The dense model with the unpacked kernels says the same, and takes them by its own names.
+    dense = jax.jit(dsb.to_dense)(variables["params"], variables["topology"])
+    assert jax.tree.map(jnp.shape, dense) == jax.tree.map(jnp.shape, params)
+    np.testing.assert_allclose(logits, jax.jit(UserModel().apply)({"params": dense}, x), rtol=1e-5, atol=1e-5)
 
 
 class Layer(nn.Module):
@@ -76,9 +68,10 @@ def test_scan_stacks_blocks_and_layouts():
     x = jax.random.normal(KEY, (5, 16))
     scanned = nn.scan(Layer, variable_axes={"params": 0, "topology": 0}, split_rngs={"params": True}, length=3)()
     variables = jax.jit(scanned.init)(KEY, x, None)
-    stacked = variables["topology"]["dense"]["layout"]
+    node = variables["topology"]["dense"]["blocks"]
     assert variables["params"]["dense"]["blocks"].shape == (3, 8, 4, 4)
-    assert stacked.in_idx.shape == (3, 8, 4)
+    assert node.layout.in_idx.shape == (3, 8, 4)
+    assert (node.num_layers, node.spec.num_blocks, node.kernel_shape) == (3, 8, (3, 16, 16))
 
     def loss(params):
         return jnp.square(scanned.apply({**variables, "params": params}, x, None)[0]).sum()
@@ -90,9 +83,8 @@ def test_scan_stacks_blocks_and_layouts():
             y, _ = Layer().apply(jax.tree.map(lambda leaf, i=i: leaf[i], at), y, None)
         return jnp.square(y).sum()
 
-    for i in range(3):
-        validate(jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
-    assert (stacked.in_idx[0] != stacked.in_idx[1]).any()  # every layer has drawn its own
+    dsb.validate_topology(variables["topology"])
+    assert (node.layout.in_idx[0] != node.layout.in_idx[1]).any()  # every layer has drawn its own
     result, wanted = (jax.jit(jax.value_and_grad(f))(variables["params"]) for f in (loss, looped))
     for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

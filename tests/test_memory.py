@@ -11,18 +11,15 @@ import optax
 import pytest
 from flax import linen as nn
 
-from dsb_jax.adapt import adapt_step, update_layers
-from dsb_jax.layout import random_layout
+import dsb_jax as dsb
 from dsb_jax.linen import SparseDense
-from dsb_jax.methods import dsb
-from dsb_jax.ops.statistics import make_probe
-from dsb_jax.train import train_step
-from dsb_jax.train_state import create_train_state
+from dsb_jax.measuring import Measured
+from dsb_jax.methods import DSB
 
 WIDTH = 512
 DENSE_LAYER = 4 * WIDTH * WIDTH
-METHOD = dsb(update_end_step=100, grow="norm", granularity="block")  # which takes the most
-COLUMNS = dsb(update_end_step=100, grow="norm", granularity="panel_column")
+METHOD = DSB(update_end_step=100, grow="norm", granularity="block")  # which takes the most
+COLUMNS = DSB(update_end_step=100, grow="norm", granularity="panel_column")
 OPTIMIZER = optax.adamw(1e-3)
 IMAGES = jax.ShapeDtypeStruct((2, WIDTH), jnp.float32)
 LABELS = jax.ShapeDtypeStruct((2,), jnp.int32)
@@ -42,27 +39,31 @@ class Stack(nn.Module):
 
 
 def abstract_state(model):
-    return jax.eval_shape(functools.partial(create_train_state, model, OPTIMIZER), jax.random.key(0), IMAGES)
+    return jax.eval_shape(functools.partial(dsb.create_train_state, model, OPTIMIZER), jax.random.key(0), IMAGES)
 
 
 def weight_bytes(state):
     return sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
 
 
+def counted(step, state, **options):
+    """The buffers of a compiled step that is given its state."""
+    compiled = jax.jit(functools.partial(step, optimizer=OPTIMIZER, **options), donate_argnums=0)
+    return compiled.lower(state, IMAGES, LABELS).compile().memory_analysis()
+
+
 def training(depth, sparsity):
     """Bytes of the weights, and the counted buffers of a training step."""
     model = Stack(depth, 1 - sparsity)
     state = abstract_state(model)
-    lowered = train_step.lower(state, IMAGES, LABELS, model=model, optimizer=OPTIMIZER)
-    return weight_bytes(state), lowered.compile().memory_analysis()
+    return weight_bytes(state), counted(dsb.train_step, state, model=model)
 
 
 def adapting(depth, sparsity, method=METHOD):
     """The same of an adaptation."""
     model = Stack(depth, 1 - sparsity)
     state = abstract_state(model)
-    lowered = adapt_step.lower(state, IMAGES, LABELS, model=model, optimizer=OPTIMIZER, method=method)
-    return weight_bytes(state), lowered.compile().memory_analysis()
+    return weight_bytes(state), counted(dsb.adapt_step, state, model=model, method=method)
 
 
 def total(memory):
@@ -115,19 +116,22 @@ def test_layers_of_different_sizes_share_their_scratch():
     """No two sizes share a compiled loop, and still there is one layer in dense form at a time."""
 
     def scratch(widths):
-        old = {
-            (str(width),): jax.eval_shape(
-                lambda key, width=width: random_layout(key, (width, width), block_shape=(16, 16), num_blocks=96),
-                jax.random.key(0),
-            )
-            for width in widths
-        }
-        blocks = {path: jax.ShapeDtypeStruct((96, 16, 16), jnp.float32) for path in old}
-        statistics = {
-            path: jax.eval_shape(lambda one: make_probe(METHOD.statistic, one), layout) for path, layout in old.items()
-        }
-        args = (jax.random.key(0), jnp.int32(0), blocks, old, statistics)
-        lowered = jax.jit(functools.partial(update_layers, METHOD)).lower(*args)
+        params, topology = {}, {}
+        for width in widths:
+            layer = SparseDense(width, num_blocks=96, use_bias=False)
+            variables = jax.eval_shape(layer.init, jax.random.key(0), jax.ShapeDtypeStruct((1, width), jnp.float32))
+            params[str(width)], topology[str(width)] = variables["params"], variables["topology"]
+        statistics = jax.eval_shape(
+            lambda: {
+                name: {"blocks": Measured(METHOD.statistic.zeros(node["blocks"].spec), jnp.ones(()), 0)}
+                for name, node in topology.items()
+            }
+        )
+
+        def update(params, topology, key, statistics):
+            return dsb.update(METHOD, optax.identity(), params, topology, optax.EmptyState(), 0, key, statistics)[:2]
+
+        lowered = jax.jit(update).lower(params, topology, jax.random.key(0), statistics)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     one, two = scratch([512]), scratch([512, 480])

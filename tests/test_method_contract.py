@@ -1,135 +1,242 @@
-"""One contract for all methods, on a convolution and a linear layer: equal terms, sizes that stay, the same bits."""
+"""One contract for all methods, on a stack of layers with phantom rows: equal terms, sizes that stay, the same bits."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import linen as nn
 
-from dsb_jax import methods
-from dsb_jax.adapt import adapt_step
-from dsb_jax.layout import validate
-from dsb_jax.linen import SparseConv, SparseDense
-from dsb_jax.methods import METHODS
-from dsb_jax.plan import find_layers, make_plan, unstructured
+import dsb_jax as dsb
+from dsb_jax.layout import to_mask
+from dsb_jax.linen import SparseDense
+from dsb_jax.methods import DSB, METHODS, SET, LayerState, RigL, Static, TopKAST
+from dsb_jax.plan import PlannedLayer, SparsityPlan
+from dsb_jax.spec import LayerSpec
 from dsb_jax.telemetry import count_active
-from dsb_jax.train import train_step
-from dsb_jax.train_state import create_train_state, dense_params, layouts
+from tests.topologies import assert_same_bits
 
-MAKERS = {
-    "dsb": lambda: methods.dsb(update_end_step=100),
-    "dsb, blocks": lambda: methods.dsb(update_end_step=100, granularity="block"),
-    "ssb": methods.ssb,
-    "rigl": lambda: methods.rigl(update_end_step=100),
-    "set": lambda: methods.set_(update_end_step=100),
-    "topkast": methods.topkast,
-    "dense": methods.dense,
-    "small_dense": methods.small_dense,
+MADE = {
+    "dsb": DSB(drop_fraction=0.5),
+    "dsb, blocks": DSB(drop_fraction=0.5, granularity="block", block_aware_drop=False),
+    "ssb": Static(),
+    "rigl": RigL(drop_fraction=0.5),
+    "set": SET(drop_fraction=0.5),
+    "topkast": TopKAST(backward_factor=1.4, exploration=1e-4),
 }
-IMAGES = np.random.default_rng(0).normal(size=(6, 5, 5, 3)).astype(np.float32)
-LABELS = np.arange(6, dtype=np.int32) % 4
+X = np.random.default_rng(0).normal(size=(6, 12)).astype(np.float32)
 OPTIMIZER = optax.adamw(0.05)
-SPARSITY = 0.6
+KERNEL = LayerSpec((2, 12, 10), out_axes=(2,), in_axes=(1,), stack_axes=(0,))
 
 
 class Net(nn.Module):
-    conv: type[nn.Module]
-    dense: type[nn.Module]
+    """Two layers under `nn.scan`, dense without a method."""
+
+    method: Any = None
 
     @nn.compact
-    def __call__(self, x, *, train=False):
-        x = nn.relu(self.conv(8, (3, 3), name="conv")(x))
-        x = nn.relu(self.dense(12, name="hidden")(x.mean(axis=(1, 2))))
-        return nn.Dense(4, name="head")(x)
+    def __call__(self, x):
+        how: dict[str, Any] = {}
+        if self.method is not None:
+            how = {"num_blocks": 6, "block_shape": (4, 3), "method": self.method, "implementation": "dense"}
+        lifted = nn.scan(
+            lambda layer, x, _: (x.at[:, :10].set(nn.tanh(layer(x))), None), length=2, split_rngs={"params": True},
+            variable_axes={"params": 0, "topology": 0, "statistics": 0},
+        )  # fmt: skip
+        return lifted(SparseDense(10, name="stack", **how), x, None)[0]
 
 
-@functools.cache
-def plan():
-    params = jax.eval_shape(Net(nn.Conv, nn.Dense).init, jax.random.key(0), IMAGES)["params"]
-    return make_plan(find_layers(params), sparsity=SPARSITY, block_shape=(4, 2), min_blocks=1)
+def plan(num_blocks):
+    return SparsityPlan((PlannedLayer(("stack",), KERNEL, KERNEL.with_blocks((4, 3), num_blocks), ""),))
 
 
-def build(name):
-    method = MAKERS[name]()
-    if not method.sparse:
-        return method, Net(nn.Conv, nn.Dense)
-    how = {"plan": unstructured(plan()) if method.unstructured else plan(), "init_layout": method.init}
-    if method.store is not None:
-        how |= {"store": method.store, "exploration": 1e-4}
-    return method, Net(functools.partial(SparseConv, **how), functools.partial(SparseDense, **how))
+class Life(NamedTuple):
+    """What becomes of a model; pairs are (params, topology)."""
+
+    first: Any
+    trained: Any
+    adapted: Any
+    few: Any
+    many: Any
+    report: Any
+    moments: Any
+    average: Any
+    dense: Any
+    masks: Any
+    chosen: Any
+    back: Any
+    outputs: Any
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def create(model, key):
-    return create_train_state(model, OPTIMIZER, key, IMAGES)
+def life(method, seed):
+    """Initialized, trained for three steps, adapted, repacked, made smaller and larger, dense and sparse again."""
+    model = Net(method)
+    key = jax.random.key(seed)
+    variables = model.init(key, X)
+    params, topology = variables["params"], variables["topology"]
+    state = OPTIMIZER.init(params)
+
+    def loss_fn(variables, x):
+        return jnp.square(model.apply(variables, x) - 1).mean()
+
+    def train(carry, _):
+        params, state = carry
+        grads = jax.grad(lambda p: loss_fn({"params": p, "topology": topology}, X))(params)
+        updates, state = OPTIMIZER.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (trained, state), _ = jax.lax.scan(train, (params, state), None, 3)
+    new, moved, new_state, report = dsb.adaptation(loss_fn, method, OPTIMIZER)(trained, topology, state, 3, key, X)
+    average = dsb.repack(trained, topology, moved)
+    few = dsb.restage(new, moved, new_state, plan(4), method, OPTIMIZER, key)
+    many = dsb.restage(new, moved, new_state, plan(8), method, OPTIMIZER, key)
+    dense = dsb.to_dense(new, moved)
+    chosen = dsb.from_dense(dense, plan(6), method=method, key=key)
+    back, _ = dsb.from_dense(dense, topology=moved)
+    outputs = model.apply({"params": new, "topology": moved}, X), Net().apply({"params": dense}, X)
+    return Life(
+        (params, topology), (trained, topology), (new, moved), few[:2], many[:2], report,
+        (state[0].nu, new_state[0].nu), average, dense, dsb.masks(moved), chosen, (back, dsb.to_dense(back, moved)),
+        outputs,
+    )  # fmt: skip
 
 
-def history(name, seed):
-    """States of a short training, before and after an adaptation if there is one, and its report."""
-    method, model = BUILT[name]
-    state = create(model, jax.random.key(seed))
-    states, report = [jax.device_get(state)], {}
-    for step in range(4):
-        if step == 2 and method.update is not None:
-            state, report = adapt_step(state, IMAGES, LABELS, model=model, method=method, optimizer=OPTIMIZER)
-            states.append(jax.device_get(state))
-        state, metrics = train_step(state, IMAGES, LABELS, model=model, optimizer=OPTIMIZER)
-        assert np.isfinite(metrics["loss"])
-    return [*states, jax.device_get(state)], jax.device_get(report)
-
-
-BUILT = {name: build(name) for name in MAKERS}
+@pytest.fixture(scope="module", params=MADE)
+def lived(request):
+    method = MADE[request.param]
+    return method, jax.device_get(life(method, 0))
 
 
 def test_the_contract_holds_every_method():
-    assert {BUILT[name][0].name for name in MAKERS} == set(METHODS)
-    assert set(METHODS) <= set(MAKERS)
+    assert {method.name for method in MADE.values()} == set(METHODS)
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_the_contract(name):
-    method, model = BUILT[name]
-    states, report = history(name, seed=0)
-    first = states[0]
-    wanted = {layer.path: plan().num_active(layer) for layer in plan().sparse_layers} if method.sparse else {}
-    for state in states:
-        assert count_active(state) == wanted
-        # Sizes and dtypes never change, so nothing recompiles.
-        assert jax.tree.structure(state) == jax.tree.structure(first)
-        assert [(a.shape, a.dtype) for a in jax.tree.leaves(state)] == [
-            (a.shape, a.dtype) for a in jax.tree.leaves(first)
-        ]
-        for layout in layouts(state.topology).values():
-            validate(layout)
-    assert all((np.asarray(leaf) != 0).any() for leaf in jax.tree.leaves(states[-1].params))  # it learns
+def test_terms_are_equal(lived):
+    """As many weights computed with as the plan says, whatever the method; valid layouts, sizes that stay."""
+    method, one = lived
+    for pair, count in (
+        (one.first, 6), (one.trained, 6), (one.adapted, 6), (one.few, 4), (one.many, 8), (one.chosen, 6),
+    ):  # fmt: skip
+        params, topology = pair
+        dsb.validate_topology(topology)
+        assert count_active(topology) == {("stack",): 2 * plan(count)[("stack",)].num_active}
+        dsb.check_optimizer(OPTIMIZER, params, topology, method=method)
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), pair) for pair in (one.first, one.adapted)]
+    assert shapes[0] == shapes[1]
+    # A layer under `nn.scan` knows of its stack by the shapes, one of `from_dense` by its spec.
+    node, other = (pair[1]["stack"]["blocks"] for pair in (one.chosen, one.adapted))
+    assert (node.kernel_shape, node.blocks_shape) == (other.kernel_shape, other.blocks_shape)
+    assert node.kernel_shape == KERNEL.kernel_shape
 
-    # What a layer computes is what its dense form says, with exactly as many weights.
-    final = states[-1]
-    dense = jax.tree.map(np.asarray, jax.jit(dense_params)(final))
-    for layer, params in dense.items():
-        params["kernel"] = params["kernel"].reshape(3, 3, 3, -1) if layer == "conv" else params["kernel"]
-    np.testing.assert_allclose(
-        jax.jit(model.apply)(final.variables, IMAGES),
-        jax.jit(Net(nn.Conv, nn.Dense).apply)({"params": dense}, IMAGES),
-        atol=2e-5,
-    )
-    for (layer,), count in wanted.items():
-        assert 0 < np.count_nonzero(dense[layer]["kernel"]) <= count
 
-    if method.update is None:
-        with pytest.raises(ValueError, match=f"method '{method.name}' never adapts"):
-            adapt_step(first, IMAGES, LABELS, model=model, method=method, optimizer=OPTIMIZER)
-    else:
-        assert set(report) == {"/".join(path) for path in wanted}
-        for layer in report.values():
-            assert 0 <= layer.accepted <= layer.requested
-            assert 0 <= layer.turnover <= 1
-            assert 0 <= layer.collateral <= 1
+def layers_of(tree, topology):
+    """[out, in] of each layer of the stack."""
+    blocks, node = tree["stack"]["blocks"], topology["stack"]["blocks"]
+    return [in_place(*jax.tree.map(lambda leaf, i=i: leaf[i], (blocks, node))) for i in range(2)]
 
-    again, _ = history(name, seed=0)
-    for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(a, b)
-    other = jax.device_get(create(model, jax.random.key(1)))
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True))
+
+def test_kept_weights_keep_their_bits(lived):
+    """Those of the model, of a moment and of an average; all of what is new is 0."""
+    method, one = lived
+    some = 0
+    for old, new in ((one.trained[0], one.adapted[0]), one.moments, (one.trained[0], one.average)):
+        for was, now in zip(layers_of(old, one.trained[1]), layers_of(new, one.adapted[1]), strict=True):
+            stays, is_new = ~np.isnan(was) & ~np.isnan(now), np.isnan(was) & ~np.isnan(now)
+            some += is_new.sum()
+            assert_same_bits(now[stays], was[stays])
+            if method.storage != "backward_set" or new is not one.adapted[0]:  # whose new weights come from its reserve
+                assert (now[is_new] == 0).all()
+    assert (some > 0) == (method.name != "ssb")
+
+
+def in_place(leaf, node):
+    """[out, in] on the host, NaN where nothing is stored."""
+    layout = node.layout
+    rows = layout.out_idx[np.repeat(np.arange(len(layout.out_idx)), np.diff(layout.group_start))]
+    rows, columns = np.broadcast_arrays(rows[:, :, None], layout.in_idx[:, None, :])
+    dense = np.full(layout.shape, np.nan, leaf.dtype)
+    real = rows < layout.shape[0]
+    dense[rows[real], columns[real]] = leaf[real]
+    return dense
+
+
+def test_the_report(lived):
+    method, one = lived
+    assert set(one.report) == {("stack",)}
+    layer = one.report[("stack",)]
+    assert all(value.shape == (2,) for value in layer)
+    assert (layer.status == 0).all()
+    assert (layer.calls == (1 if method.statistic is not None else 0)).all()
+    assert ((layer.accepted >= 0) & (layer.accepted <= layer.requested)).all()
+    assert ((layer.turnover >= 0) & (layer.turnover <= 1) & (layer.collateral >= 0) & (layer.collateral <= 1)).all()
+    assert (layer.requested == 0).all() == (method.name == "ssb")
+
+
+def test_dense_and_back(lived):
+    """The dense model computes the same, with exactly as many weights; the way there and back keeps all bits."""
+    method, one = lived
+    np.testing.assert_allclose(*one.outputs, atol=2e-5)
+    kernel, mask = one.dense["stack"]["kernel"], one.masks["stack"]["kernel"]
+    assert kernel.shape == mask.shape == KERNEL.kernel_shape
+    assert mask.sum() == 2 * plan(6)[("stack",)].num_active
+    assert not kernel[~mask].any()
+    assert kernel[mask].any()
+    back, dense = one.back
+    assert_same_bits(dense, one.dense)
+    if method.storage != "backward_set":  # which stores weights that it does not compute with
+        assert_same_bits(back, one.adapted[0])
+    # By a plan: the weights that stay are those of the dense model, bit by bit.
+    chosen = jax.device_get(jax.jit(dsb.to_dense)(*one.chosen))["stack"]["kernel"]
+    assert_same_bits(chosen[chosen != 0], kernel[chosen != 0])
+    assert np.count_nonzero(chosen) > 0.5 * np.count_nonzero(kernel)
+
+
+def test_resizing_keeps_the_strongest(lived):
+    """More blocks lose nothing, fewer bring in nothing; the values are the same."""
+    method, one = lived
+    for now, few, many in zip(*(layers_of(*pair) for pair in (one.adapted, one.few, one.many)), strict=True):
+        stored = [~np.isnan(weights) for weights in (now, few, many)]
+        assert stored[1].sum() < stored[0].sum() < stored[2].sum()
+        assert (stored[0] & stored[2]).sum() == stored[0].sum()
+        assert_same_bits(many[stored[0]], now[stored[0]])
+        assert (stored[0] & stored[1]).sum() == stored[1].sum()
+        assert_same_bits(few[stored[1]], now[stored[1]])
+        if method.storage != "blocks":
+            assert np.abs(few[stored[1]]).min() >= np.abs(now[stored[0] & ~stored[1]]).max()
+
+
+def test_each_layer_of_a_stack_is_adapted_by_itself(lived):
+    """As the method alone, with the layer's own key and statistic."""
+    method, one = lived
+    model = Net(method)
+
+    def loss_fn(variables, x):
+        return jnp.square(model.apply(variables, x) - 1).mean()
+
+    (params, topology), node = one.trained, one.trained[1]["stack"]["blocks"]
+    measured = dsb.measure(loss_fn, method)(params, topology, X) if method.statistic is not None else None
+    (key,) = jax.random.split(jax.random.key(0), 1)  # one for each node
+    update = jax.jit(method.update)
+    for i, own in enumerate(jax.random.split(key, 2)):
+        state, value = jax.tree.map(
+            lambda leaf, i=i: leaf[i],
+            (LayerState(params["stack"]["blocks"], node.layout, node.aux),
+             None if measured is None else measured["stack"]["blocks"].value),
+        )  # fmt: skip
+        alone, _ = update(own, 3, state, value)
+        blocks, now = (tree["stack"]["blocks"] for tree in one.adapted)
+        both = jax.tree.map(lambda leaf, i=i: leaf[i], LayerState(blocks, now.layout, now.aux))
+        assert_same_bits(jax.device_get(alone), both)
+    masks = [np.asarray(to_mask(jax.tree.map(lambda leaf, i=i: leaf[i], node.layout))) for i in range(2)]
+    assert (masks[0] != masks[1]).any()  # each layer has drawn its own
+
+
+def test_the_same_seed_gives_the_same_bits(lived):
+    method, one = lived
+    assert_same_bits(jax.device_get(life(method, 0)), one)
+    other = jax.device_get(life(method, 1))
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(one.first), jax.tree.leaves(other.first), strict=True))

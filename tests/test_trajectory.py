@@ -9,12 +9,11 @@ import optax
 import pytest
 from flax import linen as nn
 
-from dsb_jax.adapt import adapt_step
-from dsb_jax.layout import to_mask, unpack
+import dsb_jax as dsb
 from dsb_jax.linen import SparseConv, SparseDense
-from dsb_jax.methods import dsb
-from dsb_jax.train import cross_entropy, forward, train_step
-from dsb_jax.train_state import create_train_state, layouts
+from dsb_jax.losses import cross_entropy
+from dsb_jax.methods import DSB
+from dsb_jax.train import forward
 
 
 class Net(nn.Module):
@@ -34,32 +33,26 @@ class Net(nn.Module):
 
 
 PACKED, DENSE = Net(True), Net(False)
-KERNELS = {"conv": (3, 3, 3, 16), "linear": (16, 21)}
 STEPS, ADAPT_AT = 10, 5
 CASES = {
     "sgd, block": (
         optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.2, momentum=0.9)),
-        dsb(update_end_step=20, alpha=0.5, granularity="block", block_aware_drop=False),
+        DSB(update_end_step=20, drop_fraction=0.5, granularity="block", block_aware_drop=False),
     ),
     "adamw, panel_column": (
         optax.adamw(3e-3, eps=1e-4, weight_decay=0.1),
-        dsb(update_end_step=20, alpha=0.5, grow="norm", granularity="panel_column"),
+        DSB(update_end_step=20, drop_fraction=0.5, grow="norm", granularity="panel_column"),
     ),
 }
 
 
-def masks_of(state):
+@jax.jit
+def masks_of(topology):
     """layer -> mask in the form of the dense kernel."""
-    return {path[0]: to_mask(layout).T.reshape(KERNELS[path[0]]) for path, layout in layouts(state.topology).items()}
+    return {name: mask["kernel"] for name, mask in dsb.masks(topology).items()}
 
 
-def unpacked(tree, state):
-    """A tree shaped as the params of the packed model, as one shaped as those of the dense model."""
-    found = {path[0]: layout for path, layout in layouts(state.topology).items()}
-    tree = {name: dict(leaves) for name, leaves in tree.items()}
-    for name, layout in found.items():
-        tree[name]["kernel"] = unpack(tree[name].pop("blocks"), layout).T.reshape(KERNELS[name])
-    return tree
+unpacked = jax.jit(dsb.to_dense)  # of any tree shaped as the params of the packed model
 
 
 def masked(tree, masks):
@@ -73,8 +66,8 @@ def masked_step(params, batch_stats, opt_state, masks, images, labels, *, optimi
 
     def objective(params):
         variables = {"params": masked(params, masks), "batch_stats": batch_stats}
-        logits, stats = forward(DENSE, variables, images, dropout_key=jax.random.key(0))
-        return cross_entropy(logits, labels), stats
+        logits, collections = forward(DENSE, variables, images, jax.random.key(0))
+        return cross_entropy(logits, labels), collections["batch_stats"]
 
     (loss, batch_stats), gradients = jax.value_and_grad(objective, has_aux=True)(params)
     updates, opt_state = optimizer.update(masked(gradients, masks), opt_state, params)
@@ -96,27 +89,29 @@ def test_packed_and_masked_training_are_the_same(name):
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.standard_normal((STEPS, 16, 7, 7, 3)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, 4, (STEPS, 16)), jnp.int32)
-    packed = jax.jit(lambda key: create_train_state(PACKED, optimizer, key, images[0]))(jax.random.key(1))
-    params, batch_stats = jax.tree.map(jnp.array, (unpacked(packed.params, packed), packed.batch_stats))
-    opt_state, masks = optimizer.init(params), masks_of(packed)
+    packed = jax.jit(lambda key: dsb.create_train_state(PACKED, optimizer, key, images[0]))(jax.random.key(1))
+    params, batch_stats = jax.tree.map(
+        jnp.array, (unpacked(packed.params, packed.topology), packed.collections["batch_stats"])
+    )
+    opt_state, masks = optimizer.init(params), masks_of(packed.topology)
     for step in range(STEPS):
         if step == ADAPT_AT:
-            packed, report = adapt_step(
+            packed, report = dsb.adapt_step(
                 packed, images[step], labels[step], model=PACKED, method=method, optimizer=optimizer
             )
             assert all(layer.accepted > 0 for layer in report.values())
             # The masked model forgets weights and moments that have left.
-            masks = jax.tree.map(jnp.logical_and, masks, masks_of(packed))
+            masks = jax.tree.map(jnp.logical_and, masks, masks_of(packed.topology))
             params = masked(params, masks)
             opt_state = map_moments(functools.partial(masked, masks=masks), opt_state)
-            masks = masks_of(packed)
-        packed, metrics = train_step(packed, images[step], labels[step], model=PACKED, optimizer=optimizer)
+            masks = masks_of(packed.topology)
+        packed, metrics = dsb.train_step(packed, images[step], labels[step], model=PACKED, optimizer=optimizer)
         params, batch_stats, opt_state, loss = masked_step(
             params, batch_stats, opt_state, masks, images[step], labels[step], optimizer=optimizer
         )
         np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-5)
-        moments = map_moments(functools.partial(unpacked, state=packed), packed.opt_state)
-        ours = (unpacked(packed.params, packed), packed.batch_stats, moments)
+        moments = map_moments(functools.partial(unpacked, topology=packed.topology), packed.opt_state)
+        ours = (unpacked(packed.params, packed.topology), packed.collections["batch_stats"], moments)
         assert jax.tree.structure(ours) == jax.tree.structure((params, batch_stats, opt_state))
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves((params, batch_stats, opt_state)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()))
