@@ -138,18 +138,9 @@ def test_plans_of_something_else_are_refused(staged):
         return layer._replace(planned=spec)
 
     refused(wider, r"ragged is \(10, 12\) in .* blocks, but \(10, 15\) in")
-<<<<<<< HEAD
-    if method.storage == "blocks":
-        refused(
-            lambda layer: layer._replace(planned=layer.dense.with_blocks((2, 3), 6)),
-            r"ragged is \(10, 12\) in \(4, 3\) blocks, but \(10, 12\) in \(2, 3\).*only the number of blocks may",
-        )
-    other = RigL() if method.storage != "single" else Static()
-    with pytest.raises(ValueError, match=f"{type(other).__name__} adapts layers with storage '{other.storage}'"):
-        dsb.restage(params, topology, state, right, other, OPTIMIZER, jax.random.key(0))
-=======
-    refused(lambda layer: layer._replace(planned=layer.dense.with_blocks((2, 3), 6)),
-            r"ragged is \(10, 12\) in \(4, 3\) blocks, but \(10, 12\) in \(2, 3\).*only the number of blocks may")  # fmt: skip
+    refused(
+        lambda layer: layer._replace(planned=layer.dense.with_blocks((2, 3), 6)),
+        r"ragged is \(10, 12\) in \(4, 3\) blocks, but \(10, 12\) in \(2, 3\).*only the number of blocks may",
+    )
     with pytest.raises(ValueError, match="RigL adapts layers with storage 'single', but ragged has 'blocks'"):
         dsb.restage(params, topology, state, right, RigL(), OPTIMIZER, jax.random.key(0))
->>>>>>> w/tests2
