@@ -20,7 +20,7 @@ from dsb_jax.methods.base import STATUS
 from dsb_jax.origins import move
 from dsb_jax.paths import nodes
 from tests.conftest import make_layout
-from tests.topologies import assert_same_bits, node_of_counts, noise_like, stacked
+from tests.topologies import DrawnByNumPy, assert_same_bits, node_of_counts, noise_like, stacked
 
 
 class Net(nn.Module):
@@ -28,7 +28,7 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        sparse = {"block_shape": (8, 4), "implementation": "dense"}
+        sparse = {"block_shape": (8, 4), "implementation": "dense", "method": DrawnByNumPy()}
         x = SparseConv(16, (3, 3), num_blocks=7, name="conv", **sparse)(x)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x)).mean(axis=(1, 2))
         x = nn.Dropout(0.2, deterministic=not train)(x)
@@ -202,7 +202,7 @@ X = np.random.default_rng(1).normal(size=(6, 12)).astype(np.float32)
 class Plain(nn.Module):
     """Two equal layers, in methods' own storage."""
 
-    method: object = Static()
+    method: object = DrawnByNumPy()
 
     @nn.compact
     def __call__(self, x):

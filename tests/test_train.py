@@ -15,12 +15,12 @@ import dsb_jax as dsb
 from dsb_jax.linen import SparseDense
 from dsb_jax.losses import smoothed_cross_entropy
 from dsb_jax.methods import DSB
-from tests.topologies import assert_same_bits
+from tests.topologies import DrawnByNumPy, assert_same_bits
 
 METHOD, SGD = DSB(drop_fraction=0.5), optax.sgd(0.1)
 X = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32)
 LABELS = np.arange(8, dtype=np.int32) % 3
-FC = functools.partial(SparseDense, 16, num_blocks=3, block_shape=(8, 4), implementation="dense")
+FC = functools.partial(SparseDense, 16, num_blocks=3, block_shape=(8, 4), implementation="dense", method=DrawnByNumPy())
 
 
 class Base(nn.Module):

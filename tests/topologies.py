@@ -1,11 +1,14 @@
-"""Nodes made by hand and comparisons by bits, which the tests of the core share."""
+"""Layers and nodes made by NumPy, and comparisons by bits, which the tests of the core share."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
-from dsb_jax.layout import BlockLayout
+from dsb_jax.layout import BlockLayout, column_dtype, ragged_blocks
+from dsb_jax.methods import LayerState, Static
+from dsb_jax.methods.blocks import scale_to_fan_in
 from dsb_jax.spec import LayerSpec, linear_spec
 from dsb_jax.topology import LayerTopology
 from tests.conftest import make_layout
@@ -20,6 +23,37 @@ def make_node(layout: BlockLayout, *, spec: LayerSpec | None = None) -> LayerTop
 def node_of_counts(seed: int, shape: tuple[int, int], block_shape: tuple[int, int], counts: tuple[int, ...]) -> Any:
     """The node of a linear layer whose group g holds `counts[g]` blocks, of random rows and columns."""
     return make_node(make_layout(seed, shape, block_shape, counts))
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnByNumPy(Static):
+    """Static blocks whose layout is a constant of the program, spread evenly: a model that compiles sooner.
+
+    Or with `counts`, so many blocks in each group.
+    """
+
+    seed: int = 0
+    counts: tuple[int, ...] = ()
+
+    def init(self, key, weights, spec, *, score=None):
+        ragged, groups = ragged_blocks(spec.shape, spec.block_shape, spec.num_blocks), spec.num_groups
+        rest, full = spec.num_blocks - (ragged or 0), groups - (ragged is not None)
+        counts = [rest // full + (g < rest % full) for g in range(full)] + [ragged] * (ragged is not None)
+        with jax.ensure_compile_time_eval():
+            layout = make_layout(self.seed, spec.shape, spec.block_shape, self.counts or tuple(counts))
+            layout = dataclasses.replace(layout, in_idx=layout.in_idx.astype(column_dtype(spec.in_)))
+        return LayerState(scale_to_fan_in(weights, layout), layout)
+
+
+def in_place(leaf: Any, layout: BlockLayout) -> np.ndarray:
+    """An array shaped like the blocks as [out, in], on the host; NaN where nothing is stored."""
+    out_idx, in_idx, start = (np.asarray(a) for a in (layout.out_idx, layout.in_idx, layout.group_start))
+    rows = out_idx[np.repeat(np.arange(len(out_idx)), np.diff(start))]
+    rows, columns = np.broadcast_arrays(rows[:, :, None], in_idx[:, None, :])
+    real = rows < layout.shape[0]
+    dense = np.full(layout.shape, np.nan, leaf.dtype)
+    dense[rows[real], columns[real]] = np.asarray(leaf)[real]
+    return dense
 
 
 def stacked(nodes: list[LayerTopology], axis: int = 0) -> LayerTopology:
