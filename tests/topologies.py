@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsb_jax.layout import BlockLayout, column_dtype, ragged_blocks
+from dsb_jax.layout import BlockLayout, column_dtype, pack, ragged_blocks, real_rows, to_mask, unpack
 from dsb_jax.methods import LayerState, Static
 from dsb_jax.methods.blocks import scale_to_fan_in
+from dsb_jax.paths import nodes
 from dsb_jax.spec import LayerSpec, linear_spec
 from dsb_jax.topology import LayerTopology
 from tests.conftest import make_layout
@@ -56,9 +57,9 @@ def in_place(leaf: Any, layout: BlockLayout) -> np.ndarray:
     return dense
 
 
-def stacked(nodes: list[LayerTopology], axis: int = 0) -> LayerTopology:
+def stacked(layers: list[LayerTopology], axis: int = 0) -> LayerTopology:
     """One node of several equal layers, as a model that lifts its layers along `axis` holds it."""
-    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves], axis), *nodes)
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves], axis), *layers)
 
 
 def assert_same_bits(one: Any, other: Any) -> None:
@@ -81,3 +82,26 @@ def noise_like(tree: Any, seed: int = 0) -> Any:
         return (rng.standard_normal(leaf.shape) if floats else np.zeros(leaf.shape)).astype(leaf.dtype)
 
     return jax.tree.map(noise, tree)
+
+
+PACK, UNPACK, MASK, REAL_ROWS = (jax.jit(f) for f in (pack, unpack, to_mask, real_rows))
+
+
+def check_moved(before: Any, after: Any, old_topology: Any, topology: Any) -> int:
+    """Every block-shaped leaf of a tree followed its weights, every other leaf is the same; how many followed."""
+    old, new, moved = nodes(old_topology), nodes(topology), 0
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    leaves = jax.tree_util.tree_leaves_with_path(before)
+    for (path, a), b in zip(leaves, jax.tree.leaves(after), strict=True):
+        names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))[-2:]
+        if names not in old:
+            assert_same_bits(a, b)
+            continue
+        moved += 1
+        was, now = old[names].layout, new[names].layout
+        assert_same_bits(np.asarray(b), np.asarray(PACK(UNPACK(a, was), now)))
+        mask_a, mask_b = (np.asarray(MASK(layout)) for layout in (was, now))
+        assert mask_a.sum() == mask_b.sum() == was.num_active
+        assert (mask_b & ~mask_a).any()  # the law would hold of layouts that never change
+        assert not np.asarray(b)[~np.broadcast_to(REAL_ROWS(now), b.shape)].any()  # phantom weights
+    return moved
