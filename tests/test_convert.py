@@ -18,11 +18,10 @@ from tests.conftest import make_layout
 from tests.topologies import assert_same_bits, make_node, node_of_counts, stacked
 
 # name: the dense layer, of 6 outputs (which 4 does not divide) and 12 inputs.
+LINEAR = linear_spec(12, 6)
 SPECS = {
-    "linear": linear_spec(12, 6),
     "conv": conv_spec((3, 2), 2, 6),
     "query": LayerSpec((12, 3, 2), out_axes=(1, 2), in_axes=(0,)),
-    "output": LayerSpec((3, 4, 6), out_axes=(2,), in_axes=(0, 1)),
     "scanned": LayerSpec((3, 12, 6), out_axes=(2,), in_axes=(1,), stack_axes=(0,)),
     "stacked_last": LayerSpec((12, 2, 6), out_axes=(2,), in_axes=(0,), stack_axes=(1,)),
 }
@@ -94,9 +93,9 @@ def test_there_and_back_is_the_same_bits(made):
 
 
 def test_another_score_is_another_pattern():
-    spec = SPECS["linear"]
+    spec = LINEAR
     some = SparsityPlan((PlannedLayer(("fc",), spec, spec.with_blocks((4, 3), 4), ""),))
-    dense = {"fc": {"kernel": dense_params()["body"]["linear"]["kernel"]}}
+    dense = {"fc": {"kernel": np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)}}
     _, least = dsb.from_dense(dense, some, method=RigL(), score=lambda w: 1 / jnp.abs(w))
     mask = np.asarray(dsb.masks(least)["fc"]["kernel"])
     assert np.abs(dense["fc"]["kernel"])[mask].max() < np.abs(dense["fc"]["kernel"])[~mask].min()
@@ -170,7 +169,7 @@ def test_what_does_not_belong_together_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             dsb.from_dense(params, topology={"fc": {"blocks": node}})
-    other = {**dense, "body": {**dense["body"], "conv": dense["body"]["linear"]}}
+    other = {**dense, "body": {**dense["body"], "conv": {"kernel": np.ones((12, 6))}}}
     with pytest.raises(ValueError, match=r"body/conv/kernel has shape \(12, 6\), expected \(3, 2, 2, 6\)"):
         dsb.from_dense(other, some)
 

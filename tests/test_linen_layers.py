@@ -1,8 +1,6 @@
 """`SparseConv` and `SparseDense` are drop-in: the dense layer without a density, its sparse equal with one."""
 
-import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +11,11 @@ from flax import linen as nn
 import dsb_jax as dsb
 from dsb_jax.layout import BlockLayout, unpack, validate
 from dsb_jax.linen import SparseConv, SparseDense
-from dsb_jax.methods import DSB, SET, LayerState, RigL, Static, TopKAST
-from dsb_jax.methods.blocks import scale_to_fan_in
+from dsb_jax.methods import DSB, SET, RigL, Static, TopKAST
 from dsb_jax.plan import find_layers, make_plan
 from dsb_jax.spec import conv_spec, linear_spec
 from dsb_jax.topology import LayerTopology
-from tests.conftest import make_layout
+from tests.topologies import DrawnByNumPy, in_place
 
 CONVS = {
     "defaults": {"kernel_size": (3, 3)},
@@ -31,14 +28,17 @@ CONVS = {
     "ints": {"kernel_size": (3, 3), "padding": (0, 2), "use_bias": False},
     "pairs": {"kernel_size": [3, 3], "padding": [(0, 2), (1, 0)], "strides": [2, 3]},
 }
-BLOCKS = {"density": 0.5, "block_shape": (4, 4), "implementation": "dense"}  # `test_ops` compares implementations
+# `test_ops` compares implementations.
+BLOCKS = {"density": 0.5, "block_shape": (4, 4), "implementation": "dense", "method": DrawnByNumPy()}
 KEY = jax.random.key(3)
 
 
-@jax.jit
 def dense_twin(variables):
     """The variables of the dense layer that has the unpacked kernel, in its own shape."""
-    return {"params": dsb.to_dense(variables["params"], variables["topology"])}
+    params, node = dict(jax.device_get(variables["params"])), variables["topology"]["blocks"]
+    blocks = params.pop("blocks")
+    blocks = blocks if node.aux is None else np.asarray(node.aux.forward(blocks))
+    return {"params": {**params, "kernel": node.spec.from_matrix(np.nan_to_num(in_place(blocks, node.layout)))}}
 
 
 @pytest.mark.parametrize("name", CONVS)
@@ -79,12 +79,12 @@ def test_unbatched_and_more_batch_dimensions(lead):
     x = jax.random.normal(KEY, (*lead, 5, 6, 4))
     sparse = SparseConv(8, (3, 3), **BLOCKS)
     y, variables = jax.jit(sparse.init_with_output)(KEY, x)
-    wanted = nn.Conv(8, (3, 3)).apply(dense_twin(variables), x)
+    wanted = jax.jit(nn.Conv(8, (3, 3)).apply)(dense_twin(variables), x)
     assert y.shape == wanted.shape == (*lead, 5, 6, 8)
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
     sparse = SparseDense(8, **BLOCKS)
     y, variables = jax.jit(sparse.init_with_output)(KEY, x)
-    wanted = nn.Dense(8).apply(dense_twin(variables), x)
+    wanted = jax.jit(nn.Dense(8).apply)(dense_twin(variables), x)
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -93,11 +93,11 @@ def test_feature_major_is_the_same_layer():
     for options in (BLOCKS, {}):
         conv = functools.partial(SparseConv, 8, (3, 3), strides=2, bias_init=jax.random.normal, **options)
         y, variables = jax.jit(conv().init_with_output)(KEY, x)
-        major = conv(feature_major=True).apply(variables, x.transpose(3, 1, 2, 0))
+        major = jax.jit(conv(feature_major=True).apply)(variables, x.transpose(3, 1, 2, 0))
         np.testing.assert_allclose(major.transpose(3, 1, 2, 0), y, rtol=1e-5, atol=1e-6)
         dense = functools.partial(SparseDense, 8, bias_init=jax.random.normal, **options)
         y, variables = jax.jit(dense().init_with_output)(KEY, x[:, 0, 0])
-        major = dense(feature_major=True).apply(variables, x[:, 0, 0].T)
+        major = jax.jit(dense(feature_major=True).apply)(variables, x[:, 0, 0].T)
         np.testing.assert_allclose(major.T, y, rtol=1e-5, atol=1e-6)
 
 
@@ -137,26 +137,16 @@ def test_outputs_have_the_variance_of_the_dense_layer(density, init):
     assert np.sqrt(np.square(std).mean()) == pytest.approx(float(wanted), rel=0.05)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Given(Static):
-    """Static blocks in a layout of one's own."""
-
-    layout: Any = None
-
-    def init(self, key, weights, spec, *, score=None):
-        return LayerState(scale_to_fan_in(weights, self.layout), self.layout)
-
-
 def test_each_group_has_the_variance_of_its_own_fan_in():
     """One group reads 8 columns, the other 120; the outputs of both vary as those of the dense layer."""
-    layout = make_layout(0, (128, 128), (64, 8), (1, 15))
     x = jax.random.normal(KEY, (256, 128))
     sparse = SparseDense(
-        128, num_blocks=16, block_shape=(64, 8), method=Given(layout), implementation="dense",
+        128, num_blocks=16, block_shape=(64, 8), method=DrawnByNumPy(counts=(1, 15)), implementation="dense",
         kernel_init=nn.initializers.lecun_normal(),
     )  # fmt: skip
-    std = np.asarray(jax.jit(sparse.init_with_output)(KEY, x)[0]).std(axis=0)
-    groups = np.sqrt(np.square(std[layout.out_idx]).mean(axis=1))
+    y, variables = jax.jit(sparse.init_with_output)(KEY, x)
+    out_idx = variables["topology"]["blocks"].layout.out_idx
+    groups = np.sqrt(np.square(np.asarray(y).std(axis=0)[out_idx]).mean(axis=1))
     np.testing.assert_allclose(groups, 1, rtol=0.1)
 
 

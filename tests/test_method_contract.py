@@ -17,7 +17,7 @@ from dsb_jax.methods import DSB, METHODS, SET, LayerState, RigL, Static, TopKAST
 from dsb_jax.plan import PlannedLayer, SparsityPlan
 from dsb_jax.spec import LayerSpec
 from dsb_jax.telemetry import count_active
-from tests.topologies import assert_same_bits
+from tests.topologies import assert_same_bits, in_place
 
 MADE = {
     "dsb": DSB(drop_fraction=0.5),
@@ -136,7 +136,7 @@ def test_terms_are_equal(lived):
 def layers_of(tree, topology):
     """[out, in] of each layer of the stack."""
     blocks, node = tree["stack"]["blocks"], topology["stack"]["blocks"]
-    return [in_place(*jax.tree.map(lambda leaf, i=i: leaf[i], (blocks, node))) for i in range(2)]
+    return [in_place(*jax.tree.map(lambda leaf, i=i: leaf[i], (blocks, node.layout))) for i in range(2)]
 
 
 def test_kept_weights_keep_their_bits(lived):
@@ -151,17 +151,6 @@ def test_kept_weights_keep_their_bits(lived):
             if method.storage != "backward_set" or new is not one.adapted[0]:  # whose new weights come from its reserve
                 assert (now[is_new] == 0).all()
     assert (some > 0) == (method.name != "ssb")
-
-
-def in_place(leaf, node):
-    """[out, in] on the host, NaN where nothing is stored."""
-    layout = node.layout
-    rows = layout.out_idx[np.repeat(np.arange(len(layout.out_idx)), np.diff(layout.group_start))]
-    rows, columns = np.broadcast_arrays(rows[:, :, None], layout.in_idx[:, None, :])
-    dense = np.full(layout.shape, np.nan, leaf.dtype)
-    real = rows < layout.shape[0]
-    dense[rows[real], columns[real]] = leaf[real]
-    return dense
 
 
 def test_the_report(lived):

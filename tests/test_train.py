@@ -12,104 +12,12 @@ import pytest
 from flax import linen as nn
 
 import dsb_jax as dsb
-from dsb_jax.linen import SparseDense
 from dsb_jax.losses import smoothed_cross_entropy
 from dsb_jax.methods import DSB
+from tests.classifiers import FC, LABELS, MODELS, SGD, Base, Counts, Named, Plain, Requires, Tokens, X, create
 from tests.topologies import assert_same_bits
 
-METHOD, SGD = DSB(drop_fraction=0.5), optax.sgd(0.1)
-X = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32)
-LABELS = np.arange(8, dtype=np.int32) % 3
-FC = functools.partial(SparseDense, 16, num_blocks=3, block_shape=(8, 4), implementation="dense")
-
-
-class Base(nn.Module):
-    """A sparse layer and a head; `middle` is what each model does in between."""
-
-    def net(self, x, middle=lambda x: x):
-        return nn.Dense(3, name="head")(middle(nn.relu(FC(name="fc")(x))))
-
-
-class Plain(Base):
-    """No argument but the input; fields without a hash."""
-
-    widths: list = dataclasses.field(default_factory=lambda: [2, 2])
-    table: dict = dataclasses.field(default_factory=lambda: {"a": [1]})
-
-    @nn.compact
-    def __call__(self, x):
-        return self.net(x)
-
-
-class Named(Base):
-    @nn.compact
-    def __call__(self, x, train=False):
-        return self.net(x)
-
-
-class Requires(Base):
-    """`train` has no default; another stream than dropout."""
-
-    @nn.compact
-    def __call__(self, x, train):
-        def drop_path(x):
-            return x * jax.random.bernoulli(self.make_rng("drop_path"), 0.5, (x.shape[0], 1)) if train else x
-
-        return self.net(x, drop_path)
-
-
-class Deterministic(Base):
-    @nn.compact
-    def __call__(self, x, *, deterministic):
-        return self.net(x, nn.Dropout(0.5, deterministic=deterministic))
-
-
-class ByName(Base):
-    """A dictionary is two arguments, or one."""
-
-    @nn.compact
-    def __call__(self, image, shift, is_training=True):
-        return self.net(image + shift)
-
-
-class OneDict(Base):
-    @nn.compact
-    def __call__(self, batch, train=True):
-        return self.net(batch["image"] + batch["shift"])
-
-
-class Tokens(Base):
-    @nn.compact
-    def __call__(self, x, training=False):
-        return self.net(x)
-
-
-class Counts(Base):
-    """A collection of its own, with integers, and batch norm."""
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        count = self.variable("counts", "calls", lambda: jnp.zeros((), jnp.int32))
-        if train:
-            count.value += 1
-        return self.net(x, nn.BatchNorm(use_running_average=not train, momentum=0.5, name="norm"))
-
-
-PAIR = {"image": X, "shift": np.ones((8, 1), np.float32)}
-MODELS = {
-    "fields without a hash": (Plain(), X),
-    "train required, another stream": (Requires(), X),
-    "deterministic": (Deterministic(), X),
-    "a dictionary by name": (ByName(), PAIR),
-    "a dictionary as one argument": (OneDict(), PAIR),
-    "a tuple": (ByName(), tuple(PAIR.values())),
-    "other collections": (Counts(), X),
-}
-
-
-def create(model, inputs=X, optimizer=SGD, key=None):
-    key = jax.random.key(0) if key is None else key
-    return jax.jit(lambda key: dsb.create_train_state(model, optimizer, key, inputs))(key)
+METHOD = DSB(drop_fraction=0.5)
 
 
 @pytest.mark.parametrize("name", MODELS)

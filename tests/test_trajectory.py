@@ -14,6 +14,7 @@ from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.losses import cross_entropy
 from dsb_jax.methods import DSB
 from dsb_jax.train import forward
+from tests.topologies import DrawnByNumPy
 
 
 class Net(nn.Module):
@@ -24,7 +25,8 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         def options(num_blocks):
-            return {"num_blocks": num_blocks, "block_shape": (8, 2), "implementation": "xla"} if self.sparse else {}
+            how = {"block_shape": (8, 2), "implementation": "xla", "method": DrawnByNumPy()}
+            return {"num_blocks": num_blocks, **how} if self.sparse else {}
 
         x = SparseConv(16, (3, 3), strides=2, use_bias=False, name="conv", **options(14))(x)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)).mean(axis=(1, 2))
