@@ -294,7 +294,7 @@ def test_more_blocks_for_each_row_group():
     with pytest.raises(ValueError, match="min_group_blocks=-1 is negative"):
         spec(min_group_blocks=-1)
     with pytest.raises(ValueError, match="leaves 41 weights, but one 32x32 block in each of 1 layers takes 1024"):
-        spec(density=0.02, block_shape=(32, 32))
+        spec(density=0.02, block_shape=(32, 32), min_group_blocks=0)
 
 
 @pytest.mark.parametrize("layer", [SparseDense(8, **BLOCKS), SparseConv(8, (1, 1), **BLOCKS)])
@@ -312,3 +312,10 @@ def test_a_layer_reads_its_sizes_from_its_topology():
     few, many = (SparseDense(8, num_blocks=n, block_shape=(4, 4), implementation="dense") for n in (2, 4))
     variables = jax.jit(many.init)(KEY, x)
     np.testing.assert_array_equal(few.apply(variables, x), many.apply(variables, x))
+
+
+@pytest.mark.parametrize(("density", "num_blocks"), [(0.001, 4), (0.1, 4), (0.5, 4), (0.7, 6)])
+def test_a_density_below_one_block_for_each_row_group_is_raised_to_that(density, num_blocks):
+    layer = SparseDense(64, density=density, block_shape=(16, 16), method=DrawnByNumPy())
+    variables = jax.eval_shape(layer.init, jax.random.key(0), np.ones((1, 32), np.float32))
+    assert variables["params"]["blocks"].shape == (num_blocks, 16, 16)

@@ -23,6 +23,7 @@ from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from dsb_jax.distributions import to_blocks
+from dsb_jax.layout import check_sizes, count_groups
 from dsb_jax.methods import Static
 from dsb_jax.methods.base import Method
 from dsb_jax.ops import choose, sparse_conv, sparse_matmul
@@ -63,10 +64,13 @@ def _planned(layer: "SparseDense | SparseConv", dense: LayerSpec) -> LayerSpec |
 
 def at_density(dense: LayerSpec, density: float, block_shape: tuple[int, int], min_group_blocks: int) -> LayerSpec:
     """A layer of a density, or of more if that leaves less than `min_group_blocks` blocks for each row group."""
+    check_sizes(dense.shape, block_shape, 1)
+    if min_group_blocks > 0:
+        most = dense.in_ // block_shape[1]
+        least = count_groups(dense.out, block_shape[0]) * min(min_group_blocks, most)
+        density = max(density, dense.with_blocks(block_shape, least).density)
     (count,) = to_blocks([dense], [density], block_shape, min_group_blocks=min_group_blocks)
-    spec = dense.with_blocks(block_shape, count)
-    least = spec.num_groups * min(min_group_blocks, dense.in_ // block_shape[1])
-    return dense.with_blocks(block_shape, max(count, least))
+    return dense.with_blocks(block_shape, count)
 
 
 def _weights(layer: Any, dense: LayerSpec) -> tuple[jax.Array, LayerTopology] | None:
