@@ -263,7 +263,7 @@ def test_dtypes_stay_in_every_mode(name, dtype):
         assert state.blocks.dtype == dtype
         assert [str(a.dtype) for a in jax.tree.leaves(state.layout)] == ["int32", "uint16", "int32"]
         assert state.aux is None or [str(a.dtype) for a in jax.tree.leaves(state.aux)] == ["bool", dtype]
-    assert [str(a.dtype) for a in report] == ["int32", "int32", "float32", "float32", "int32"]
+    assert [str(a.dtype) for a in report[:5]] == ["int32", "int32", "float32", "float32", "int32"]
 
 
 @pytest.mark.parametrize("name", ["dsb", "set"])

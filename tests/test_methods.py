@@ -194,7 +194,7 @@ def test_panel_columns_by_hand():
     new, report = adapt_by_hand()(jax.random.key(0), 0, state, statistic)
     assert masks(new.layout)[0].astype(int).tolist() == [[0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1], [1, 0, 0, 1]]
     assert new.blocks[:, 0, 0].tolist() == [4, 0, 3, 0]
-    assert [float(value) for value in report] == [4, 4, 0.5, 0, 0]
+    assert [float(value) for value in report[:5]] == [4, 4, 0.5, 0, 0]
 
 
 def two_blocks():
@@ -208,7 +208,7 @@ def test_a_block_moves_by_hand():
     # k = 4 of 8: all of block 0, the smaller one. Group 0 grows columns 2 and 3 at the mean of the kept, 6.5.
     new, report = adapt_by_hand(granularity="block")(jax.random.key(0), 0, *two_blocks())
     assert masks(new.layout)[0].astype(int).tolist() == [[0, 0, 1, 1]] * 4
-    assert [float(value) for value in report] == [4, 4, 0.5, 0, 0]
+    assert [float(value) for value in report[:5]] == [4, 4, 0.5, 0, 0]
 
 
 def test_collateral_by_hand():
@@ -216,7 +216,7 @@ def test_collateral_by_hand():
     # room for one column more: .4 stays, .3 at (1, 0) is lost, one of six kept weights. (0, 1) comes along with .4.
     new, report = adapt_by_hand(granularity="block")(jax.random.key(0), 5, *two_blocks())
     assert masks(new.layout)[0].astype(int).tolist() == [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
-    assert [float(value) for value in report] == pytest.approx([2, 2, 0.25, 1 / 6, 0])
+    assert [float(value) for value in report[:5]] == pytest.approx([2, 2, 0.25, 1 / 6, 0])
 
 
 def test_meek_growth_displaces_nothing_that_is_worth_more_by_hand():
@@ -225,7 +225,7 @@ def test_meek_growth_displaces_nothing_that_is_worth_more_by_hand():
     meek = adapt_by_hand(granularity="block", growth_score=0.03, regroup_interval=0)  # the rows would stay anyway
     new, report = meek(jax.random.key(0), 5, state, statistic)
     np.testing.assert_array_equal(*masks(state.layout, new.layout))
-    assert [float(value) for value in report] == [2, 0, 0, 0, 0]
+    assert [float(value) for value in report[:5]] == [2, 0, 0, 0, 0]
 
 
 def test_regrouping_now_and_then():

@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from dsb_jax.linen import SparseConv, SparseDense
+from dsb_jax.paths import nodes
 from dsb_jax.plan import find_layers, make_plan
 from dsb_jax.training.models import create
 from dsb_jax.training.models.layers import max_pool
@@ -116,18 +117,18 @@ def test_a_plan_over_each_model_makes_its_sparse_twin(name, distribution):
     variables = shapes_of(
         name, conv=functools.partial(SparseConv, **sparse), dense=functools.partial(SparseDense, **sparse)
     )
-    eligible = sum(layer.shape.size for layer in plan.layers if layer.eligible)
+    eligible = sum(spec.size for spec in plan.eligible.values())
     assert plan.sparsity() == pytest.approx(0.9, abs=256 / eligible)
-    for layer in plan.layers:
-        params = functools.reduce(lambda tree, part: tree[part], layer.path, variables["params"])
-        if layer.num_blocks is None:
-            assert params["kernel"].size == layer.shape.size
+    for path, planned in plan.items():
+        params = functools.reduce(lambda tree, part: tree[part], path, variables["params"])
+        if path in plan.sparse:
+            assert params["blocks"].shape == (planned.num_blocks, 32, 8)
         else:
-            assert params["blocks"].shape == (layer.num_blocks, 32, 8)
-    assert plan["stem",].num_blocks is plan["head",].num_blocks is None
-    assert len(jax.tree.leaves(variables["topology"])) == 3 * len(plan.sparse_layers)
+            assert params["kernel"].shape == plan.sizes[path].kernel_shape
+    assert (plan["stem",], plan["head",]) == ("kept dense by 'stem'", "kept dense by 'head'")
+    assert {path[:-1]: node.spec for path, node in nodes(variables["topology"]).items()} == plan.sparse
     # Nothing but the sparse kernels has changed its size.
-    removed = sum(layer.shape.size - plan.num_active(layer) for layer in plan.sparse_layers)
+    removed = sum(spec.size - spec.num_active for spec in plan.sparse.values())
     assert count(variables["params"]) == count(dense) - removed
 
 

@@ -141,7 +141,7 @@ def test_rigl_by_hand():
     (moved, new, _), report = update(jax.random.key(0), 0, state, gradient)
     assert mask_of(new).astype(int).tolist() == [[1, 0, 1], [0, 1, 1]]
     assert moved.ravel().tolist() == [5, -1, 0, 7]
-    assert [float(value) for value in report] == [2, 2, 0.25, 0, 0]
+    assert [float(value) for value in report[:5]] == [2, 2, 0.25, 0, 0]
 
 
 def test_set_by_hand():
@@ -152,7 +152,7 @@ def test_set_by_hand():
         (moved, new, _), report = update(jax.random.key(seed), 0, state, None)
         assert mask_of(new).astype(int).tolist() == [[1, 1], [1, 1], [0, 1]]
         assert moved.ravel().tolist() == [5, 0, -1, 7, 3]
-        assert [float(value) for value in report] == pytest.approx([1, 1, 0.2, 0, 0])
+        assert [float(value) for value in report[:5]] == pytest.approx([1, 1, 0.2, 0, 0])
 
 
 def test_set_follows_its_key():

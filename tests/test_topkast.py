@@ -106,14 +106,14 @@ def test_an_update_by_hand():
     assert new.blocks.ravel().tolist() == pytest.approx([0.7, -4, 1, 3])
     assert new.aux.active.ravel().tolist() == [False, True, False, True]
     assert new.aux.reserve.tolist() == pytest.approx([0.5, 0.1])
-    assert [float(value) for value in report] == [1, 1, 0.5, 0, 0]
+    assert [float(value) for value in report[:5]] == [1, 1, 0.5, 0, 0]
 
 
 def test_a_row_that_nothing_is_computed_with_counts_as_empty_before_the_start_too():
     init, _ = compiled(TopKAST(), (2, 3), 2)
     state = init(np.array([[5, -4, 1], [0.5, 3, -2]], np.float32))
     _, report = jax.jit(TopKAST(update_start_step=9).update)(jax.random.key(0), 7, state, None)
-    assert [float(value) for value in report] == [0, 0, 0, 0, 1]  # row 1 has weights in the backward set only
+    assert [float(value) for value in report[:5]] == [0, 0, 0, 0, 1]  # row 1 has weights in the backward set only
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
