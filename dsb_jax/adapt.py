@@ -18,9 +18,9 @@ import optax
 from jax import lax
 
 from dsb_jax.filling import check_fill, fill_pairs, move_and_fill, move_leaf, origins_of
-from dsb_jax.layout import BlockLayout
 from dsb_jax.measuring import LossFn, Measure, Measured, measure
 from dsb_jax.methods.base import LayerReport, LayerState, Method
+from dsb_jax.methods.identity import identity
 from dsb_jax.ops.statistics import AxisName
 from dsb_jax.optimizer_states import check_storage, followers, frozen_layers
 from dsb_jax.paths import Path, by_path, layer_path, nodes, path_name, replace_at, weights_at
@@ -220,11 +220,7 @@ def _update_layers(
 
     def update(key: jax.Array, state: LayerState, value: Any, status: jax.Array) -> tuple[LayerState, LayerReport]:
         new, report = method.update(key, step, state, value)
-        groups = jnp.sum(jnp.diff(state.layout.group_start) == 0, dtype=jnp.int32)
-        nothing = jax.tree.map(jnp.zeros_like, report)._replace(empty_groups=groups)
-        return jax.tree.map(
-            lambda changed, same: jnp.where(status == 0, changed, same), (new, report), (state, nothing)
-        )
+        return jax.tree.map(lambda changed, same: jnp.where(status == 0, changed, same), (new, report), identity(state))
 
     keys = dict(zip(layers, jax.random.split(key, max(len(layers), 1)), strict=False))
     same: dict[Any, list[Path]] = {}
@@ -240,7 +236,7 @@ def _update_layers(
         ]
         every = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *args)
         if all(layers[path].is_fixed for path in paths):
-            updated_layers = every[1], jax.vmap(_no_change)(every[1].layout)
+            updated_layers = every[1], jax.vmap(lambda state: identity(state)[1])(every[1])
         else:
             updated_layers = _one_by_one(update, every, zero)
             zero = jnp.minimum(updated_layers[0].layout.out_idx[0, 0, 0], 0)
@@ -251,12 +247,6 @@ def _update_layers(
             results[path] = state, report._replace(calls=calls, status=status)
             start += count
     return results
-
-
-def _no_change(layout: BlockLayout) -> LayerReport:
-    groups = jnp.sum(jnp.diff(layout.group_start) == 0, dtype=jnp.int32)
-    none = jnp.zeros((), jnp.int32)
-    return LayerReport(none, none, jnp.zeros(()), jnp.zeros(()), groups)
 
 
 def _keys(key: jax.Array, count: int) -> jax.Array:
