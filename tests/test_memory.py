@@ -77,7 +77,7 @@ def total(memory):
 
 def test_the_state_is_three_times_the_weights_that_exist():
     """Weights and two moments, and at 0.9 indices under 7 % of the weights."""
-    for depth, sparsity in ((6, 0.9), (6, 0.95)):
+    for depth, sparsity in ((4, 0.9), (4, 0.95)):
         state = abstract_state(Stack(depth, 1 - sparsity))
         weights = weight_bytes(state)
         assert weights == pytest.approx((1 - sparsity) * depth * DENSE_LAYER, rel=0.01)
@@ -89,26 +89,26 @@ def test_the_state_is_three_times_the_weights_that_exist():
 
 
 def test_training_grows_with_the_weights_that_exist():
-    weights, train = training(6, 0.9)
+    weights, train = training(4, 0.9)
     # Weights, two moments, gradients, updates, copies in pieces.
     assert total(train) < 12 * weights
-    assert train.temp_size_in_bytes < 6 * DENSE_LAYER  # less than one dense gradient of the model
-    half, train_half = training(6, 0.95)
+    assert train.temp_size_in_bytes < 4 * DENSE_LAYER  # less than one dense gradient of the model
+    half, train_half = training(4, 0.95)
     assert half == pytest.approx(weights / 2, rel=0.01)
     assert total(train_half) < 0.6 * total(train)
-    few, train_few = training(3, 0.9)
+    few, train_few = training(2, 0.9)
     assert total(train) - total(train_few) < 12 * (weights - few)
 
 
 def test_adapting_adds_the_scratch_of_one_layer():
-    weights, adapt = adapting(6, 0.9)
+    weights, adapt = adapting(4, 0.9)
     assert adapt.alias_size_in_bytes >= 3 * weights  # weights and moments are repacked where the old ones lay
-    # One layer needs mask, candidates, growth, score and what re-blocking makes of it; six need no more of them.
+    # One layer needs mask, candidates, growth, score and what re-blocking makes of it; four need no more of them.
     few, adapt_few = adapting(2, 0.9)
     assert adapt_few.temp_size_in_bytes < 9 * DENSE_LAYER
     assert adapt.temp_size_in_bytes - adapt_few.temp_size_in_bytes < min(6 * (weights - few), 4 * DENSE_LAYER)
     assert total(adapt) - total(adapt_few) < 12 * (weights - few)  # no more than training holds
-    _, columns = adapting(6, 0.9, COLUMNS)
+    _, columns = adapting(4, 0.9, COLUMNS)
     assert total(columns) < total(adapt) - 2 * DENSE_LAYER  # no layer is written out in dense form
 
 
