@@ -26,26 +26,30 @@ from dsb_jax.methods import DSB, RigL
 from dsb_jax.ops import sparse_conv, sparse_matmul
 from dsb_jax.train import adapt_step, train_step
 from dsb_jax.train_state import create_train_state
-from dsb_jax.training import models
 from pallas_kernels import ConvGeometry
 from tests.conftest import make_layout
+from tests.topologies import DrawnByNumPy
 
 FLAG = "--xla_force_host_platform_device_count=8"
 HAS_DEVICES = FLAG in os.environ["XLA_FLAGS"]
 eight_devices = pytest.mark.skipif(not HAS_DEVICES, reason="runs in a process with eight devices")
 
-GEOMETRY = ConvGeometry(4, (3, 3), (2, 1), ((1, 1), (0, 1)))
-LAYOUT = make_layout(0, (12, 36), (4, 4), (3, 0, 5))
+GEOMETRY = ConvGeometry(4, (2, 1), (2, 1), ((1, 1), (0, 1)))
+LAYOUT = make_layout(0, (12, 8), (4, 4), (2, 0, 1))
 
 
 def operands(batch=16):
-    keys = jax.random.split(jax.random.key(0), 2)
-    return jax.random.normal(keys[0], (batch, 5, 5, 4)), jax.random.normal(keys[1], (8, 4, 4))
+    """x, blocks, bias."""
+    rng = np.random.default_rng(0)
+    return tuple(rng.standard_normal(shape, np.float32) for shape in ((batch, 5, 5, 4), (3, 4, 4), (12,)))
 
 
-def loss(x, blocks, implementation="xla"):
-    y = sparse_conv(x, blocks, LAYOUT, geometry=GEOMETRY, implementation=implementation)
+def loss(x, blocks, bias=None, implementation="xla"):
+    y = sparse_conv(x, blocks, LAYOUT, geometry=GEOMETRY, bias=bias, implementation=implementation)
     return jnp.square(jnp.sin(y)).sum()
+
+
+dense_loss = functools.partial(loss, implementation="dense")  # compiles soonest: what is wanted comes from it
 
 
 def mesh_of(axis_type=AxisType.Auto, **sizes):
@@ -81,16 +85,21 @@ def run(function, *args):
 
 @functools.cache
 def gradient_on_one_device():
-    return jax.jit(jax.value_and_grad(loss, (0, 1)))(*operands())
+    return jax.jit(jax.value_and_grad(dense_loss, (0, 1)))(*operands()[:2])
 
 
-SUM_OF_GRADIENTS = {"all-reduce": ["f32[8,4,4]", "f32[]"]}  # of the blocks, and the loss
+@functools.cache
+def gradient_with_bias_on_one_device():
+    return jax.jit(jax.value_and_grad(dense_loss, (0, 1, 2)))(*operands())
+
+
+SUM_OF_GRADIENTS = {"all-reduce": ["f32[3,4,4]", "f32[]"]}  # of the blocks, and the loss
 
 
 @eight_devices
 @pytest.mark.parametrize("implementation", ["xla", "reference", "dense"])
 def test_jit_sums_the_weight_gradient_and_gathers_nothing(implementation):
-    x, blocks = operands()
+    x, blocks, _ = operands()
     gradient = jax.value_and_grad(functools.partial(loss, implementation=implementation), (0, 1))
     mesh = mesh_of(data=8)
     result, found = run(gradient, put(mesh, x, "data"), put(mesh, blocks))
@@ -103,11 +112,10 @@ def test_jit_sums_the_weight_gradient_and_gathers_nothing(implementation):
 
 @eight_devices
 @pytest.mark.parametrize(
-    ("mesh_type", "spec"),
-    [(AxisType.Auto, "data"), (AxisType.Auto, ("data", "model")), (AxisType.Explicit, "data")],
+    ("mesh_type", "spec"), [(AxisType.Auto, "data"), (AxisType.Auto, ("data", "model")), (AxisType.Explicit, "data")]
 )
 def test_meshes_of_two_axes_and_shardings_in_types(mesh_type, spec):
-    x, blocks = operands()
+    x, blocks, _ = operands()
     gradient = jax.value_and_grad(loss, (0, 1))
     mesh = mesh_of(mesh_type, data=2, model=4)
     result, found = run(gradient, put(mesh, x, spec), put(mesh, blocks))
@@ -119,16 +127,11 @@ def test_meshes_of_two_axes_and_shardings_in_types(mesh_type, spec):
 @pytest.mark.parametrize("mesh_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("implementation", ["xla", "dense"])
 def test_bias_is_replicated_and_its_gradient_summed(mesh_type, implementation):
-    def loss(x, blocks, bias):
-        y = sparse_conv(x, blocks, LAYOUT, geometry=GEOMETRY, bias=bias, implementation=implementation)
-        return jnp.square(jnp.sin(y)).sum()
-
-    args = *operands(), jnp.linspace(-1.0, 1.0, 12)
-    gradient = jax.value_and_grad(loss, (0, 1, 2))
+    x, blocks, bias = operands()
+    gradient = jax.value_and_grad(functools.partial(loss, implementation=implementation), (0, 1, 2))
     mesh = mesh_of(mesh_type, data=8)
-    x, blocks, bias = args
     result, found = run(gradient, put(mesh, x, "data"), put(mesh, blocks), put(mesh, bias))
-    assert_trees_close(result, jax.jit(gradient)(*args))
+    assert_trees_close(result, gradient_with_bias_on_one_device())
     assert "all-gather" not in found
     if implementation != "dense":  # that one sums the dense gradient
         assert found == {"all-reduce": sorted(["f32[12]", *SUM_OF_GRADIENTS["all-reduce"]])}
@@ -137,7 +140,7 @@ def test_bias_is_replicated_and_its_gradient_summed(mesh_type, implementation):
 @eight_devices
 @pytest.mark.parametrize("manual", [{"data"}, {"data", "model"}])
 def test_shard_map_with_all_or_some_axes_manual(manual):
-    x, blocks = operands()
+    x, blocks, _ = operands()
 
     def local(x, blocks):
         value, (dx, d_blocks) = jax.value_and_grad(loss, (0, 1))(x, blocks)
@@ -156,43 +159,48 @@ def test_shard_map_with_all_or_some_axes_manual(manual):
 @eight_devices
 def test_linear_layers_of_any_rank():
     layout = make_layout(1, (8, 12), (4, 4), (2, 1))
-    x, blocks = jax.random.normal(jax.random.key(0), (8, 3, 12)), jax.random.normal(jax.random.key(1), (3, 4, 4))
+    _, blocks, bias = operands()
+    x, bias = np.random.default_rng(1).standard_normal((8, 3, 12), np.float32), bias[:8]
 
-    def loss(x, blocks, bias):
-        return jnp.sin(sparse_matmul(x, blocks, layout, bias=bias, implementation="xla")).sum()
+    def gradient(implementation):
+        def loss(x, blocks, bias):
+            return jnp.sin(sparse_matmul(x, blocks, layout, bias=bias, implementation=implementation)).sum()
 
-    gradient, bias = jax.grad(loss, (0, 1, 2)), jnp.linspace(-1.0, 1.0, 8)
+        return jax.grad(loss, (0, 1, 2))
+
     mesh = mesh_of(data=8)
-    result, found = run(gradient, put(mesh, x, "data"), put(mesh, blocks), put(mesh, bias))
-    assert_trees_close(result, jax.jit(gradient)(x, blocks, bias))
+    result, found = run(gradient("xla"), put(mesh, x, "data"), put(mesh, blocks), put(mesh, bias))
+    assert_trees_close(result, jax.jit(gradient("dense"))(x, blocks, bias))
     assert found == {"all-reduce": ["f32[3,4,4]", "f32[8]"]}
 
 
 @eight_devices
 def test_a_batch_that_the_devices_do_not_divide_counts_no_padding():
-    x, blocks = operands()
-    gradient = jax.value_and_grad(lambda x, blocks: loss(x[:12], blocks), (0, 1))
+    x, blocks, _ = operands()
+
+    def gradient(loss):
+        return jax.value_and_grad(lambda x, blocks: loss(x[:12], blocks), (0, 1))
+
     mesh = mesh_of(data=8)
-    result, _ = run(gradient, put(mesh, x, "data"), put(mesh, blocks))
-    assert_trees_close(result, jax.jit(gradient)(x, blocks))
+    result, _ = run(gradient(loss), put(mesh, x, "data"), put(mesh, blocks))
+    assert_trees_close(result, jax.jit(gradient(dense_loss))(x, blocks))
 
 
 @eight_devices
 @pytest.mark.parametrize("spec", [("data",), (None, "data")], ids=["mapped axis", "batch"])
 def test_vmap_keeps_the_sharding_of_the_mapped_axis_or_of_the_batch(spec):
-    x, blocks = operands(64)
+    x, blocks, _ = operands(64)
     x = x.reshape(8, 8, *x.shape[1:])
-    gradient = jax.vmap(jax.grad(loss, (0, 1)), (0, None))
     mesh = mesh_of(data=8)
+    gradient, wanted = (jax.vmap(jax.grad(f, (0, 1)), (0, None)) for f in (loss, dense_loss))
     result, found = run(gradient, put(mesh, x, *spec), put(mesh, blocks))
-    assert_trees_close(result, jax.jit(gradient)(x, blocks))
-    assert found == ({} if spec == ("data",) else {"all-reduce": ["f32[8,8,4,4]"]})
+    assert_trees_close(result, jax.jit(wanted)(x, blocks))
+    assert found == ({} if spec == ("data",) else {"all-reduce": ["f32[8,3,4,4]"]})
 
 
 @eight_devices
 def test_gradients_accumulated_in_a_scan_with_remat():
-    x, blocks = operands(32)
-    x = x.reshape(2, 16, *x.shape[1:])
+    x, blocks, _ = operands(32)
 
     def accumulated(x, blocks):
         def step(total, x):
@@ -201,25 +209,33 @@ def test_gradients_accumulated_in_a_scan_with_remat():
         return jax.lax.scan(step, jnp.zeros_like(blocks), x)[0]
 
     mesh = mesh_of(data=8)
-    result, found = run(accumulated, put(mesh, x, None, "data"), put(mesh, blocks))
-    assert_trees_close(result, jax.jit(accumulated)(x, blocks))
-    assert found == {"all-reduce": ["f32[8,4,4]"]}
+    stacked = x.reshape(2, 16, *x.shape[1:])
+    result, found = run(accumulated, put(mesh, stacked, None, "data"), put(mesh, blocks))
+    assert_trees_close(result, jax.jit(jax.grad(dense_loss, 1))(x, blocks))
+    assert found == {"all-reduce": ["f32[3,4,4]"]}
+
+
+class ConvNet(nn.Module):
+    """Layers as the models have them: a dense and a sparse convolution, batch norm, a mean, a head."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.BatchNorm(not train)(nn.Conv(8, (3, 3), use_bias=False)(x)))
+        x = SparseConv(
+            8, (3, 3), 2, use_bias=False, density=0.25, block_shape=(4, 4), implementation="xla", method=DrawnByNumPy()
+        )(x)
+        return nn.Dense(10)(nn.relu(nn.BatchNorm(not train)(x)).mean((1, 2)))
 
 
 @eight_devices
 def test_a_train_step_gathers_nothing():
-    sparse = functools.partial(SparseConv, density=0.25, block_shape=(4, 4), implementation="xla")
-
-    def conv(*args, name, **options):
-        return (sparse if name in ("conv_2", "conv_3") else nn.Conv)(*args, name=name, **options)
-
-    model = models.create("convnet", num_classes=10, conv=conv, width_multiplier=0.25)
-    optimizer = optax.sgd(0.1)
-    images = jax.random.normal(jax.random.key(0), (16, 8, 8, 4))
-    labels = jnp.arange(16, dtype=jnp.int32) % 10
+    model, optimizer = ConvNet(), optax.sgd(0.1)
+    images = np.random.default_rng(0).standard_normal((16, 8, 8, 4), np.float32)
+    labels = np.arange(16, dtype=np.int32) % 10
     state = jax.jit(functools.partial(create_train_state, model, optimizer))(jax.random.key(1), images)
+    state = jax.device_get(state)  # buffers on devices would be donated
     mesh = mesh_of(data=8)
-    args = put(mesh, jax.tree.map(jnp.copy, state)), put(mesh, images, "data"), put(mesh, labels, "data")
+    args = put(mesh, state), put(mesh, images, "data"), put(mesh, labels, "data")
     step = functools.partial(train_step, model=model, optimizer=optimizer)
     compiled = jax.jit(step, donate_argnums=0).lower(*args).compile()
     assert set(collectives(compiled)) == {"all-reduce"}
@@ -229,24 +245,31 @@ def test_a_train_step_gathers_nothing():
 
 
 class Layers(nn.Module):
-    """Two sparse layers, of blocks or, for RigL, of single weights."""
+    """Sparse layers, of blocks or, for RigL, of single weights; those of equal sizes are adapted in one loop."""
 
     method: object
+    sizes: tuple[int, ...]
 
     @nn.compact
     def __call__(self, x, train=False):
-        sparse = functools.partial(SparseDense, block_shape=(4, 3), implementation="dense", method=self.method)
-        return nn.Dense(4)(nn.tanh(sparse(16, num_blocks=8)(nn.tanh(sparse(12, num_blocks=8)(x)))))
+        for size in self.sizes:
+            x = SparseDense(size, num_blocks=8, block_shape=(4, 3), implementation="dense", method=self.method)(x)
+            x = nn.tanh(x)
+        return nn.Dense(4)(x)
 
 
 METHODS = {"dsb": DSB(), "norm": DSB(grow="norm"), "rigl": RigL()}
-OPTIMIZER = optax.adam(0.01)
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 X, Y = np.random.default_rng(0).normal(size=(16, 12)).astype(np.float32), np.arange(16, dtype=np.int32) % 4
+
+
+def model_of(name):
+    return Layers(RigL(), (12, 12)) if name == "rigl" else Layers(DrawnByNumPy(), (12,))
 
 
 def loss_fn(name):
     def mean_loss(variables, x, y):
-        logits = Layers(METHODS[name]).apply(variables, x)
+        logits = model_of(name).apply(variables, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     return mean_loss
@@ -255,8 +278,13 @@ def loss_fn(name):
 @functools.cache
 def begin(name):
     """params, topology, opt_state."""
-    variables = jax.jit(Layers(METHODS[name]).init)(jax.random.key(0), X)
-    return variables["params"], variables["topology"], jax.jit(OPTIMIZER.init)(variables["params"])
+
+    @jax.jit
+    def begin(key):
+        variables = model_of(name).init(key, X)
+        return variables["params"], variables["topology"], OPTIMIZER.init(variables["params"])
+
+    return begin(jax.random.key(0))
 
 
 @functools.cache
@@ -274,8 +302,7 @@ def assert_adapted_alike(name, result):
 
 @eight_devices
 @pytest.mark.parametrize(
-    ("name", "shards", "check_vma"),
-    [("dsb", 1, False), ("dsb", 2, False), ("dsb", 8, False), ("dsb", 8, True), ("norm", 8, False), ("rigl", 8, True)],
+    ("name", "shards", "check_vma"), [("dsb", 1, False), ("dsb", 8, True), ("norm", 8, False), ("rigl", 2, True)]
 )
 def test_shard_map_measures_the_whole_batch_and_replicas_agree(name, shards, check_vma):
     mesh = jax.make_mesh((shards,), ("data",), devices=jax.devices()[:shards], axis_types=(AxisType.Auto,))
@@ -296,18 +323,27 @@ def test_shard_map_measures_the_whole_batch_and_replicas_agree(name, shards, che
 
 
 @eight_devices
-@pytest.mark.parametrize(("name", "shards"), [("dsb", 2), ("dsb", 8), ("norm", 2)])
+@pytest.mark.parametrize(("name", "shards"), [("dsb", 8), ("norm", 2)])
 def test_pmap_leaves_every_replica_with_the_same_topology(name, shards):
     adapt = adaptation(loss_fn(name), METHODS[name], OPTIMIZER, axis_name="batch")
-    replicated = jax.tree.map(lambda leaf: jnp.stack([leaf] * shards), begin(name))
     mapped = jax.pmap(
         lambda params, topology, opt_state, x, y: adapt(params, topology, opt_state, 7, jax.random.key(1), x, y),
         axis_name="batch",
         devices=jax.devices()[:shards],
     )
-    result = mapped(*replicated, X.reshape(shards, -1, 12), Y.reshape(shards, -1))
-    for device in range(shards):
-        assert_adapted_alike(name, jax.tree.map(lambda leaf, i=device: leaf[i], result))
+    result = mapped(*replicated(begin(name), shards), X.reshape(shards, -1, 12), Y.reshape(shards, -1))
+    for replica in replicas(result[:3], range(shards)):
+        assert_adapted_alike(name, replica)
+
+
+# In NumPy: on the devices every leaf of another shape would be a compilation of its own.
+def replicated(tree, shards):
+    return jax.tree.map(lambda leaf: np.stack([leaf] * shards), jax.device_get(tree))
+
+
+def replicas(tree, devices):
+    tree = jax.device_get(tree)
+    return [jax.tree.map(lambda leaf, i=device: leaf[i], tree) for device in devices]
 
 
 @eight_devices
@@ -334,15 +370,15 @@ def test_an_adaptation_keeps_shardings(name, mesh_type):
 
 @eight_devices
 def test_the_steps_of_a_classifier_keep_shardings_and_replicas_agree_under_pmap():
-    model = Layers(METHODS["dsb"])
+    model = Layers(DrawnByNumPy(), (16, 12))  # two loops, one after the other
     options = {"model": model, "optimizer": OPTIMIZER}
-    state = jax.jit(functools.partial(create_train_state, model, OPTIMIZER))(jax.random.key(0), X)
-    want, _ = train_step(jax.tree.map(jnp.copy, state), X, Y, **options)
+    state = jax.device_get(jax.jit(functools.partial(create_train_state, model, OPTIMIZER))(jax.random.key(0), X))
+    want, _ = train_step(state, X, Y, **options)
     want, report = adapt_step(want, X, Y, method=METHODS["dsb"], **options)
     assert all(layer.accepted > 0 for layer in report.values())
 
     mesh = mesh_of(data=8)
-    placed = jax.tree.map(lambda leaf: put(mesh, jnp.copy(leaf), *["data"] * (leaf.ndim == 3)), state)
+    placed = jax.tree.map(lambda leaf: put(mesh, leaf, *["data"] * (leaf.ndim == 3)), state)
     shardings = [leaf.sharding for leaf in jax.tree.leaves(placed.params)]
     new, _ = train_step(placed, put(mesh, X, "data"), put(mesh, Y, "data"), **options)
     new, _ = adapt_step(new, put(mesh, X, "data"), put(mesh, Y, "data"), method=METHODS["dsb"], **options)
@@ -355,10 +391,8 @@ def test_the_steps_of_a_classifier_keep_shardings_and_replicas_agree_under_pmap(
         state, _ = train_step(state, x, y, axis_name="batch", **options)
         return adapt_step(state, x, y, method=METHODS["dsb"], axis_name="batch", **options)[0]
 
-    replicated = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), state)
-    replicas = jax.pmap(both, axis_name="batch")(replicated, X.reshape(8, 2, 12), Y.reshape(8, 2))
-    for device in (0, 7):
-        one = jax.tree.map(lambda leaf, i=device: leaf[i], replicas)
+    result = jax.pmap(both, axis_name="batch")(replicated(state, 8), X.reshape(8, 2, 12), Y.reshape(8, 2))
+    for one in replicas(result, (0, 7)):
         assert_trees_close(one.params, want.params, 1e-4)
         for a, b in zip(jax.tree.leaves(one.topology), jax.tree.leaves(want.topology), strict=True):
             np.testing.assert_array_equal(a, b)
