@@ -10,20 +10,40 @@ import optax
 from flax import linen as nn
 
 import dsb_jax as dsb
+from dsb_jax.layout import pack, unpack
 from dsb_jax.linen import SparseDense
+from dsb_jax.methods import Static
+from dsb_jax.methods.identity import identity
+from dsb_jax.ops.statistics import PanelGradientNorm
+from dsb_jax.static_values import as_static
 from tests.topologies import DrawnByNumPy
 
 SGD = optax.sgd(0.1)
 X = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32)
 LABELS = np.arange(8, dtype=np.int32) % 3
-FC = functools.partial(SparseDense, 16, num_blocks=3, block_shape=(8, 4), implementation="dense", method=DrawnByNumPy())
+
+
+def by_numpy(key, shape, dtype=jnp.float32):
+    """Weights that are constants of the program, which compiles sooner than one that draws them."""
+    return jnp.asarray(np.random.default_rng(0).normal(0, 0.3, shape), dtype)
+
+
+FC = functools.partial(
+    SparseDense,
+    16,
+    num_blocks=3,
+    block_shape=(8, 4),
+    implementation="dense",
+    method=DrawnByNumPy(),
+    kernel_init=by_numpy,
+)
 
 
 class Base(nn.Module):
     """A sparse layer and a head; `middle` is what each model does in between."""
 
     def net(self, x, middle=lambda x: x):
-        return nn.Dense(3, name="head")(middle(nn.relu(FC(name="fc")(x))))
+        return nn.Dense(3, kernel_init=by_numpy, name="head")(middle(nn.relu(FC(name="fc")(x))))
 
 
 class Plain(Base):
@@ -103,6 +123,30 @@ MODELS = {
 }
 
 
-def create(model, inputs=X, optimizer=SGD, key=None):
+class Shifted(Static):
+    """Blocks move on by one column, if the layer is observed: measures as DSB does and compiles much sooner."""
+
+    @property
+    def statistic(self):
+        return PanelGradientNorm()
+
+    def update(self, key, step, state, statistic):
+        layout = state.layout
+        in_idx = (layout.in_idx.astype(jnp.int32) + 1) % layout.shape[1]
+        layout = dataclasses.replace(layout, in_idx=in_idx.astype(layout.in_idx.dtype))
+        state, report = identity(state._replace(blocks=pack(unpack(state.blocks, state.layout), layout), layout=layout))
+        return state, report._replace(accepted=(statistic > 0).sum(dtype=jnp.int32))
+
+
+CREATED = {}
+
+
+def create(model, inputs=X, key=None):
+    """The train state, in NumPy: steps donate no buffers of it, so that it is made once."""
     key = jax.random.key(0) if key is None else key
-    return jax.jit(lambda key: dsb.create_train_state(model, optimizer, key, inputs))(key)
+    shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(inputs))
+    name = as_static(model), jax.tree.structure(inputs), shapes, str(jax.random.key_impl(key))
+    if name not in CREATED:
+        made = jax.jit(lambda key: dsb.create_train_state(model, SGD, key, inputs))(key)
+        CREATED[name] = jax.device_get(made)
+    return CREATED[name]
