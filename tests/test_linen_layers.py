@@ -9,13 +9,14 @@ import pytest
 from flax import linen as nn
 
 import dsb_jax as dsb
-from dsb_jax.layout import BlockLayout, unpack, validate
+from dsb_jax.layout import BlockLayout, validate
 from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.methods import DSB, SET, RigL, Static, TopKAST
 from dsb_jax.plan import find_layers, make_plan
 from dsb_jax.spec import conv_spec, linear_spec
 from dsb_jax.topology import LayerTopology
-from tests.topologies import DrawnByNumPy, in_place
+from tests.classifiers import by_numpy
+from tests.topologies import UNPACK, DrawnByNumPy, in_place
 
 CONVS = {
     "defaults": {"kernel_size": (3, 3)},
@@ -30,7 +31,12 @@ CONVS = {
 }
 # `test_ops` compares implementations.
 BLOCKS = {"density": 0.5, "block_shape": (4, 4), "implementation": "dense", "method": DrawnByNumPy()}
+BLOCKS |= {"kernel_init": by_numpy}
 KEY = jax.random.key(3)
+
+
+def normal(*shape):
+    return np.random.default_rng(3).standard_normal(shape, np.float32)
 
 
 def dense_twin(variables):
@@ -43,10 +49,9 @@ def dense_twin(variables):
 
 @pytest.mark.parametrize("name", CONVS)
 def test_conv_without_density_is_nn_conv(name):
-    x = jax.random.normal(KEY, (2, 7, 6, 4))
-    ours, theirs = (layer(8, **CONVS[name]) for layer in (SparseConv, nn.Conv))
-    y, variables = jax.jit(ours.init_with_output)(KEY, x)
-    wanted, dense_variables = jax.jit(theirs.init_with_output)(KEY, x)
+    x = normal(2, 7, 6, 4)
+    layers = [layer(8, **CONVS[name]) for layer in (SparseConv, nn.Conv)]
+    (y, variables), (wanted, dense_variables) = jax.jit(lambda x: [one.init_with_output(KEY, x) for one in layers])(x)
     assert jax.tree.structure(variables) == jax.tree.structure(dense_variables)
     # Within rounding: small images are multiplied as patches, and each function is fused in its own way.
     for a, b in zip(jax.tree.leaves((y, variables)), jax.tree.leaves((wanted, dense_variables)), strict=True):
@@ -55,10 +60,9 @@ def test_conv_without_density_is_nn_conv(name):
 
 @pytest.mark.parametrize("extra", [{}, {"density": 1}, {"density": 1.0, "dtype": jnp.bfloat16}])
 def test_dense_without_density_is_nn_dense(extra):
-    x = jax.random.normal(KEY, (2, 3, 12))
-    y, variables = SparseDense(8, **extra).init_with_output(KEY, x)
-    extra.pop("density", None)
-    wanted, dense_variables = nn.Dense(8, **extra).init_with_output(KEY, x)
+    x = normal(2, 3, 12)
+    layers = SparseDense(8, **extra), nn.Dense(8, dtype=extra.get("dtype"))
+    (y, variables), (wanted, dense_variables) = jax.jit(lambda x: [one.init_with_output(KEY, x) for one in layers])(x)
     assert jax.tree.structure(variables) == jax.tree.structure(dense_variables)
     for a, b in zip(jax.tree.leaves((y, variables)), jax.tree.leaves((wanted, dense_variables)), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -66,8 +70,8 @@ def test_dense_without_density_is_nn_dense(extra):
 
 @pytest.mark.parametrize("name", CONVS)
 def test_conv_equals_the_dense_one_with_the_unpacked_kernel(name):
-    x = jax.random.normal(KEY, (2, 7, 6, 4))
-    sparse = SparseConv(8, **CONVS[name], **BLOCKS, bias_init=jax.random.normal)
+    x = normal(2, 7, 6, 4)
+    sparse = SparseConv(8, **CONVS[name], **BLOCKS, bias_init=by_numpy)
     y, variables = jax.jit(sparse.init_with_output)(KEY, x)
     wanted = jax.jit(nn.Conv(8, **CONVS[name]).apply)(dense_twin(variables), x)
     assert y.shape == wanted.shape
@@ -76,34 +80,39 @@ def test_conv_equals_the_dense_one_with_the_unpacked_kernel(name):
 
 @pytest.mark.parametrize("lead", [(), (2, 3), (1, 2, 1)])
 def test_unbatched_and_more_batch_dimensions(lead):
-    x = jax.random.normal(KEY, (*lead, 5, 6, 4))
-    sparse = SparseConv(8, (3, 3), **BLOCKS)
-    y, variables = jax.jit(sparse.init_with_output)(KEY, x)
-    wanted = jax.jit(nn.Conv(8, (3, 3)).apply)(dense_twin(variables), x)
-    assert y.shape == wanted.shape == (*lead, 5, 6, 8)
-    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
-    sparse = SparseDense(8, **BLOCKS)
-    y, variables = jax.jit(sparse.init_with_output)(KEY, x)
-    wanted = jax.jit(nn.Dense(8).apply)(dense_twin(variables), x)
-    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    x = normal(*lead, 5, 6, 4)
+    sparse = SparseConv(8, (3, 3), **BLOCKS), SparseDense(8, **BLOCKS)
+    dense = nn.Conv(8, (3, 3)), nn.Dense(8)
+    results = jax.jit(lambda x: [layer.init_with_output(KEY, x) for layer in sparse])(x)
+    twins = [dense_twin(variables) for _, variables in results]
+    both = jax.jit(lambda x, twins: [layer.apply(twin, x) for layer, twin in zip(dense, twins, strict=True)])
+    wanted = both(x, twins)
+    for (y, _), one in zip(results, wanted, strict=True):
+        assert y.shape == one.shape == (*lead, 5, 6, 8)
+        np.testing.assert_allclose(y, one, rtol=1e-5, atol=1e-5)
 
 
-def test_feature_major_is_the_same_layer():
-    x = jax.random.normal(KEY, (2, 5, 6, 4))
-    for options in (BLOCKS, {}):
-        conv = functools.partial(SparseConv, 8, (3, 3), strides=2, bias_init=jax.random.normal, **options)
-        y, variables = jax.jit(conv().init_with_output)(KEY, x)
-        major = jax.jit(conv(feature_major=True).apply)(variables, x.transpose(3, 1, 2, 0))
-        np.testing.assert_allclose(major.transpose(3, 1, 2, 0), y, rtol=1e-5, atol=1e-6)
-        dense = functools.partial(SparseDense, 8, bias_init=jax.random.normal, **options)
-        y, variables = jax.jit(dense().init_with_output)(KEY, x[:, 0, 0])
-        major = jax.jit(dense(feature_major=True).apply)(variables, x[:, 0, 0].T)
-        np.testing.assert_allclose(major.T, y, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("options", [BLOCKS, {}], ids=["sparse", "dense"])
+def test_feature_major_is_the_same_layer(options):
+    x = normal(2, 5, 6, 4)
+    conv = functools.partial(SparseConv, 8, (3, 3), strides=2, bias_init=by_numpy, **options)
+    dense = functools.partial(SparseDense, 8, bias_init=by_numpy, **options)
+
+    @jax.jit
+    def results(x):
+        y, variables = conv().init_with_output(KEY, x)
+        major = conv(feature_major=True).apply(variables, x.transpose(3, 1, 2, 0))
+        z, variables = dense().init_with_output(KEY, x[:, 0, 0])
+        return (major.transpose(3, 1, 2, 0), y), (dense(feature_major=True).apply(variables, x[:, 0, 0].T).T, z)
+
+    for major, y in results(x):
+        np.testing.assert_allclose(major, y, rtol=1e-5, atol=1e-6)
 
 
 def test_collections_hold_floats_here_and_integers_there():
     sparse = SparseConv(10, (3, 3), num_blocks=7, block_shape=(4, 4))
-    variables = jax.jit(sparse.init)(KEY, jnp.zeros((1, 4, 4, 4)))
+    init = jax.jit(sparse.init)
+    variables = init(KEY, np.zeros((1, 4, 4, 4), np.float32))
     assert set(variables) == {"params", "topology"}
     assert {k: v.shape for k, v in variables["params"].items()} == {"blocks": (7, 4, 4), "bias": (10,)}
     assert set(variables["topology"]) == {"blocks"}
@@ -116,30 +125,32 @@ def test_collections_hold_floats_here_and_integers_there():
     assert (layout.shape, layout.block_shape) == ((10, 36), (4, 4))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables["params"]))
     assert all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(variables["topology"]))
-    phantom = unpack(jnp.ones((7, 4, 4)), layout).sum() - layout.num_active
+    phantom = np.asarray(UNPACK(np.ones((7, 4, 4), np.float32), layout)).sum() - layout.num_active
     assert phantom == 0
     assert np.count_nonzero(variables["params"]["blocks"]) == layout.num_active  # phantom weights begin as zero
-    same = jax.jit(sparse.init)(KEY, jnp.zeros((1, 4, 4, 4)))
+    same = init(KEY, np.zeros((1, 4, 4, 4), np.float32))
     for a, b in zip(jax.tree.leaves(variables), jax.tree.leaves(same), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(("density", "init"), [
-    (0.05, nn.initializers.he_normal()), (0.2, nn.initializers.lecun_uniform()), (0.5, nn.initializers.he_normal()),
+@pytest.mark.parametrize(("density", "init", "method"), [
+    (0.05, nn.initializers.he_normal(), DrawnByNumPy()), (0.2, nn.initializers.lecun_uniform(), Static()),
+    (0.5, nn.initializers.he_normal(), DrawnByNumPy()),
 ])  # fmt: skip
-def test_outputs_have_the_variance_of_the_dense_layer(density, init):
-    x = jax.random.normal(KEY, (512, 256))
+def test_outputs_have_the_variance_of_the_dense_layer(density, init, method):
+    x = normal(512, 256)
     sizes = {"features": 256, "kernel_init": init, "use_bias": False}
-    wanted = jax.jit(nn.Dense(**sizes).init_with_output)(KEY, x)[0].std()
-    sparse = SparseDense(**sizes, density=density, block_shape=(16, 4), implementation="dense")
-    std = np.asarray(jax.jit(sparse.init_with_output)(KEY, x)[0]).std(axis=0)
+    sparse = SparseDense(**sizes, density=density, block_shape=(16, 4), implementation="dense", method=method)
+    # The same key: the weights of both are drawn once.
+    layers = nn.Dense(**sizes), sparse
+    wanted, y = jax.device_get(jax.jit(lambda x: [layer.init_with_output(KEY, x)[0] for layer in layers])(x))
     # The variance is an estimate from 3264 weights or more: its root is known within 1.2 % (one sigma).
-    assert np.sqrt(np.square(std).mean()) == pytest.approx(float(wanted), rel=0.05)
+    assert np.sqrt(np.square(y.std(axis=0)).mean()) == pytest.approx(float(wanted.std()), rel=0.05)
 
 
 def test_each_group_has_the_variance_of_its_own_fan_in():
     """One group reads 8 columns, the other 120; the outputs of both vary as those of the dense layer."""
-    x = jax.random.normal(KEY, (256, 128))
+    x = normal(256, 128)
     sparse = SparseDense(
         128, num_blocks=16, block_shape=(64, 8), method=DrawnByNumPy(counts=(1, 15)), implementation="dense",
         kernel_init=nn.initializers.lecun_normal(),
@@ -244,8 +255,9 @@ def test_a_foreign_product_cannot_replace_the_sparse_one():
 @pytest.mark.parametrize("method", [Static(), DSB(), RigL(), SET(), TopKAST(backward_factor=1.5)], ids=lambda m: m.name)
 def test_a_layer_holds_what_its_method_stores(method):
     """As many weights computed with, in the method's own storage, without a word of the model about it."""
-    x = jax.random.normal(KEY, (3, 12))
-    layer = SparseDense(8, num_blocks=5, block_shape=(4, 3), method=method, implementation="dense", use_bias=False)
+    x = normal(3, 12)
+    sizes = {"num_blocks": 5, "block_shape": (4, 3), "use_bias": False, "kernel_init": by_numpy}
+    layer = SparseDense(8, method=method, implementation="dense", **sizes)
     y, variables = jax.jit(layer.init_with_output)(KEY, x)
     node = variables["topology"]["blocks"]
     assert node.spec == method.stored(linear_spec(12, 8).with_blocks((4, 3), 5))
@@ -279,13 +291,12 @@ def test_every_row_group_has_a_block(layer, x, density):
     assert abs(fewer.num_blocks - wanted) <= 1 + ragged
 
 
-@pytest.mark.parametrize("features", [64, 60])
-def test_no_output_begins_without_weights(features):
-    for options, dead in (({}, 0), ({"min_group_blocks": 0}, features - 16)):
-        conv = SparseConv(features, (1, 1), density=0.1, **options)
-        variables = jax.device_get(jax.jit(conv.init)(KEY, jnp.zeros((1, 4, 4, 32))))
-        (layer,) = dsb.report(variables["params"], variables["topology"]).layers
-        assert layer.dead_outputs == dead
+@pytest.mark.parametrize(("features", "options", "dead"), [(64, {}, 0), (60, {}, 0), (64, {"min_group_blocks": 0}, 48)])
+def test_no_output_begins_without_weights(features, options, dead):
+    conv = SparseConv(features, (1, 1), density=0.1, kernel_init=by_numpy, **options)
+    variables = jax.device_get(jax.jit(conv.init)(KEY, np.zeros((1, 4, 4, 32), np.float32)))
+    (layer,) = dsb.report(variables["params"], variables["topology"]).layers
+    assert layer.dead_outputs == dead
 
 
 def test_more_blocks_for_each_row_group():
@@ -301,17 +312,23 @@ def test_more_blocks_for_each_row_group():
 def test_weights_without_their_topology(layer):
     """`model.apply({"params": params}, x)` would else make a dense layer of it."""
     x = jnp.zeros((1, 1, 1, 8))
-    variables = jax.jit(layer.init)(KEY, x)
+    variables = jax.eval_shape(layer.init, KEY, x)
     with pytest.raises(ValueError, match="has sparse weights but no topology; pass all collections"):
-        layer.apply({"params": variables["params"]}, x)
+        jax.eval_shape(layer.apply, {"params": variables["params"]}, x)
 
 
 def test_a_layer_reads_its_sizes_from_its_topology():
     """The arguments decide at initialization alone: later the number of blocks may be another one."""
-    x = jax.random.normal(KEY, (2, 8))
-    few, many = (SparseDense(8, num_blocks=n, block_shape=(4, 4), implementation="dense") for n in (2, 4))
-    variables = jax.jit(many.init)(KEY, x)
-    np.testing.assert_array_equal(few.apply(variables, x), many.apply(variables, x))
+    few, many = (
+        SparseDense(8, num_blocks=n, block_shape=(4, 4), implementation="dense", method=DrawnByNumPy()) for n in (2, 4)
+    )
+
+    @jax.jit
+    def both(x):
+        y, variables = many.init_with_output(KEY, x)
+        return few.apply(variables, x), y
+
+    np.testing.assert_array_equal(*both(normal(2, 8)))
 
 
 @pytest.mark.parametrize(("density", "num_blocks"), [(0.001, 4), (0.1, 4), (0.5, 4), (0.7, 6)])
