@@ -1,6 +1,5 @@
 """CIFAR-100 through the same code as CIFAR-10: random images in tfds' own format, features and folder of that set."""
 
-import dataclasses
 import io
 
 import jax
@@ -8,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from dsb_jax.training import data, loop
+from dsb_jax.training.checkpoints import restore
 from dsb_jax.training.config import Config
 
 
@@ -56,7 +56,8 @@ def test_cifar100_is_read_trained_and_evaluated(tmp_path):
     assert (config.image_shape, config.num_classes, config.total_steps) == ((32, 32, 3), 100, 4)
     summary = loop.run(config, dataset, tmp_path / "run", resume=False, progress=Silent())
     assert np.isfinite(summary["test_loss"])
-    components, state = loop.create(dataclasses.replace(config, seed=1))
+    restored = restore(tmp_path / "run")
+    components, state = restored.components, restored.state
     assert state.params["head"]["kernel"].shape == (128, 100)
     logits = jax.eval_shape(lambda s, x: components.model.apply(s.variables, x), state, dataset.test_images[:2] / 255)
     assert logits.shape == (2, 100)

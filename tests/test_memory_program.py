@@ -20,8 +20,9 @@ def define():
     memory.FLAGS.mark_as_parsed()
 
 
-@pytest.fixture
-def results(define, tmp_path):
+@pytest.fixture(scope="module")
+def results(define, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("memory")
     path, chart = tmp_path / "memory.json", tmp_path / "memory.png"
     with flagsaver.flagsaver(models=["convnet"], xla=False, json=str(path), chart=str(chart), batch_size=4):
         memory.main()

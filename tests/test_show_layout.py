@@ -1,9 +1,5 @@
 """Pictures of layouts: every view holds exactly the active weights, and the program draws a checkpoint."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,12 +8,11 @@ from hypothesis import strategies as st
 from dsb_jax.checkpoint import Checkpoints
 from dsb_jax.layout import to_mask
 from dsb_jax.training.config import Config
-from dsb_jax.training.loop import create
-from experiments import layout_views
+from experiments import layout_views, show_layout
 from experiments.show_layout import caption, choose
 from tests.conftest import make_layout
-
-ROOT = Path(__file__).parent.parent
+from tests.test_layout_views import random_state
+from tests.test_programs import call, call_here
 
 
 @settings(max_examples=6)
@@ -67,28 +62,16 @@ def test_which_layers_and_what_is_said_of_them():
     assert "a: 12 x 12 (out x in), density 0.4167" in caption(layer)
 
 
-def show(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.show_layout", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-
-
 def test_the_program_draws_a_checkpoint(tmp_path):
     config = Config(total_steps=10, epochs=1)
-    _, state = create(config)
     with Checkpoints(tmp_path / "run", config.to_json()) as checkpoints:
-        checkpoints.save(state, step=0, test_accuracy=0.5)
+        checkpoints.save(random_state(config), step=0, test_accuracy=0.5)
     out = tmp_path / "layout.png"
-    result = show(f"--checkpoint={tmp_path / 'run'}", "--layers=conv_1,conv_2", f"--out={out}")
+    result = call("show_layout", f"--checkpoint={tmp_path / 'run'}", "--layers=conv_1,conv_2", f"--out={out}")
     assert result.returncode == 0, result.stderr
     assert out.read_bytes().startswith(b"\x89PNG")
     assert "conv_1: 64 x 288" in result.stdout
     assert "not shown: conv_3" in result.stdout
-    wrong = show(f"--checkpoint={tmp_path / 'run'}", f"--out={tmp_path / 'layout.txt'}")
-    assert wrong.returncode == 2
-    assert "ends in neither .png nor .pdf" in wrong.stderr
+    with pytest.raises(ValueError, match=r"ends in neither \.png nor \.pdf"):
+        call_here(show_layout, f"--checkpoint={tmp_path / 'run'}", f"--out={tmp_path / 'layout.txt'}")
     assert not (tmp_path / "layout.txt").exists()
