@@ -1,11 +1,12 @@
 """The statistics that growing needs, against dense gradients; observing changes nothing else."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax import lax
 
 from dsb_jax.layout import unpack
 from dsb_jax.linen import SparseConv, SparseDense
@@ -13,7 +14,9 @@ from dsb_jax.ops import sparse_conv
 from dsb_jax.ops.statistics import Gradient, OutputInputNorms, PanelGradientNorm, Zero, observe
 from dsb_jax.spec import conv_spec, linear_spec
 from pallas_kernels import ConvGeometry
+from tests.classifiers import by_numpy
 from tests.conftest import make_layout
+from tests.topologies import DrawnByNumPy
 
 KINDS = (OutputInputNorms(), PanelGradientNorm(), Gradient())
 IDS = [type(kind).__name__ for kind in KINDS]
@@ -30,31 +33,17 @@ GEOMETRIES = {
 }
 
 
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+@functools.cache
 def make_case(name):
     geometry, (batch, height, width), out, counts = GEOMETRIES[name]
     layout = make_layout(1, (out, geometry.in_features), (4, 4), counts)
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (batch, height, width, geometry.in_channels))
-    blocks = jax.random.normal(keys[1], (layout.num_blocks, 4, 4))
-    dy = jax.random.normal(keys[2], (batch, *geometry.output_size(height, width), out))
-    return x, blocks, layout, dy, geometry
-
-
-@pytest.fixture(scope="module", params=GEOMETRIES)
-def case(request):
-    return make_case(request.param)
-
-
-def dense_gradient(x, layout, dy, geometry):
-    """dW[out, in] of the dense convolution."""
-
-    def conv(weight):
-        kernel = weight.T.reshape(*geometry.kernel_size, geometry.in_channels, -1)
-        return lax.conv_general_dilated(
-            x, kernel, geometry.strides, geometry.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-
-    return np.asarray(jax.vjp(conv, jnp.zeros(layout.shape))[1](dy)[0])
+    x = normal(0, batch, height, width, geometry.in_channels)
+    dy = normal(1, batch, *geometry.output_size(height, width), out)
+    return x, normal(2, layout.num_blocks, 4, 4), layout, dy, geometry
 
 
 def patches(x, geometry):
@@ -73,75 +62,85 @@ def patches(x, geometry):
     return np.stack(columns)
 
 
+def dense_gradient(x, layout, dy, geometry):
+    """dW[out, in] of the dense convolution, whose columns are ordered (kh, kw, c)."""
+    return dy.reshape(-1, layout.shape[0]).T @ patches(x, geometry).T
+
+
 def zero_of(kind, layout):
     out, in_ = layout.shape
     spec = linear_spec(in_, out).with_blocks(layout.block_shape, layout.num_blocks)
-    return Zero(kind.zeros(spec), jnp.zeros(()), kind)
+    return Zero(kind.zeros(spec), np.zeros((), np.float32), kind)
 
 
-def observed(x, blocks, layout, dy, geometry, kind=None, feature_major=False):
-    """y and the gradients of x and blocks, and the statistic; without a kind, of a layer that is not observed."""
+def observed(x, blocks, layout, dy, geometry, kinds=(None,), feature_major=(False,)):
+    """{(kind, feature_major): (y, dx, d_blocks, statistic)}, compiled at once; None is a layer that is not observed."""
     to_major = (3, 1, 2, 0)
 
-    def layer(x, blocks, zero):
-        x = x.transpose(to_major) if feature_major else x
-        y = sparse_conv(x, blocks, layout, geometry=geometry, implementation="dense", feature_major=feature_major)
-        if kind is not None:
-            y = observe(y, x, zero, layout, geometry=geometry, feature_major=feature_major)
-        return y.transpose(to_major) if feature_major else y
+    def one(kind, major, x, blocks, dy):
+        def layer(x, blocks, zero):
+            x = x.transpose(to_major) if major else x
+            y = sparse_conv(x, blocks, layout, geometry=geometry, implementation="dense", feature_major=major)
+            if kind is not None:
+                y = observe(y, x, zero, layout, geometry=geometry, feature_major=major)
+            return y.transpose(to_major) if major else y
 
-    @jax.jit
-    def together(*args):
-        y, pullback = jax.vjp(layer, *args)
-        return y, *pullback(dy)
+        y, pullback = jax.vjp(layer, x, blocks, {} if kind is None else zero_of(kind, layout))
+        dx, d_blocks, seen = pullback(dy)
+        return y, dx, d_blocks, None if kind is None else (kind.finish(seen.value), seen.calls)
 
-    y, dx, d_blocks, seen = together(x, blocks, {} if kind is None else zero_of(kind, layout))
-    if kind is None:
-        return y, dx, d_blocks, None
-    assert seen.calls == 1
-    return y, dx, d_blocks, kind.finish(seen.value)
+    pairs = [(kind, major) for kind in kinds for major in feature_major]
+    found = jax.device_get(jax.jit(lambda *args: [one(*pair, *args) for pair in pairs])(x, blocks, dy))
+    assert all(seen is None or seen[1] == 1 for *_, seen in found)
+    return {pair: (*rest, seen and seen[0]) for pair, (*rest, seen) in zip(pairs, found, strict=True)}
+
+
+def statistic_of(case, kind):
+    return observed(*case, [kind])[kind, False][3]
 
 
 def close(result, wanted):
     np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=IDS)
-def test_the_statistic_is_that_of_the_dense_gradient(case, kind):
-    x, _, layout, dy, geometry = case
-    statistic = observed(*case, kind)[3]
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_the_statistic_is_that_of_the_dense_gradient(name):
+    x, _, layout, dy, geometry = case = make_case(name)
+    norms, panel, whole = (seen for *_, seen in observed(*case, KINDS).values())
     gradient = dense_gradient(x, layout, dy, geometry)
-    if kind == OutputInputNorms():
-        close(statistic.dy_norm, np.sqrt(np.square(dy).sum(axis=(0, 1, 2))))
-        close(statistic.x_norm, np.linalg.norm(patches(np.asarray(x), geometry), axis=1))
-        bound = np.outer(statistic.dy_norm, statistic.x_norm)
-        assert (np.abs(gradient) <= bound * (1 + 1e-5)).all()
-    elif kind == PanelGradientNorm():
-        padded = np.concatenate([gradient, np.zeros((layout.out_idx.size - layout.shape[0], layout.shape[1]))])
-        close(statistic, np.linalg.norm(padded[layout.out_idx], axis=1))
-        close(kind.from_gradient(jnp.asarray(gradient), layout), statistic)
-    else:
-        close(statistic, gradient)
+    close(norms.dy_norm, np.sqrt(np.square(dy).sum(axis=(0, 1, 2))))
+    close(norms.x_norm, np.linalg.norm(patches(x, geometry), axis=1))
+    bound = np.outer(norms.dy_norm, norms.x_norm)
+    assert (np.abs(gradient) <= bound * (1 + 1e-5)).all()
+    padded = np.concatenate([gradient, np.zeros((layout.out_idx.size - layout.shape[0], layout.shape[1]))])
+    close(panel, np.linalg.norm(padded[layout.out_idx], axis=1))
+    close(FROM_GRADIENT(gradient, layout), panel)
+    close(whole, gradient)
 
 
-@pytest.mark.parametrize("feature_major", [False, True])
-@pytest.mark.parametrize("kind", KINDS, ids=IDS)
-def test_observing_changes_neither_the_output_nor_other_gradients(kind, feature_major):
+FROM_GRADIENT = jax.jit(PanelGradientNorm().from_gradient)
+
+
+def test_observing_changes_neither_the_output_nor_other_gradients():
     case = make_case("stride 2")
-    seen = observed(*case, kind, feature_major)
-    for one, other in zip(seen[:3], observed(*case, None, feature_major)[:3], strict=True):
-        np.testing.assert_array_equal(one, other)
-    for value, wanted in zip(*(jax.tree.leaves(s) for s in (seen[3], observed(*case, kind)[3])), strict=True):
-        close(value, wanted)  # the same statistic in either layout of activations
+    statistics = {}
+    for major in (False, True):  # a program for each: in one, XLA could compute equal products once
+        unseen = observed(*case, [None], [major])[None, major]
+        for kind in KINDS:
+            *seen, statistic = observed(*case, [kind], [major])[kind, major]
+            for one, other in zip(seen, unseen[:3], strict=True):
+                np.testing.assert_array_equal(one, other)
+            wanted = statistics.setdefault(kind, statistic)
+            jax.tree.map(close, statistic, wanted)  # the same statistic in either layout of activations
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=IDS)
 def test_bfloat16_is_measured_in_float32(kind):
     geometry = ConvGeometry(4)
     layout = make_layout(0, (8, 4), (4, 4), (1, 1))
-    x, dy = jnp.full((64, 8, 8, 4), 1.0, jnp.bfloat16), jnp.full((64, 8, 8, 8), 1.0, jnp.bfloat16)
+    x, dy, blocks = (np.ones(shape, jnp.bfloat16) for shape in ((64, 8, 8, 4), (64, 8, 8, 8), (2, 4, 4)))
     # 4096 positions: in bfloat16 a sum of ones stops growing at 256.
-    statistic = observed(x, jnp.ones((2, 4, 4), jnp.bfloat16), layout, dy, geometry, kind)[3]
+    statistic = statistic_of((x, blocks, layout, dy, geometry), kind)
     wanted = {OutputInputNorms(): 64, PanelGradientNorm(): 2 * 4096, Gradient(): 4096}[kind]
     for value in jax.tree.leaves(statistic):
         assert value.dtype == jnp.float32
@@ -151,23 +150,21 @@ def test_bfloat16_is_measured_in_float32(kind):
 def test_the_bound_is_met_with_equality_by_one_position():
     """With one example and one output position dW is an outer product: the bound is exact."""
     layout = make_layout(0, (8, 12), (4, 4), (2, 1))
-    x, dy = jax.random.normal(jax.random.key(0), (1, 1, 1, 12)), jax.random.normal(jax.random.key(1), (1, 1, 1, 8))
-    statistic = observed(x, jnp.ones((3, 4, 4)), layout, dy, ConvGeometry(12), OutputInputNorms())[3]
+    x, dy, blocks = normal(0, 1, 1, 1, 12), normal(1, 1, 1, 1, 8), np.ones((3, 4, 4), np.float32)
+    statistic = statistic_of((x, blocks, layout, dy, ConvGeometry(12)), OutputInputNorms())
     close(np.outer(statistic.dy_norm, statistic.x_norm), np.abs(dense_gradient(x, layout, dy, ConvGeometry(12))))
 
 
 @pytest.mark.parametrize("feature_major", [False, True])
-@pytest.mark.parametrize("kind", KINDS, ids=IDS)
 @pytest.mark.parametrize("layer", [SparseDense, SparseConv])
-def test_layers_observe_when_given_a_zero(layer, kind, feature_major):
+def test_layers_observe_when_given_a_zero(layer, feature_major):
     """The gradient of a mean-square loss, measured through a Flax layer and from the dense kernel."""
     conv = layer is SparseConv
     args = {"features": 8, "num_blocks": 3, "block_shape": (4, 4), "implementation": "dense"}
-    args |= {"feature_major": feature_major, "bias_init": jax.random.normal}
+    args |= {"feature_major": feature_major, "bias_init": by_numpy, "kernel_init": by_numpy, "method": DrawnByNumPy()}
     if conv:
         args |= {"kernel_size": (3, 3), "strides": 2}
-    shape = (3, 5, 5, 2) if conv else (7, 14)
-    x = jax.random.normal(jax.random.key(0), shape)
+    x = normal(0, *((3, 5, 5, 2) if conv else (7, 14)))
     major = (3, 1, 2, 0) if conv else (1, 0)
     model = layer(**args)
     inputs = x.transpose(major) if feature_major else x
@@ -175,29 +172,27 @@ def test_layers_observe_when_given_a_zero(layer, kind, feature_major):
     node = variables["topology"]["blocks"]
     layout = node.layout
 
-    @jax.jit
-    @jax.grad
-    def measure(zero):
+    def measured(zero):
         return jnp.square(model.apply({**variables, "statistics": {"blocks": zero}}, inputs)).mean()
 
-    @jax.jit
-    @jax.grad
     def dense(weight):
         if conv:
             twin = {"kernel": weight.T.reshape(3, 3, 2, 8), "bias": variables["params"]["bias"]}
             return jnp.square(nn.Conv(8, (3, 3), 2).apply({"params": twin}, x)).mean()
         return jnp.square(x @ weight.T + variables["params"]["bias"][None]).mean()
 
-    gradient = np.asarray(dense(unpack(variables["params"]["blocks"], layout)))
-    statistic = kind.finish(measure(Zero(kind.zeros(node.spec), jnp.zeros(()), kind)).value)
-    if kind == OutputInputNorms():
-        assert (np.abs(gradient) <= np.outer(statistic.dy_norm, statistic.x_norm) * (1 + 1e-5)).all()
-        columns = patches(np.asarray(x), ConvGeometry(2, (3, 3), (2, 2), ((1, 1), (1, 1)))) if conv else np.asarray(x).T
-        close(statistic.x_norm, np.linalg.norm(columns, axis=1))
-    elif kind == PanelGradientNorm():
-        close(statistic, np.linalg.norm(gradient[layout.out_idx], axis=1))
-    else:
-        close(statistic, gradient)
+    @jax.jit
+    def results(zeros, blocks):
+        seen = [kind.finish(jax.grad(measured)(zero).value) for kind, zero in zip(KINDS, zeros, strict=True)]
+        return seen, jax.grad(dense)(unpack(blocks, layout))
+
+    zeros = [Zero(kind.zeros(node.spec), np.zeros((), np.float32), kind) for kind in KINDS]
+    (norms, panel, whole), gradient = jax.device_get(results(zeros, variables["params"]["blocks"]))
+    assert (np.abs(gradient) <= np.outer(norms.dy_norm, norms.x_norm) * (1 + 1e-5)).all()
+    columns = patches(x, ConvGeometry(2, (3, 3), (2, 2), ((1, 1), (1, 1)))) if conv else x.T
+    close(norms.x_norm, np.linalg.norm(columns, axis=1))
+    close(panel, np.linalg.norm(gradient[layout.out_idx], axis=1))
+    close(whole, gradient)
 
 
 def test_zeros_have_the_sizes_of_one_layer():
