@@ -230,8 +230,9 @@ def test_resize_keeps_the_strongest(name, seed):
             assert not went.any() or strength[stayed].min() >= strength[went].max(), group
 
 
-@pytest.mark.parametrize("name", METHOD)
+@pytest.mark.parametrize("name", [n for n in METHOD if n not in ("dsb", "rigl", "topkast")])
 def test_a_stack_is_its_layers_one_by_one(name):
+    """The others are in test_method_contract.py, where an adaptation does it."""
     method = METHOD[name]
     keys, stack, statistic = trained(name, 1)
     together = functions(name)["update"](keys, np.int32(20), stack, statistic)

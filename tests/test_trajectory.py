@@ -18,8 +18,9 @@ from tests.topologies import DrawnByNumPy
 
 
 class Net(nn.Module):
-    """Sparse layers in `blocks` of the given shape, or the same layers dense."""
+    """A layer in blocks, or the same layer dense: a convolution with batch norm, or a linear layer of ragged rows."""
 
+    kind: str
     sparse: bool
 
     @nn.compact
@@ -28,20 +29,23 @@ class Net(nn.Module):
             how = {"block_shape": (8, 2), "implementation": "xla", "method": DrawnByNumPy()}
             return {"num_blocks": num_blocks, **how} if self.sparse else {}
 
-        x = SparseConv(16, (3, 3), strides=2, use_bias=False, name="conv", **options(14))(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)).mean(axis=(1, 2))
-        x = nn.tanh(SparseDense(21, name="linear", **options(9))(x))  # ragged
+        if self.kind == "conv":
+            x = SparseConv(16, (3, 3), strides=2, use_bias=False, name="conv", **options(14))(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)).mean(axis=(1, 2))
+        else:
+            x = x.reshape(*x.shape[:1], -1)[:, :16]
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
+            x = nn.tanh(SparseDense(21, name="linear", **options(9))(x))
         return nn.Dense(4, name="head")(x)
 
 
-PACKED, DENSE = Net(True), Net(False)
 STEPS, ADAPT_AT = 10, 5
 CASES = {
-    "sgd, block": (
+    "conv, sgd, block": (
         optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.2, momentum=0.9)),
         DSB(update_end_step=20, drop_fraction=0.5, granularity="block", block_aware_drop=False),
     ),
-    "adamw, panel_column": (
+    "linear, adamw, panel_column": (
         optax.adamw(3e-3, eps=1e-4, weight_decay=0.1),
         DSB(update_end_step=20, drop_fraction=0.5, grow="norm", granularity="panel_column"),
     ),
@@ -54,7 +58,7 @@ def masks_of(topology):
     return {name: mask["kernel"] for name, mask in dsb.masks(topology).items()}
 
 
-unpacked = jax.jit(dsb.to_dense)  # of any tree shaped as the params of the packed model
+unpacked = jax.jit(dsb.to_dense)  # of any tree shaped as the params of the sparse model
 
 
 def masked(tree, masks):
@@ -62,13 +66,13 @@ def masked(tree, masks):
             for n, leaves in tree.items()}  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames="optimizer")
-def masked_step(params, batch_stats, opt_state, masks, images, labels, *, optimizer):
+@functools.partial(jax.jit, static_argnames=("model", "optimizer"))
+def masked_step(params, batch_stats, opt_state, masks, images, labels, *, model, optimizer):
     """Dense weights times a mask, masked gradients; everything of the size of the dense model."""
 
     def objective(params):
         variables = {"params": masked(params, masks), "batch_stats": batch_stats}
-        logits, collections = forward(DENSE, variables, images, jax.random.key(0))
+        logits, collections = forward(model, variables, images, jax.random.key(0))
         return cross_entropy(logits, labels), collections["batch_stats"]
 
     (loss, batch_stats), gradients = jax.value_and_grad(objective, has_aux=True)(params)
@@ -88,10 +92,11 @@ def map_moments(function, opt_state):
 @pytest.mark.parametrize("name", CASES)
 def test_packed_and_masked_training_are_the_same(name):
     optimizer, method = CASES[name]
+    sparse, dense = (Net(name.split(",")[0], sparse) for sparse in (True, False))
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.standard_normal((STEPS, 16, 7, 7, 3)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, 4, (STEPS, 16)), jnp.int32)
-    packed = jax.jit(lambda key: dsb.create_train_state(PACKED, optimizer, key, images[0]))(jax.random.key(1))
+    packed = jax.jit(lambda key: dsb.create_train_state(sparse, optimizer, key, images[0]))(jax.random.key(1))
     params, batch_stats = jax.tree.map(
         jnp.array, (unpacked(packed.params, packed.topology), packed.collections["batch_stats"])
     )
@@ -99,7 +104,7 @@ def test_packed_and_masked_training_are_the_same(name):
     for step in range(STEPS):
         if step == ADAPT_AT:
             packed, report = dsb.adapt_step(
-                packed, images[step], labels[step], model=PACKED, method=method, optimizer=optimizer
+                packed, images[step], labels[step], model=sparse, method=method, optimizer=optimizer
             )
             assert all(layer.accepted > 0 for layer in report.values())
             # The masked model forgets weights and moments that have left.
@@ -107,9 +112,9 @@ def test_packed_and_masked_training_are_the_same(name):
             params = masked(params, masks)
             opt_state = map_moments(functools.partial(masked, masks=masks), opt_state)
             masks = masks_of(packed.topology)
-        packed, metrics = dsb.train_step(packed, images[step], labels[step], model=PACKED, optimizer=optimizer)
+        packed, metrics = dsb.train_step(packed, images[step], labels[step], model=sparse, optimizer=optimizer)
         params, batch_stats, opt_state, loss = masked_step(
-            params, batch_stats, opt_state, masks, images[step], labels[step], optimizer=optimizer
+            params, batch_stats, opt_state, masks, images[step], labels[step], model=dense, optimizer=optimizer
         )
         np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-5)
         moments = map_moments(functools.partial(unpacked, topology=packed.topology), packed.opt_state)
