@@ -14,7 +14,7 @@ train: $(VENV)/.installed
 	$(BIN)/python -m experiments.train $(ARGS)
 
 test: $(VENV)/.installed-dev $(VENV)/.installed-gpu-compiler lint
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist=worksteal  # tests of one file stay together, and so do what they share
 
 # Direct dependencies at their lower bounds, theirs at the newest (what an old environment looks like after an upgrade).
 test-oldest: $(OLDEST)/.installed

@@ -59,7 +59,7 @@ def layer_calls(grow: str, granularity: str) -> dict[str, Any]:
     key = jax.random.key(0)
     method = methods.DSB(update_end_step=10_000, grow=grow, granularity=granularity)
     spec = method.stored(dense.with_blocks(block_shape, count))
-    state = method.init(key, jax.random.normal(key, dense.shape), spec)
+    state = jax.jit(lambda key: method.init(key, jax.random.normal(key, dense.shape), spec))(key)
     zeros = method.statistic.zeros(spec) if method.statistic else None
     # An argument: XLA would fold a constant, and what follows from it, when it compiles, for seconds.
     statistic = jax.tree.map(lambda z: jax.random.uniform(key, z.shape), zeros)

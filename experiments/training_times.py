@@ -150,7 +150,7 @@ def layer_candidates(
         )  # fmt: skip
         given = jnp.moveaxis(x, (0, -1), (-1, 0)) if clone.feature_major else x
         with record_choices() as choices:
-            variables = clone.init(key, given)
+            variables = jax.jit(clone.init)(key, given)
         chosen[name] = choices[()].implementation
         rest = {k: v for k, v in variables.items() if k != "params"}
 

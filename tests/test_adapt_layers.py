@@ -13,6 +13,7 @@ from flax.training import train_state
 
 import dsb_jax as dsb
 from dsb_jax.linen import SparseDense
+from dsb_jax.measuring import Measured
 from dsb_jax.methods import DSB, SET, LayerState, RigL, Static, TopKAST
 from dsb_jax.methods.base import STATUS
 from tests.topologies import (
@@ -292,3 +293,36 @@ def test_a_stack_is_adapted_as_its_layers():
             lambda leaf, i=i: np.take(leaf, i, 1), (new_params["s"]["blocks"], new_topology["s"]["blocks"].layout)
         )
         assert_same_bits(took, jax.device_get((state.blocks, state.layout)))
+
+
+def test_one_layer_of_a_stack_that_is_not_finite_stays_as_it_is():
+    """Its weights, layout and moments, bit by bit; the other layer adapts. The same of two layers by name."""
+    each = [node_of_counts(seed, (16, 12), (8, 4), (1, 2)) for seed in (3, 4)]
+    blocks = np.random.default_rng(0).normal(size=(2, 3, 8, 4)).astype(np.float32)
+    tree = {"s": {"blocks": blocks}, "one": {"blocks": blocks[0]}, "two": {"blocks": blocks[1]}}
+    topology = {name: {"blocks": node} for name, node in (("s", stacked(each)), ("one", each[0]), ("two", each[1]))}
+    norms = np.random.default_rng(1).uniform(size=(2, 2, 12)).astype(np.float32)
+    norms[1, 0, 3] = np.nan
+    ones = np.ones(2, np.float32)
+    statistics = {
+        "s": {"blocks": Measured(norms, ones, 1)},
+        "one": {"blocks": Measured(norms[0], ones[0], 1)},
+        "two": {"blocks": Measured(norms[1], ones[0], 1)},
+    }
+    state = noise_like(jax.eval_shape(ADAMW.init, tree))
+    new, moved, new_state, report = jax.device_get(
+        dsb.update(METHOD, ADAMW, tree, topology, state, 3, jax.random.key(2), statistics)
+    )
+    np.testing.assert_array_equal(report[("s",)].status, [0, 5])
+    assert [int(report[(name,)].status) for name in ("one", "two")] == [0, 5]
+
+    def of(trees, name, i=...):
+        params, nodes, (moments, *_) = trees
+        found = params, nodes, moments.mu, moments.nu
+        return [leaf[i] for part in found for leaf in jax.tree.leaves(part[name])]
+
+    before, after = (tree, topology, state), (new, moved, new_state)
+    for name, i in (("s", 1), ("two", ...)):
+        assert_same_bits(of(after, name, i), of(before, name, i))
+    for name, i in (("s", 0), ("one", ...)):
+        assert all((a != b).any() for a, b in zip(of(after, name, i)[:2:2], of(before, name, i)[:2:2], strict=True))
