@@ -18,8 +18,9 @@ test: $(VENV)/.installed-dev $(VENV)/.installed-gpu-compiler lint
 
 # Direct dependencies at their lower bounds, theirs at the newest (what an old environment looks like after an upgrade).
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -n auto $(addprefix tests/test_,$(addsuffix .py,\
-		checkpoint data layout linen_layers method_contract ops packaging))
+	$(OLDEST)/bin/python -m pytest -n auto --dist=worksteal $(addprefix tests/test_,$(addsuffix .py,\
+		adapt_layers checkpoint convert data layout linen_layers measuring method_contract ops optimizer_states packaging \
+		settings sharding))
 	$(OLDEST)/bin/python -m experiments.train --epochs=1
 
 lint: $(VENV)/.installed-dev

@@ -265,7 +265,7 @@ def test_stacked_layers_are_observed_each(axis, calls):
     """Each has the norms of its own dense gradient, of the sum if it is called twice."""
     model = Scanned(axis, calls)
     params, topology, _ = begin(model)
-    found = values(measure(loss_of(model), DSB())(params, topology, X, Y), ("stack", "fc"))
+    found = jax.device_get(values(measure(loss_of(model), DSB())(params, topology, X, Y), ("stack", "fc")))
     np.testing.assert_array_equal(found.calls, [calls, calls])
 
     @jax.jit
@@ -278,7 +278,7 @@ def test_stacked_layers_are_observed_each(axis, calls):
         logits = x @ params["head"]["kernel"] + params["head"]["bias"][None]
         return optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean()
 
-    kernels = dense(jax.jit(to_dense)(params, topology))["stack"]["fc"]["kernel"]
+    kernels = np.asarray(dense(jax.jit(to_dense)(params, topology))["stack"]["fc"]["kernel"])
     out_idx = topology["stack"]["fc"]["blocks"].layout.out_idx
     for i in range(2):
         gradient = np.take(kernels, i, axis).T

@@ -94,27 +94,30 @@ class _Batches:
         self.num_train = len(dataset.train_labels)
         self.steps_per_epoch = self.num_train // config.batch_size
         self.images, self.labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-        self.order_key, augment_key = jax.random.split(make_key(config.seed + 1))
+        self.order_key, self.augment_key = jax.random.split(make_key(config.seed + 1))
 
-        def take(images: jax.Array, labels: jax.Array, order: jax.Array, start: np.int32, step: np.int32) -> Any:
+        def take(images: jax.Array, labels: jax.Array, order: jax.Array, key: jax.Array, start: Any, step: Any) -> Any:
             return data.take_batch(
                 images,
                 labels,
                 jax.lax.dynamic_slice_in_dim(order, start, self.size),
-                key=jax.random.fold_in(augment_key, step),
+                key=jax.random.fold_in(key, step),
                 augmentation=dataset.augmentation,
                 mean=dataset.mean,
                 std=dataset.std,
             )
 
-        self._take = jax.jit(take)  # one call a step: for small models each costs as much as a part of the step
+        # One call a step: for small models each costs as much as a part of the step. Everything that differs between
+        # the seeds of a sweep is an argument, so that they share one compiled program.
+        self._take = jax.jit(take)
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[tuple[int, tuple[jax.Array, jax.Array]]]:
         """(step, (images, labels)) from `first_step` to the end of the epoch."""
         order = data.epoch_order(self.order_key, epoch, self.num_train)
         for step in range(first_step, (epoch + 1) * self.steps_per_epoch):
             start = (step - epoch * self.steps_per_epoch) * self.size
-            yield step, self._take(self.images, self.labels, order, np.int32(start), np.int32(step))
+            batch = self._take(self.images, self.labels, order, self.augment_key, np.int32(start), np.int32(step))
+            yield step, batch
 
 
 class _Training:
