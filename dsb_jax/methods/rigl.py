@@ -14,72 +14,29 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from dsb_jax.grow import grow_gradient
-from dsb_jax.methods import schedule
-from dsb_jax.methods.base import LayerReport, LayerState
-from dsb_jax.methods.single import init_single, resize_single, update_single
-from dsb_jax.methods.sizes import check_resize, check_storage, check_weights
+from dsb_jax.methods.single import SingleWeights
 from dsb_jax.ops.statistics import Gradient, Statistic
-from dsb_jax.spec import LayerSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RigL:
-    """The method. See `dsb_jax.methods.base.Method` for the methods, `dsb_jax.methods.schedule` for the fields.
-
-    Raises:
-      ValueError: if a setting is invalid.
-    """
-
-    drop_fraction: float = 0.3
-    update_interval: int = 100
-    update_start_step: int = 0
-    update_end_step: int | None = None
-    anneal_steps: int | None = None
+class RigL(SingleWeights):
+    """The method; fields and errors as of `SingleWeights`."""
 
     name: ClassVar[str] = "rigl"
-    storage: ClassVar[str] = "single"
-
-    def __post_init__(self) -> None:
-        schedule.check_annealing(self)
-        object.__setattr__(self, "drop_fraction", float(self.drop_fraction))
 
     @property
     def statistic(self) -> Statistic:
         return Gradient()
 
-    def stored(self, spec: LayerSpec) -> LayerSpec:
-        return spec.with_single(spec.num_active)
-
-    def due(self, step: int) -> bool:
-        return schedule.is_due(self, step)
-
-    def init(
+    def grow(
         self,
         key: jax.Array,
-        weights: Float[Array, "out in"],
-        spec: LayerSpec,
-        *,
-        score: Float[Array, "out in"] | None = None,
-    ) -> LayerState:
-        check_storage(self.name, self.storage, spec)
-        weights, score = check_weights(weights, score, spec)
-        return init_single(key, weights, spec, score=score)
-
-    def update(
-        self, key: jax.Array, step: jax.Array | int, state: LayerState, statistic: Any
-    ) -> tuple[LayerState, LayerReport]:
-        def grow(
-            k: Int[Array, ""], kept: Bool[Array, "out in"], active: Bool[Array, "out in"]
-        ) -> Bool[Array, "out in"]:
-            del active
-            return grow_gradient(statistic, k, candidate=~kept)
-
-        return update_single(self, step, jax.tree.map(jnp.asarray, state), grow)
-
-    def resize(self, key: jax.Array, state: LayerState, spec: LayerSpec) -> LayerState:
-        check_resize(self.name, self.storage, state.layout, spec)
-        return resize_single(key, jax.tree.map(jnp.asarray, state), spec)
+        statistic: Any,
+        k: Int[Array, ""],
+        kept: Bool[Array, "out in"],
+        active: Bool[Array, "out in"],
+    ) -> Bool[Array, "out in"]:
+        return grow_gradient(statistic, k, candidate=~kept)
