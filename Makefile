@@ -13,8 +13,9 @@ OLDEST := .venv-oldest
 train: $(VENV)/.installed
 	$(BIN)/python -m experiments.train $(ARGS)
 
+# Tests of one file stay together, and so does what they compile.
 test: $(VENV)/.installed-dev $(VENV)/.installed-gpu-compiler lint
-	$(BIN)/python -m pytest -n auto --dist=worksteal  # tests of one file stay together, and so do what they share
+	$(BIN)/python -m pytest -n auto --dist=worksteal
 
 # Direct dependencies at their lower bounds, theirs at the newest (what an old environment looks like after an upgrade).
 test-oldest: $(OLDEST)/.installed
