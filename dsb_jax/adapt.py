@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -22,7 +23,13 @@ from dsb_jax.measuring import LossFn, Measure, Measured, measure
 from dsb_jax.methods.base import LayerReport, LayerState, Method
 from dsb_jax.methods.identity import identity
 from dsb_jax.ops.statistics import AxisName
-from dsb_jax.optimizer_states import check_storage, followers, frozen_layers
+from dsb_jax.optimizer_states import (
+    check_storage,
+    check_transformation,
+    flatten_state,
+    followers,
+    frozen_layers,
+)
 from dsb_jax.paths import Path, by_path, layer_path, nodes, path_name, replace_at, weights_at
 from dsb_jax.placement import as_placed
 from dsb_jax.static_values import as_static, original
@@ -99,6 +106,7 @@ def adaptation(
       ValueError: when it is called: if the layers hold another storage than the method adapts, if the optimizer's state
         cannot follow, or if `fill` names a field that the state does not have.
     """
+    check_transformation(optimizer)
     measurement = measure(loss_fn, method, axis_name=axis_name, has_aux=has_aux)
     return Adaptation(measurement, method, as_static(optimizer), as_static(where), fill_pairs(fill))
 
@@ -152,15 +160,17 @@ def updated(
 ) -> tuple[Any, Any, Any, Report]:
     """`update` inside of a compiled function."""
     check_storage(method, topology)
+    step = _check_step(step)
     old = nodes(topology)
     following = followers(optimizer, params, topology)
     check_fill(fill, {follower.field for follower in following.values()})
+    leaves, structure = flatten_state(opt_state, following, topology)
     frozen = frozen_layers(optimizer, params, opt_state, topology)
     weights = weights_at(params, old)
     measured = by_path(statistics, leaf=Measured) if method.statistic is not None else {}
     layers = {}
     for path, node in old.items():
-        excluded = where is not None and not where(layer_path(path))
+        excluded = where is not None and not _is_included(where, layer_path(path))
         layers[path] = _layers_of(node, weights[path], measured.get(path), 1 if excluded else 2 * (path in frozen))
     updates = _update_layers(method, key, step, layers)
 
@@ -172,13 +182,25 @@ def updated(
         layout, aux = join_stack((layout, aux), axes, sizes)
         new[path] = LayerTopology(layout, aux, node.spec)
         report[layer_path(path)] = jax.tree.map(lambda leaf, sizes=sizes: leaf.reshape(sizes), layer_report)
-    leaves, structure = jax.tree.flatten(opt_state)
     origin = {path: origins_of(old[path], new[path]) for path in {f.path for f in following.values()}}
     for i, follower in following.items():
         how = dict(fill).get(follower.field, "zero")
         leaves[i] = move_and_fill(leaves[i], origin[follower.path], new[follower.path], how)
     opt_state = jax.tree.unflatten(structure, leaves)
     return replace_at(params, moved), replace_at(topology, new), opt_state, report
+
+
+def _check_step(step: Any) -> jax.Array:
+    if step is None or jnp.shape(step) != () or not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+        raise ValueError(f"step={step!r} is no whole number; give the number of the training step, as in state.step.")
+    return jnp.asarray(step)
+
+
+def _is_included(where: Where, layer: Path) -> bool:
+    answer = where(layer)
+    if not isinstance(answer, bool | np.bool_):
+        raise ValueError(f"where({layer!r}) is {answer!r}; return True for layers that may change, False for others.")
+    return bool(answer)
 
 
 class _Layers(NamedTuple):

@@ -15,9 +15,9 @@ from jaxtyping import Array
 
 from dsb_jax.layout import BlockLayout, pack, to_mask, unpack
 from dsb_jax.methods import Static
-from dsb_jax.methods.base import Method
+from dsb_jax.methods.base import Method, check_method
 from dsb_jax.paths import Path, by_path, layer_path, nodes, path_name, weights_at
-from dsb_jax.plan import SparsityPlan
+from dsb_jax.plan import SparsityPlan, check_plan
 from dsb_jax.spec import LayerSpec
 from dsb_jax.topology import LayerTopology, by_layer, join_stack, split_stack
 
@@ -88,8 +88,9 @@ def from_dense(
             packed[dense_path(path)] = (path, blocks)
         return _renamed(dense_params, packed), topology
     method = Static() if method is None else method
+    check_method(method)
+    plan = check_plan(plan)
     key = jax.random.key(0) if key is None else key
-    assert plan is not None
     packed, found = {}, {}
     for i, (layer, planned) in enumerate(plan.sparse.items()):
         spec = method.stored(planned)

@@ -26,8 +26,10 @@ def fill_pairs(fill: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
     """The mapping as sorted pairs, which have a hash.
 
     Raises:
-      ValueError: for a value that is neither in `FILLS` nor a function.
+      ValueError: for what is no mapping, and a value that is neither in `FILLS` nor a function.
     """
+    if fill is not None and not isinstance(fill, Mapping):
+        raise ValueError(f"fill={fill!r} is no dictionary; name the state's field, as in {{'nu': 'group_mean'}}.")
     for field, how in (fill or {}).items():
         if not callable(how) and how not in FILLS:
             raise ValueError(f"fill={{{field!r}: {how!r}}} is unknown; give {' or '.join(FILLS)}, or a function.")

@@ -15,6 +15,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from dsb_jax.dataflow import count_uses
+from dsb_jax.methods.base import check_method
 from dsb_jax.ops.statistics import AxisName, Gradient, Statistic, Zero
 from dsb_jax.paths import Path, nodes, replace_at
 from dsb_jax.static_values import as_static, original
@@ -115,6 +116,7 @@ def measure(loss_fn: LossFn, method: Any, *, axis_name: AxisName = None, has_aux
       A function `(params, topology, *batch, **other_collections) -> statistics`, a tree with one `Measured` for each
       sparse layer; `update` takes it, also averaged over steps.
     """
+    check_method(method)
     return Measure(as_static(loss_fn), method.statistic, axis_name, has_aux)
 
 

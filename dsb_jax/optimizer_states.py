@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from dsb_jax.dataflow import dependencies
+from dsb_jax.methods.base import check_method
 from dsb_jax.paths import Path, layer_path, nodes, path_name, replace_at, weights_at
 
 
@@ -24,12 +25,19 @@ class Follower:
     field: str
 
 
+def check_transformation(optimizer: Any) -> None:
+    """Raises ValueError for what is no optimizer."""
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ValueError(f"optimizer={optimizer!r} is no optax optimizer; give the one that opt_state belongs to.")
+
+
 def followers(optimizer: optax.GradientTransformation, params: Any, topology: Any) -> dict[int, Follower]:
     """The leaves of `optimizer.init(params)`, by number, that belong to sparse layers.
 
     Raises:
       ValueError: if the optimizer keeps something for a sparse layer that cannot follow its weights.
     """
+    check_transformation(optimizer)
     found = nodes(topology)
     weights = weights_at(params, found)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params)
@@ -105,8 +113,28 @@ def check_optimizer(optimizer: optax.GradientTransformation, params: Any, topolo
         check_storage(method, topology)
 
 
+def flatten_state(opt_state: Any, following: dict[int, Follower], topology: Any) -> tuple[list[Any], Any]:
+    """Leaves and structure of an optimizer's state.
+
+    Raises:
+      ValueError: if what is to follow a layer does not have its shape: the state is of other parameters.
+    """
+    leaves, structure = jax.tree.flatten(opt_state)
+    found = nodes(topology)
+    for i, follower in following.items():
+        shape = jnp.shape(leaves[i]) if i < len(leaves) else None
+        if shape != found[follower.path].blocks_shape:
+            raise ValueError(
+                f"opt_state has {'nothing' if shape is None else shape} for {follower.field or 'the state'} of "
+                f"{path_name(follower.path)}, whose shape is {found[follower.path].blocks_shape}; pass the state that "
+                "this optimizer made of these parameters."
+            )
+    return leaves, structure
+
+
 def check_storage(method: Any, topology: Any) -> None:
     """Raises ValueError if a layer holds something else than what `method` adapts."""
+    check_method(method)
     for path, node in nodes(topology).items():
         if node.spec.storage != method.storage:
             raise ValueError(

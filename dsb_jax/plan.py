@@ -133,6 +133,13 @@ def _dense_reason(
     return None
 
 
+def check_plan(plan: Any) -> SparsityPlan:
+    """The plan itself; raises ValueError for what is none."""
+    if not isinstance(plan, SparsityPlan):
+        raise ValueError(f"plan={plan!r} is no SparsityPlan; make one with dsb_jax.make_plan.")
+    return plan
+
+
 def make_plan(
     layers: Mapping[Path, LayerSpec],
     *,
@@ -166,6 +173,8 @@ def make_plan(
         raise TypeError(f"keep_dense={keep_dense!r} is one text; give patterns, as in keep_dense=({keep_dense!r},).")
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution={distribution!r} is unknown; choose one of {', '.join(DISTRIBUTIONS)}.")
+    if not layers or not all(isinstance(spec, LayerSpec) for spec in layers.values()):
+        raise ValueError("there are no layers to plan; give dsb_jax.find_layers(params), of a model that has some.")
     reasons = {path: _dense_reason(path, spec, block_shape, keep_dense, min_blocks) for path, spec in layers.items()}
     eligible = [path for path, reason in reasons.items() if reason is None]
     if not eligible:

@@ -11,9 +11,9 @@ import optax
 
 from dsb_jax.filling import move_leaf, origins_of
 from dsb_jax.methods.base import LayerState, Method
-from dsb_jax.optimizer_states import check_storage, followers
+from dsb_jax.optimizer_states import check_storage, flatten_state, followers
 from dsb_jax.paths import Path, layer_path, nodes, path_name, replace_at, weights_at
-from dsb_jax.plan import SparsityPlan
+from dsb_jax.plan import SparsityPlan, check_plan
 from dsb_jax.spec import LayerSpec
 from dsb_jax.static_values import as_static, original
 from dsb_jax.topology import LayerTopology, join_stack, split_stack
@@ -46,6 +46,7 @@ def restage(
       ValueError: if the plan keeps a layer dense that is sparse now, or gives it another kernel or block shape.
     """
     check_storage(method, topology)
+    plan = check_plan(plan)
     specs = []
     for path, node in nodes(topology).items():
         layer = layer_path(path)
@@ -74,6 +75,7 @@ def _restage(
     old = nodes(topology)
     weights = weights_at(params, old)
     following = followers(original(optimizer), params, topology)
+    leaves, structure = flatten_state(opt_state, following, topology)
     new, moved = {}, {}
     for i, (path, spec) in enumerate(specs):
         node = old[path]
@@ -89,7 +91,6 @@ def _restage(
         blocks, layout, aux = join_stack(states, axes, sizes)
         moved[path], new[path] = blocks, LayerTopology(layout, aux, spec)
     origin = {path: origins_of(old[path], new[path]) for path in new}
-    leaves, structure = jax.tree.flatten(opt_state)
     for i, follower in following.items():
         if follower.path in new:
             leaves[i] = move_leaf(leaves[i], origin[follower.path], new[follower.path], 0)

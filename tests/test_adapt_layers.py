@@ -326,3 +326,44 @@ def test_one_layer_of_a_stack_that_is_not_finite_stays_as_it_is():
         assert_same_bits(of(after, name, i), of(before, name, i))
     for name, i in (("s", 0), ("one", ...)):
         assert all((a != b).any() for a, b in zip(of(after, name, i)[:2:2], of(before, name, i)[:2:2], strict=True))
+
+
+WRONG = {
+    "method": (lambda: dsb.adaptation(PLAIN_LOSS, "dsb", ADAMW), "method='dsb' is no method; give a value, such as"),
+    "class": (
+        lambda: dsb.adaptation(PLAIN_LOSS, DSB, ADAMW),
+        "is no method; give a value, such as dsb_jax.methods.DSB",
+    ),
+    "optimizer": (lambda: dsb.adaptation(PLAIN_LOSS, METHOD, None), "optimizer=None is no optax optimizer"),
+    "fill": (lambda: adapt(fill="group_mean"), "fill='group_mean' is no dictionary"),
+    "where": (lambda: adapt(where=lambda path: None), r"where\(\('one',\)\) is None; return True for layers"),
+    "step": (lambda: adapt(step=2.5), "step=.* is no whole number; give the number of the training step"),
+    "no step": (lambda: adapt(step=None), "step=None is no whole number"),
+    "two steps": (lambda: adapt(step=np.arange(2)), "step=.* is no whole number"),
+    "flag": (lambda: adapt(step=True), "step=.* is no whole number"),
+    "input": (lambda: adapt(x=X[:, :5]), "one holds a matrix of 16 outputs x 12 inputs, but .* make it 16 x 5"),
+    "plan": (lambda: dsb.restage(*plain(), (), None, METHOD, ADAMW, None), "plan=None is no SparsityPlan; make one"),
+    "other plan": (lambda: dsb.from_dense({}, "x"), "plan='x' is no SparsityPlan"),
+    "no layers": (lambda: dsb.make_plan({"fc": {}}, sparsity=0.5), r"give dsb_jax\.find_layers\(params\)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named(name):
+    call, message = WRONG[name]
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert len(str(error.value).splitlines()) <= 2
+
+
+def test_a_state_of_other_parameters_is_refused():
+    """Its moments would otherwise become those of these weights; before and after a change of the number of blocks."""
+    params, topology = plain()
+    other = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf]), params)
+    message = r"opt_state has \(6, 8, 4\) for mu of one/blocks, whose shape is \(3, 8, 4\); pass the state that this"
+    with pytest.raises(ValueError, match=message):
+        adapt(opt_state=ADAMW.init(other))
+    with pytest.raises(ValueError, match=message):
+        dsb.update(METHOD, ADAMW, params, topology, ADAMW.init(other), 3, jax.random.key(0), {})
+    with pytest.raises(ValueError, match=r"opt_state has nothing for trace of .*/blocks"):
+        adapt(optax.sgd(0.1, momentum=0.9), opt_state=optax.sgd(0.1).init(params))

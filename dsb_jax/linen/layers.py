@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from dsb_jax.distributions import to_blocks
 from dsb_jax.layout import check_sizes, count_groups
 from dsb_jax.methods import Static
-from dsb_jax.methods.base import Method
+from dsb_jax.methods.base import Method, check_method
 from dsb_jax.ops import choose, sparse_conv, sparse_matmul
 from dsb_jax.ops.convolution import add_bias, conv_general_dilated, convolve
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, Choice, check_implementation, record
@@ -38,11 +38,15 @@ from pallas_kernels import ConvGeometry, matmul_geometry
 WEIGHTS = "blocks"  # the name of the parameter, and of what belongs to it in other collections
 
 
+def _name(layer: nn.Module) -> str:
+    return "/".join(layer.path) or "the layer"
+
+
 def _planned(layer: "SparseDense | SparseConv", dense: LayerSpec) -> LayerSpec | None:
     """What the layer is to hold, in blocks, by its plan or its own arguments; None if it stays dense."""
     check_implementation(layer.implementation)
     given = [name for name in ("density", "num_blocks", "plan") if getattr(layer, name) is not None]
-    where = "/".join(layer.path)
+    where = _name(layer)
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} are both given for {where}; give one of them.")
     if layer.plan is not None:
@@ -77,15 +81,22 @@ def _weights(layer: Any, dense: LayerSpec) -> tuple[jax.Array, LayerTopology] | 
     """The layer's parameter and topology, drawn by its method at initialization; None if the layer is dense."""
     if layer.has_variable("topology", WEIGHTS):
         # Read before an initializer is named: `Module.param` would trace it at every call.
-        return meta.unbox(layer.get_variable("params", WEIGHTS)), layer.get_variable("topology", WEIGHTS)
+        blocks, node = meta.unbox(layer.get_variable("params", WEIGHTS)), layer.get_variable("topology", WEIGHTS)
+        if node.spec.shape != dense.shape:
+            raise ValueError(
+                f"{_name(layer)} holds a matrix of {node.spec.out} outputs x {node.spec.in_} inputs, but its features "
+                f"and its input make it {dense.out} x {dense.in_}; pass the variables and the input of one model."
+            )
+        return blocks, node
     if layer.has_variable("params", WEIGHTS):
         raise ValueError(
-            f"{'/'.join(layer.path)} has sparse weights but no topology; pass all collections, "
+            f"{_name(layer)} has sparse weights but no topology; pass all collections, "
             "model.apply(variables, ...), not the parameters alone."
         )
     planned = _planned(layer, dense)
     if planned is None:
         return None
+    check_method(layer.method)
     spec = layer.method.stored(planned)
     key, draw_key = jax.random.split(layer.make_rng("params"))
     kernel = meta.unbox(layer.kernel_init(draw_key, dense.kernel_shape, layer.param_dtype))

@@ -62,6 +62,12 @@ STATUS = (
 )
 
 
+def check_method(method: Any) -> None:
+    """Raises ValueError for what is no method: its name, the class instead of a value."""
+    if isinstance(method, type) or not hasattr(method, "statistic"):
+        raise ValueError(f"method={method!r} is no method; give a value, such as dsb_jax.methods.DSB().")
+
+
 class Method(Protocol):
     """A sparse-training method.
 

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 # The schedule of the authors' CIFAR runs: 62,560 steps of batch 128, 160 epochs.
@@ -73,12 +74,12 @@ def check_annealing(method: Annealed) -> None:
 def check_steps(name: str, value: Any, *, least: int) -> None:
     """Raises ValueError unless `value` is a whole number of at least `least` that an int32, as steps are, can hold."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-        raise ValueError(f"{name}={value!r} is no whole number of at least {least} below 2**31; give an integer.")
+        raise ValueError(f"{name}={value!r} is no whole number of at least {least} below 2**31; give a Python int.")
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, hint: str) -> None:
     """Raises ValueError unless `value` is a number in [low, high]."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:  # which NaN is not
         raise ValueError(f"{name}={value!r} is not in [{low:g}, {high:g}]; {hint}.")
 
