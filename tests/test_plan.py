@@ -192,7 +192,7 @@ def test_errors_name_the_value_and_the_cure():
         ValueError, match=r"no layer can hold 512x16 blocks: stem kept dense by 'stem'; .* smaller .*Use a smaller"
     ):
         make_plan(LAYERS, sparsity=0.9, block_shape=(512, 16))
-    with pytest.raises(ValueError, match="no layer can hold"):
+    with pytest.raises(ValueError, match="there are no layers to plan; give dsb_jax"):
         make_plan({}, sparsity=0.9)
     with pytest.raises(TypeError, match=r"keep_dense='stem' is one text; give patterns, as in keep_dense=\('stem',\)"):
         make_plan(LAYERS, sparsity=0.9, keep_dense="stem")
