@@ -103,8 +103,9 @@ def adaptation(
       called outside of `jit`. The report is {path of the layer: `LayerReport`}.
 
     Raises:
-      ValueError: when it is called: if the layers hold another storage than the method adapts, if the optimizer's state
-        cannot follow, or if `fill` names a field that the state does not have.
+      ValueError: for what is no method, optimizer or fill. When it is called: if the layers hold another storage than
+        the method adapts, if the optimizer's state cannot follow or is of other parameters, if `fill` names a field
+        that the state does not have, or if the step is no whole number.
     """
     check_transformation(optimizer)
     measurement = measure(loss_fn, method, axis_name=axis_name, has_aux=has_aux)
@@ -238,7 +239,6 @@ def _update_layers(
     method: Method, key: jax.Array, step: Any, layers: Mapping[Path, _Layers]
 ) -> dict[Path, tuple[LayerState, LayerReport]]:
     """The new state and the report of every layer. Layers of one signature share one compiled loop."""
-    step = jnp.asarray(step)
 
     def update(key: jax.Array, state: LayerState, value: Any, status: jax.Array) -> tuple[LayerState, LayerReport]:
         new, report = method.update(key, step, state, value)

@@ -43,7 +43,8 @@ def restage(
       The new params, topology and opt_state. Newly active weights and moments are 0.
 
     Raises:
-      ValueError: if the plan keeps a layer dense that is sparse now, or gives it another kernel or block shape.
+      ValueError: if the plan keeps a layer dense that is sparse now, or gives it another kernel or block shape; if the
+        optimizer's state cannot follow or is of other parameters.
     """
     check_storage(method, topology)
     plan = check_plan(plan)

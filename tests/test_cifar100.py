@@ -9,16 +9,7 @@ from PIL import Image
 from dsb_jax.training import data, loop
 from dsb_jax.training.checkpoints import restore
 from dsb_jax.training.config import Config
-
-
-class Silent:
-    def begin(self, *args): ...
-
-    def advance(self, *args): ...
-
-    def epoch(self, *args): ...
-
-    def note(self, *args): ...
+from tests.test_loop import Silent
 
 
 def write_random_cifar100(folder, counts):

@@ -30,6 +30,7 @@ from dsb_jax.ops import choose, sparse_conv, sparse_matmul
 from dsb_jax.ops.convolution import add_bias, conv_general_dilated, convolve
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, Choice, check_implementation, record
 from dsb_jax.ops.statistics import observe
+from dsb_jax.paths import path_name
 from dsb_jax.plan import SparsityPlan
 from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
 from dsb_jax.topology import LayerTopology
@@ -39,7 +40,7 @@ WEIGHTS = "blocks"  # the name of the parameter, and of what belongs to it in ot
 
 
 def _name(layer: nn.Module) -> str:
-    return "/".join(layer.path) or "the layer"
+    return path_name(layer.path) or "the layer"
 
 
 def _planned(layer: "SparseDense | SparseConv", dense: LayerSpec) -> LayerSpec | None:
@@ -264,7 +265,7 @@ class SparseConv(nn.Conv):
         ):
             if not fine:
                 raise NotImplementedError(
-                    f"{name}={getattr(self, name)} of {'/'.join(self.path)} has no sparse form (2-D, dilation 1, one "
+                    f"{name}={getattr(self, name)} of {_name(self)} has no sparse form (2-D, dilation 1, one "
                     "feature group); keep this layer dense."
                 )
 

@@ -96,7 +96,9 @@ class _Batches:
         self.images, self.labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
         self.order_key, self.augment_key = jax.random.split(make_key(config.seed + 1))
 
-        def take(images: jax.Array, labels: jax.Array, order: jax.Array, key: jax.Array, start: Any, step: Any) -> Any:
+        def take(
+            images: jax.Array, labels: jax.Array, order: jax.Array, key: jax.Array, start: np.int32, step: np.int32
+        ) -> Any:
             return data.take_batch(
                 images,
                 labels,
