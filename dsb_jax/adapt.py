@@ -22,7 +22,7 @@ from dsb_jax.filling import check_fill, fill_pairs, move_and_fill, move_leaf, or
 from dsb_jax.measuring import LossFn, Measure, Measured, measure
 from dsb_jax.methods.base import LayerReport, LayerState, Method
 from dsb_jax.methods.identity import identity
-from dsb_jax.ops.statistics import AxisName
+from dsb_jax.ops.statistics import AxisName, Statistic
 from dsb_jax.optimizer_states import (
     check_storage,
     check_transformation,
@@ -33,7 +33,8 @@ from dsb_jax.optimizer_states import (
 from dsb_jax.paths import Path, by_path, layer_path, nodes, path_name, replace_at, weights_at
 from dsb_jax.placement import as_placed
 from dsb_jax.static_values import as_static, original
-from dsb_jax.topology import LayerTopology, join_stack, split_stack
+from dsb_jax.step_and_key import check_key, check_step
+from dsb_jax.topology import LayerTopology, insert_axes, join_stack, split_stack
 
 Report = dict[Path, LayerReport]
 Where = Callable[[Path], bool]
@@ -105,7 +106,8 @@ def adaptation(
     Raises:
       ValueError: for what is no method, optimizer or fill. When it is called: if the layers hold another storage than
         the method adapts, if the optimizer's state cannot follow or is of other parameters, if `fill` names a field
-        that the state does not have, or if the step is no whole number.
+        that the state does not have or gives values of another shape, if the loss is not one float, the step no whole
+        number or the key no PRNG key.
     """
     check_transformation(optimizer)
     measurement = measure(loss_fn, method, axis_name=axis_name, has_aux=has_aux)
@@ -161,7 +163,7 @@ def updated(
 ) -> tuple[Any, Any, Any, Report]:
     """`update` inside of a compiled function."""
     check_storage(method, topology)
-    step = _check_step(step)
+    step, key = check_step(step), check_key(key)
     old = nodes(topology)
     following = followers(optimizer, params, topology)
     check_fill(fill, {follower.field for follower in following.values()})
@@ -172,7 +174,10 @@ def updated(
     layers = {}
     for path, node in old.items():
         excluded = where is not None and not _is_included(where, layer_path(path))
-        layers[path] = _layers_of(node, weights[path], measured.get(path), 1 if excluded else 2 * (path in frozen))
+        status = 1 if excluded else 2 * (path in frozen)
+        if method.statistic is not None and not status:
+            _check_statistic(method.name, method.statistic, path, node, measured.get(path))
+        layers[path] = _layers_of(node, weights[path], measured.get(path), status)
     updates = _update_layers(method, key, step, layers)
 
     new, moved, report = {}, {}, {}
@@ -191,17 +196,25 @@ def updated(
     return replace_at(params, moved), replace_at(topology, new), opt_state, report
 
 
-def _check_step(step: Any) -> jax.Array:
-    if step is None or jnp.shape(step) != () or not jnp.issubdtype(jnp.result_type(step), jnp.integer):
-        raise ValueError(f"step={step!r} is no whole number; give the number of the training step, as in state.step.")
-    return jnp.asarray(step)
-
-
 def _is_included(where: Where, layer: Path) -> bool:
     answer = where(layer)
     if not isinstance(answer, bool | np.bool_):
         raise ValueError(f"where({layer!r}) is {answer!r}; return True for layers that may change, False for others.")
     return bool(answer)
+
+
+def _check_statistic(
+    name: str, statistic: Statistic, path: Path, node: LayerTopology, measured: Measured | None
+) -> None:
+    one = jax.eval_shape(lambda: statistic.finish(statistic.zeros(node.spec)))
+    wanted = jax.tree.map(lambda leaf: insert_axes(leaf.shape, node.stack_axes, node.stack_shape), one)
+    found = None if measured is None else jax.tree.map(jnp.shape, measured.value)
+    if found != wanted:
+        have = "nothing" if found is None else f"{found}"
+        raise ValueError(
+            f"statistics have {have} for {path_name(layer_path(path))}, where method {name!r} takes {wanted}; "
+            "give what measure(loss_fn, method) returns, of this method and model."
+        )
 
 
 class _Layers(NamedTuple):

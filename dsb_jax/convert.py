@@ -19,6 +19,7 @@ from dsb_jax.methods.base import Method, check_method
 from dsb_jax.paths import Path, by_path, layer_path, nodes, path_name, weights_at
 from dsb_jax.plan import SparsityPlan, check_plan
 from dsb_jax.spec import LayerSpec
+from dsb_jax.step_and_key import check_key
 from dsb_jax.topology import LayerTopology, by_layer, join_stack, split_stack
 
 WEIGHTS, KERNEL = "blocks", "kernel"
@@ -90,7 +91,7 @@ def from_dense(
     method = Static() if method is None else method
     check_method(method)
     plan = check_plan(plan)
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if key is None else check_key(key)
     packed, found = {}, {}
     for i, (layer, planned) in enumerate(plan.sparse.items()):
         spec = method.stored(planned)

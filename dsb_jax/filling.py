@@ -69,9 +69,22 @@ def move_and_fill(leaf: jax.Array, origin: jax.Array, new: LayerTopology, how: s
 
     def move(layout: BlockLayout, _: Any, leaf: jax.Array, origin: jax.Array) -> jax.Array:
         moved, is_new = take(leaf, origin), (origin >= leaf.size) & real_rows(layout)
-        return jnp.where(is_new, values_of(moved, is_new, layout), moved).astype(leaf.dtype)
+        values = values_of(moved, is_new, layout)
+        if not _is_broadcastable(values, moved.shape):
+            have = f"shape {list(values.shape)}" if hasattr(values, "shape") else repr(values)
+            raise ValueError(f"the fill function gave {have}; return numbers for {list(moved.shape)} weights.")
+        return jnp.where(is_new, values, moved).astype(leaf.dtype)
 
     return by_layer(move, new, leaf, origin)
+
+
+def _is_broadcastable(values: Any, shape: tuple[int, ...]) -> bool:
+    if isinstance(values, str | None) or not jnp.issubdtype(jnp.result_type(values), jnp.number):
+        return False
+    sizes = jnp.shape(values)
+    return len(sizes) <= len(shape) and all(
+        size in (1, wanted) for size, wanted in zip(reversed(sizes), reversed(shape), strict=False)
+    )
 
 
 def _group_mean(

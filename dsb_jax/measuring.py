@@ -62,8 +62,7 @@ class Measure:
 
         def objective(zeros: Mapping[Path, Zero]) -> jax.Array:
             variables = {**others, "params": params, "topology": topology, "statistics": replace_at(topology, zeros)}
-            loss = loss_fn(variables, *batch)
-            return loss[0] if self.has_aux else loss
+            return self._loss(loss_fn(variables, *batch))
 
         kinds: dict[Path, Any] = dict.fromkeys(found, statistic)
         zeros = {path: self._zero(node, statistic, untouched) for path, node in found.items()}
@@ -77,6 +76,18 @@ class Measure:
                     zeros[path] = self._zero(found[path], Gradient(), untouched)
         seen = jax.grad(objective)(zeros)
         return replace_at(topology, {p: self._finish(seen[p], kinds[p], node, places[p]) for p, node in found.items()})
+
+    def _loss(self, result: Any) -> jax.Array:
+        """Of what `loss_fn` returned."""
+        is_pair = isinstance(result, tuple) and len(result) == 2
+        if self.has_aux != is_pair:
+            have, cure = ("(loss, aux)", "pass has_aux=True") if is_pair else ("a loss alone", "leave has_aux away")
+            raise ValueError(f"loss_fn returned {have}, with has_aux={self.has_aux}; {cure}.")
+        loss = result[0] if self.has_aux else result
+        if not hasattr(loss, "dtype") or jnp.shape(loss) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+            have = f"{loss.dtype}{list(loss.shape)}" if hasattr(loss, "dtype") else repr(loss)
+            raise ValueError(f"the loss is {have}, not one float; return the mean over the examples.")
+        return loss
 
     def _zero(self, node: LayerTopology, statistic: Statistic, untouched: jax.Array) -> Zero:
         """Zeros of all layers of a node; lifted axes where the node has them, also of `calls`."""
@@ -117,6 +128,8 @@ def measure(loss_fn: LossFn, method: Any, *, axis_name: AxisName = None, has_aux
       sparse layer; `update` takes it, also averaged over steps.
     """
     check_method(method)
+    if not callable(loss_fn):
+        raise ValueError(f"loss_fn={loss_fn!r} cannot be called; give (variables, *batch) -> loss.")
     return Measure(as_static(loss_fn), method.statistic, axis_name, has_aux)
 
 

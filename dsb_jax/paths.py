@@ -27,8 +27,19 @@ def by_path(tree: Any, *, leaf: type = LayerTopology) -> dict[Path, Any]:
 
 
 def nodes(topology: Any) -> dict[Path, LayerTopology]:
-    """Every sparse layer by the path of its weights."""
-    return {path: leaf for path, leaf in by_path(topology).items() if isinstance(leaf, LayerTopology)}
+    """Every sparse layer by the path of its weights.
+
+    Raises:
+      ValueError: for a tree of something else, such as the parameters.
+    """
+    leaves = by_path(topology)
+    found = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LayerTopology)}
+    if leaves and not found:
+        raise ValueError(
+            f"this is no topology: it has {len(leaves)} leaves, such as {path_name(next(iter(leaves)))!r}, and no "
+            "LayerTopology among them; pass what the model keeps in the collection `topology`."
+        )
+    return found
 
 
 def weights_at(tree: Any, paths: Mapping[Path, Any]) -> dict[Path, Any]:
@@ -93,5 +104,28 @@ def validate_topology(topology: Any) -> None:
                 validate(one)
                 if one.num_blocks != spec.num_blocks:
                     raise ValueError(f"the layout holds {one.num_blocks} blocks, the spec {spec.num_blocks}.")
+            _validate_aux(node)
         except ValueError as error:
             raise ValueError(f"topology/{path_name(path)}: {error}") from None
+
+
+def _validate_aux(node: LayerTopology) -> None:
+    """Raises ValueError unless the weights that the layer computes with are as many as its spec says."""
+    spec = node.spec
+    if node.aux is None:
+        if spec.storage == "backward_set":
+            raise ValueError("nothing beside the layout says which of the stored weights are computed with.")
+        return
+    if spec.storage == "blocks":
+        raise ValueError(f"beside the layout lies {type(node.aux).__name__}, which belongs to no layer of blocks.")
+    aux = split_stack(jax.device_get(node.aux), node.stack_axes)
+    active, reserve = np.asarray(aux.active), np.asarray(aux.reserve)
+    if active.dtype != bool or active.shape[1:] != (spec.num_blocks, *spec.block_shape):
+        raise ValueError(
+            f"active is {active.dtype}{list(active.shape[1:])}, expected bool{[spec.num_blocks, *spec.block_shape]}."
+        )
+    counts = active.sum(axis=(1, 2, 3))
+    if (counts != spec.num_active).any():
+        raise ValueError(f"{counts[counts != spec.num_active][0]} weights are active, the spec says {spec.num_active}.")
+    if reserve.shape[1:] != (spec.size - spec.num_stored,):
+        raise ValueError(f"reserve holds {list(reserve.shape[1:])} weights, expected {[spec.size - spec.num_stored]}.")

@@ -16,6 +16,7 @@ from dsb_jax.paths import Path, layer_path, nodes, path_name, replace_at, weight
 from dsb_jax.plan import SparsityPlan, check_plan
 from dsb_jax.spec import LayerSpec
 from dsb_jax.static_values import as_static, original
+from dsb_jax.step_and_key import check_key
 from dsb_jax.topology import LayerTopology, join_stack, split_stack
 
 
@@ -65,7 +66,7 @@ def restage(
             )
         specs.append((path, spec))
     trees = (params, topology, opt_state)
-    return _restage(method, as_static(optimizer), tuple(specs), trees, key)
+    return _restage(method, as_static(optimizer), tuple(specs), trees, check_key(key))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from dsb_jax.calling import call_model
+from dsb_jax.step_and_key import check_key
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +49,7 @@ def create_train_state(model: Any, optimizer: optax.GradientTransformation, key:
       key: a PRNG key of any generator.
       inputs: shapes and dtypes of what the model takes, as in `train_step`; values do not matter.
     """
-    init_key, run_key = jax.random.split(key)
+    init_key, run_key = jax.random.split(check_key(key))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inputs)
     variables = dict(call_model(model, init_key, zeros, train=False, method="init"))
     params, topology = variables.pop("params", {}), variables.pop("topology", {})

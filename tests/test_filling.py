@@ -114,6 +114,21 @@ def test_a_function_sees_what_moved_and_what_is_new():
     assert seen["layout"] is NEW.layout
 
 
+@pytest.mark.parametrize(("values", "have"), [
+    (jnp.ones((2, 2, 2)), r"shape \[2, 2, 2\]"), (jnp.ones((1, 3, 2, 2)), r"shape \[1, 3, 2, 2\]"),
+    (None, "None"), ("mean", "'mean'"), (MOMENT > 0, r"shape \[3, 2, 2\]"),
+])  # fmt: skip
+def test_values_that_are_no_numbers_for_these_weights(values, have):
+    with pytest.raises(ValueError, match=rf"fill function gave {have}; return numbers for \[3, 2, 2\] weights"):
+        move_and_fill(MOMENT, origins_of(OLD, NEW), NEW, lambda moved, is_new, layout: values)
+
+
+@pytest.mark.parametrize("values", [7, 7.0, jnp.full(2, 7), jnp.full((3, 1, 1), 7.0), np.full((1, 2, 2), 7.0)])
+def test_values_may_be_broadcast(values):
+    result = move_and_fill(MOMENT, origins_of(OLD, NEW), NEW, lambda moved, is_new, layout: values)
+    assert result.tolist() == [*KEPT, [[7, 7], [7, 7]]]
+
+
 def test_pairs_have_a_hash_and_an_order():
     assert fill_pairs({"nu": "group_mean", "mu": "zero"}) == fill_pairs({"mu": "zero", "nu": "group_mean"})
     assert hash(fill_pairs({"nu": jnp.add})) == hash(fill_pairs({"nu": jnp.add}))

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsb_jax.layout import validate
+from dsb_jax.methods.topkast import ForwardSet
 from dsb_jax.paths import by_path, layer_path, nodes, path_name, replace_at, validate_topology, weights_at
 from dsb_jax.spec import linear_spec
+from dsb_jax.topology import LayerTopology
 from tests.conftest import make_layout
 from tests.topologies import assert_same_bits, node_of_counts, stacked
 
@@ -88,6 +90,38 @@ def test_a_damaged_layer_is_named(node, message):
     validate_topology({"a/b": {"blocks": NODE}})
     with pytest.raises(ValueError, match=rf"^topology/a%2Fb/blocks: .*{message}"):
         validate_topology({"a": {"blocks": NODE}, "a/b": {"blocks": node}})
+
+
+SPEC = linear_spec(6, 4).with_single(9, num_computed=4)
+FORWARD = np.arange(9).reshape(9, 1, 1) < 4
+LAYOUT = make_layout(0, (4, 6), (1, 1), (2, 3, 3, 1))
+
+
+def kept_beside(forward_mask=FORWARD, num_reserved=15):
+    return LayerTopology(LAYOUT, ForwardSet(forward_mask, np.zeros(num_reserved, np.float32), 0.0), SPEC)
+
+
+@pytest.mark.parametrize(("node", "message"), [
+    (LayerTopology(LAYOUT, None, SPEC), "nothing beside the layout says which of the stored weights are computed"),
+    (kept_beside(FORWARD[:8]), r"active is bool\[8, 1, 1\], expected bool\[9, 1, 1\]"),
+    (kept_beside(FORWARD.astype(np.int32)), r"active is int32\[9, 1, 1\], expected bool\[9, 1, 1\]"),
+    (kept_beside(~FORWARD), "5 weights are active, the spec says 4"),
+    (kept_beside(num_reserved=14), r"reserve holds \[14\] weights, expected \[15\]"),
+    (dataclasses.replace(NODE, aux=kept_beside().aux), "ForwardSet, which belongs to no layer of blocks"),
+])  # fmt: skip
+def test_what_lies_beside_a_layout_is_checked(node, message):
+    validate_topology({"blocks": kept_beside()})
+    validate_topology({"blocks": stacked([kept_beside()] * 2)})
+    with pytest.raises(ValueError, match=f"^topology/blocks: .*{message}"):
+        validate_topology({"blocks": node})
+    with pytest.raises(ValueError, match=f"^topology/blocks: .*{message}"):
+        validate_topology({"blocks": stacked([node] * 2)})
+
+
+@pytest.mark.parametrize("tree", [{"fc": {"blocks": np.zeros(3)}}, [3], NODE.layout])
+def test_trees_of_something_else_are_no_topology(tree):
+    with pytest.raises(ValueError, match=r"this is no topology: it has \d leaves, such as '.*', and no LayerTopology"):
+        validate_topology(tree)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
