@@ -13,7 +13,7 @@ OLDEST := .venv-oldest
 train: $(VENV)/.installed
 	$(BIN)/python -m experiments.train $(ARGS)
 
-# Tests of one file stay together, and so does what they compile.
+# Tests of one file mostly stay together, and so does what they compile.
 test: $(VENV)/.installed-dev $(VENV)/.installed-gpu-compiler lint
 	$(BIN)/python -m pytest -n auto --dist=worksteal
 
@@ -21,7 +21,7 @@ test: $(VENV)/.installed-dev $(VENV)/.installed-gpu-compiler lint
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n auto --dist=worksteal $(addprefix tests/test_,$(addsuffix .py,\
 		adapt_layers checkpoint convert data layout linen_layers measuring method_contract ops optimizer_states packaging \
-		settings sharding))
+		paths settings sharding wrong_arguments))
 	$(OLDEST)/bin/python -m experiments.train --epochs=1
 
 lint: $(VENV)/.installed-dev
