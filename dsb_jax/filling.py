@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dsb_jax.layout import BlockLayout, block_group, real_rows
@@ -81,10 +82,10 @@ def move_and_fill(leaf: jax.Array, origin: jax.Array, new: LayerTopology, how: s
 def _is_broadcastable(values: Any, shape: tuple[int, ...]) -> bool:
     if isinstance(values, str | None) or not jnp.issubdtype(jnp.result_type(values), jnp.number):
         return False
-    sizes = jnp.shape(values)
-    return len(sizes) <= len(shape) and all(
-        size in (1, wanted) for size, wanted in zip(reversed(sizes), reversed(shape), strict=False)
-    )
+    try:
+        return np.broadcast_shapes(jnp.shape(values), shape) == shape
+    except ValueError:
+        return False
 
 
 def _group_mean(

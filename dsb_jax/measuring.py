@@ -19,6 +19,7 @@ from dsb_jax.methods.base import check_method
 from dsb_jax.ops.statistics import AxisName, Gradient, Statistic, Zero
 from dsb_jax.paths import Path, nodes, replace_at
 from dsb_jax.static_values import as_static, original
+from dsb_jax.step_and_key import shown
 from dsb_jax.topology import LayerTopology, by_layer, insert_axes
 
 LossFn = Callable[..., Any]
@@ -85,8 +86,7 @@ class Measure:
             raise ValueError(f"loss_fn returned {have}, with has_aux={self.has_aux}; {cure}.")
         loss = result[0] if self.has_aux else result
         if not hasattr(loss, "dtype") or jnp.shape(loss) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
-            have = f"{loss.dtype}{list(loss.shape)}" if hasattr(loss, "dtype") else repr(loss)
-            raise ValueError(f"the loss is {have}, not one float; return the mean over the examples.")
+            raise ValueError(f"the loss is {shown(loss)}, not one float; return the mean over the examples.")
         return loss
 
     def _zero(self, node: LayerTopology, statistic: Statistic, untouched: jax.Array) -> Zero:

@@ -25,7 +25,7 @@ from dsb_jax.methods.dsb_growth import GROW, STATISTICS
 from dsb_jax.methods.dsb_panel_columns import adapt_panel_columns
 from dsb_jax.methods.dsb_reblocking import adapt_blocks, either
 from dsb_jax.methods.identity import identity_outside
-from dsb_jax.methods.sizes import check_resize, check_storage, check_weights
+from dsb_jax.methods.sizes import check_init, check_resize, check_storage
 from dsb_jax.ops.statistics import Statistic
 from dsb_jax.spec import LayerSpec
 
@@ -147,8 +147,7 @@ class DSB:
         *,
         score: Float[Array, "out in"] | None = None,
     ) -> LayerState:
-        check_storage(self.name, self.storage, spec)
-        weights, score = check_weights(weights, score, spec)
+        weights, score = check_init(self.name, self.storage, weights, score, spec)
         return init_blocks(key, weights, spec, score=score, min_group_blocks=self.min_group_blocks)
 
     def update(

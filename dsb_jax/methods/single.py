@@ -18,7 +18,7 @@ from dsb_jax.methods import schedule
 from dsb_jax.methods.base import LayerReport, LayerState
 from dsb_jax.methods.blocks import scale_to_fan_in
 from dsb_jax.methods.identity import count_empty_groups, identity_outside
-from dsb_jax.methods.sizes import check_resize, check_storage, check_weights
+from dsb_jax.methods.sizes import check_init, check_resize
 from dsb_jax.origins import move
 from dsb_jax.select import select_largest
 from dsb_jax.spec import LayerSpec
@@ -79,8 +79,7 @@ class SingleWeights:
         score: Float[Array, "out in"] | None = None,
     ) -> LayerState:
         """Random positions, weights scaled to the fan-in of each row; or the largest scores, weights as they are."""
-        check_storage(self.name, self.storage, spec)
-        weights, score = check_weights(weights, score, spec)
+        weights, score = check_init(self.name, self.storage, weights, score, spec)
         if score is None:
             layout = random_positions(key, spec.shape, num_blocks=spec.num_blocks)
             return LayerState(scale_to_fan_in(weights, layout), layout)

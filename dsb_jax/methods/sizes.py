@@ -17,18 +17,19 @@ def check_storage(name: str, storage: str, spec: LayerSpec) -> None:
         )
 
 
-def check_weights(
-    weights: Float[Array, "out in"], score: Float[Array, "out in"] | None, spec: LayerSpec
+def check_init(
+    name: str, storage: str, weights: Float[Array, "out in"], score: Float[Array, "out in"] | None, spec: LayerSpec
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Both as JAX arrays.
+    """Weights and score as JAX arrays.
 
     Raises:
-      ValueError: if one has another shape than the layer's matrix.
+      ValueError: if the layer has another storage, or one of them another shape than the layer's matrix.
     """
-    for name, array in (("weights", weights), ("score", score)):
+    check_storage(name, storage, spec)
+    for argument, array in (("weights", weights), ("score", score)):
         if array is not None and jnp.shape(array) != spec.shape:
             raise ValueError(
-                f"{name} has shape {list(jnp.shape(array))}, the layer is {list(spec.shape)} (out, in); pass the "
+                f"{argument} has shape {list(jnp.shape(array))}, the layer is {list(spec.shape)} (out, in); pass the "
                 "kernel by `spec.to_matrix`."
             )
     return jnp.asarray(weights), None if score is None else jnp.asarray(score)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from dsb_jax.methods.base import LayerReport, LayerState
 from dsb_jax.methods.blocks import init_blocks, resize_blocks
 from dsb_jax.methods.identity import identity
-from dsb_jax.methods.sizes import check_resize, check_storage, check_weights
+from dsb_jax.methods.sizes import check_init, check_resize, check_storage
 from dsb_jax.spec import LayerSpec
 
 
@@ -43,8 +43,7 @@ class Static:
         *,
         score: Float[Array, "out in"] | None = None,
     ) -> LayerState:
-        check_storage(self.name, self.storage, spec)
-        weights, score = check_weights(weights, score, spec)
+        weights, score = check_init(self.name, self.storage, weights, score, spec)
         return init_blocks(key, weights, spec, score=score, min_group_blocks=1)
 
     def update(

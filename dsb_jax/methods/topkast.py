@@ -28,7 +28,7 @@ from dsb_jax.layout import BlockLayout, layout_of_positions, pack, to_mask, unpa
 from dsb_jax.methods import schedule
 from dsb_jax.methods.base import LayerReport, LayerState
 from dsb_jax.methods.identity import count_empty_groups, identity_outside
-from dsb_jax.methods.sizes import check_resize, check_storage, check_weights
+from dsb_jax.methods.sizes import check_init, check_resize
 from dsb_jax.select import select_largest
 from dsb_jax.spec import LayerSpec
 
@@ -163,8 +163,7 @@ class TopKAST:
         score: Float[Array, "out in"] | None = None,
     ) -> LayerState:
         """Magnitudes decide on the first sets, so nothing is drawn and weights are as they are, scored or not."""
-        check_storage(self.name, self.storage, spec)
-        weights, score = check_weights(weights, score, spec)
+        weights, score = check_init(self.name, self.storage, weights, score, spec)
         return _split(
             weights,
             jnp.abs(weights) if score is None else score,

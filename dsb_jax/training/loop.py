@@ -110,7 +110,7 @@ class _Batches:
             )
 
         # One call a step: for small models each costs as much as a part of the step. Everything that differs between
-        # the seeds of a sweep is an argument, so that they share one compiled program.
+        # the seeds of a sweep is an argument, so that a compilation cache has the program for all of them.
         self._take = jax.jit(take)
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[tuple[int, tuple[jax.Array, jax.Array]]]:
