@@ -208,7 +208,7 @@ def _check_statistic(
 ) -> None:
     one = jax.eval_shape(lambda: statistic.finish(statistic.zeros(node.spec)))
     wanted = jax.tree.map(lambda leaf: insert_axes(leaf.shape, node.stack_axes, node.stack_shape), one)
-    found = None if measured is None else jax.tree.map(jnp.shape, measured.value)
+    found = jax.tree.map(jnp.shape, measured.value) if isinstance(measured, Measured) else None
     if found != wanted:
         have = "nothing" if found is None else f"{found}"
         raise ValueError(

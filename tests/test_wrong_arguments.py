@@ -95,6 +95,7 @@ WRONG = {
     "no loss": (lambda: adapt(lambda v, x: None), "the loss is None, not one float"),
     "whole loss": (lambda: adapt(lambda v, x: mean_loss(v, x).astype(jnp.int32)), r"the loss is int32\[\], not one"),
     "no statistics": (lambda: update({}), r"statistics have nothing for one, where method 'dsb' takes \(2, 12\)"),
+    "bare arrays": (lambda: update({"one": {"blocks": np.ones((2, 12))}}), "statistics have nothing for one"),
     "None": (lambda: update(None), "statistics have nothing for one"),
     "another method's": (lambda: update(norms(16, 12)), r"have \(16, 12\) for one, where method 'dsb' takes \(2, 12\)"),
     "parameters": (lambda: adapt(topology=trees()[0]), "this is no topology: it has 2 leaves, such as 'one/bias'"),
