@@ -32,7 +32,7 @@ lint: $(VENV)/.installed-dev
 
 # A BIN of the user's holds a python that has jax with CUDA and the rest already.
 gpu-check: $(if $(filter file,$(origin BIN)),$(VENV)/.installed-cuda)
-	$(BIN)/python3 -m experiments.gpu_check --json=experiments/results/gpu_check.json $(ARGS)
+	$(BIN)/python3 -m experiments.gpu_check --json=experiments/results/gpu_check/gpu.json $(ARGS)
 
 $(VENV)/bin/python $(OLDEST)/bin/python:
 	@$(PYTHON) -c "import sys; assert sys.version_info >= (3, 12)" || \

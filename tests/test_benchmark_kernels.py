@@ -1,9 +1,7 @@
-"""The kernel benchmark on a CPU, its arithmetic, and the GPU check where there is no GPU."""
+"""The kernel benchmark on a CPU, and its arithmetic."""
 
 import json
 import math
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -11,15 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import benchmark_kernels, gpu_check, kernel_peers
+from experiments import benchmark_kernels, kernel_peers
 from experiments.benchmark_kernels import parse_sparsities
-from experiments.gpu_check import Part, goals, read_results, run_part
 from experiments.kernel_bounds import Device, bound, break_even
 from experiments.kernel_candidates import Call, chained, compiled, dense_calls, unavailable
 from experiments.kernel_measurement import Bench, measure_layer, speedups
 from experiments.kernel_shapes import layers_of, matmul_layer, model_layers, parse_layer, unique
 from pallas_kernels import ConvGeometry
-from tests.test_programs import ROOT, call, call_here
+from tests.test_programs import call, call_here
 
 on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what happens without a GPU")
 
@@ -285,86 +282,3 @@ def test_gpu_kernels_and_peers_are_missing_by_name():
     assert "powers of two" in kernel_peers.unsupported_reason("torch_bsr", layer, (64, 4))
     assert "128x128" in kernel_peers.unsupported_reason("stk", layer, (32, 32))
     assert "convolutions" in kernel_peers.unsupported_reason("stk", parse_layer("128x128x3x3@8x8x4"), (128, 128))
-
-
-@on_a_cpu
-def test_gpu_check_without_a_gpu_says_so_in_one_line(tmp_path):
-    result = call("gpu_check", f"--json={tmp_path / 'gpu.json'}")
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert "no GPU" in line
-    assert "cuda" in line
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_part_that_fails_or_hangs_is_reported():
-    fine = run_part(Part("fine", ("-c", "print(1); open('{file}', 'w').write('[2]')"), 9), 30, {})
-    assert (fine["error"], fine["results"]) == (None, [2])
-    broken = run_part(Part("broken", ("-c", "import sys; sys.exit('it broke')"), 9), 30, {})
-    assert broken["error"] == "exit code 1: it broke"
-    assert "results" not in broken
-    hung = run_part(Part("hung", ("-c", "import time; print('at it', flush=True); time.sleep(60)"), 9), 3, {})
-    assert hung["error"] == "stopped after 3 s: at it"
-    assert hung["seconds"] < 30
-
-
-WITH_A_GPU = """
-import pathlib
-from experiments import gpu_check, program
-from experiments.gpu_check import Part
-gpu_check.find_gpu = lambda: {"device": "a GPU", "jax": "0"}
-see = "import os; print(os.environ.get('DSB_JAX_TUNED'))"
-gpu_check.parts = lambda table: [
-    Part("tune", ("-c", f"open({str(table)!r}, 'w').write('x')"), 20),
-    Part("broken", ("-c", "raise SystemExit('it broke')"), 20),
-    Part("sees", ("-c", see + "; open('{file}', 'w').write('[1]')"), 20),
-]
-gpu_check.define_flags()
-program.start(gpu_check.main)
-"""
-
-
-def test_gpu_check_goes_on_after_a_part_that_fails(tmp_path):
-    file = tmp_path / "gpu.json"
-    result = subprocess.run(
-        [sys.executable, "-c", WITH_A_GPU, f"--json={file}"], cwd=ROOT, capture_output=True, text=True, timeout=100
-    )
-    assert result.returncode == 1, result.stderr
-    assert "it broke" in result.stdout
-    body = json.loads(file.read_text())
-    assert body["environment"]["device"] == "a GPU"
-    assert [part["error"] for part in body["parts"].values()] == [None, "exit code 1: it broke", None]
-    assert body["parts"]["sees"]["tail"] == [str(tmp_path / "gpu.tuned.json")]
-    assert body["parts"]["sees"]["results"] == [1]
-    assert {goal["met"] for goal in body["goals"]} == {None}
-
-
-def test_goals_beside_what_was_measured():
-    assert {goal.met for goal in goals({})} == {None}
-    gemm = [
-        {"block_shape": "64x4", "implementation": "pallas", "speedup": {"forward": 3.4, "forward_backward": 1.9}},
-        {"block_shape": "64x4", "implementation": "triton", "speedup": {"forward": 2.4, "forward_backward": 2.1}},
-        {"block_shape": "64x4", "implementation": "dense_fallback", "speedup": {"forward": 9.0}},
-        {"block_shape": "32x8", "implementation": "pallas", "note": "not served"},
-    ]
-    step = {"results": {"results": [{"speedup": 1.2}]}}
-    done = {"gemm": {"results": {"results": gemm}}, "training vgg16 0.9": step, "tests": {"error": "x"}}
-    found = {goal.name: (goal.value, goal.met) for goal in goals(done)}
-    assert found["GEMM 4096^3, 0.9, 64x4, forward"] == (3.4, True)
-    assert found["GEMM 4096^3, 0.9, 64x4, forward_backward"] == (2.1, True)
-    assert found["GEMM 4096^3, 0.9, 32x8, forward"] == (None, None)
-    assert found["training step, vgg16, 0.9, 64x4"] == (1.2, False)
-
-
-def test_results_of_parts():
-    assert read_results('{"a": 1}') == {"a": 1}
-    assert read_results('{"a": ') is None
-    junit = '<?xml version="1.0"?><testsuites><testsuite name="pytest" errors="0" failures="2" skipped="3" tests="9">'
-    assert read_results(junit) == {"tests": 9, "failures": 2, "errors": 0, "skipped": 3}
-
-
-def test_the_parts_fit_into_eight_minutes(tmp_path):
-    listed = gpu_check.parts(tmp_path / "tuned.json")
-    assert sum(part.budget_s for part in listed) <= 480
-    assert gpu_check.LIMIT_S < 480
-    assert len({part.name for part in listed}) == len(listed)
