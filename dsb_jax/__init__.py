@@ -4,9 +4,9 @@
     plans        find_layers, make_plan, SparsityPlan    how many blocks each layer of a model holds
     methods      methods.DSB() and others, methods.METHODS
     any model    adaptation, measure, update, restage, repack, check_optimizer
-                 report, masks, permutations, to_dense, from_dense, validate_topology
+                 report, masks, permutations, to_dense, from_dense, validate_topology, with_index, without_index
     classifiers  TrainState, create_train_state, train_step, eval_step, adapt_step
-    structure    LayerSpec, LayerTopology, BlockLayout, pack, unpack, to_mask, validate, random_layout,
+    structure    LayerSpec, LayerTopology, KernelIndex, BlockLayout, pack, unpack, to_mask, validate, random_layout,
                  reblock, block_aware_drop
     products     sparse_matmul, sparse_conv
 
@@ -46,7 +46,10 @@ from dsb_jax.plan import make_plan as make_plan
 from dsb_jax.reblocking import reblock as reblock
 from dsb_jax.spec import LayerSpec as LayerSpec
 from dsb_jax.stages import restage as restage
+from dsb_jax.topology import KernelIndex as KernelIndex
 from dsb_jax.topology import LayerTopology as LayerTopology
+from dsb_jax.topology import with_index as with_index
+from dsb_jax.topology import without_index as without_index
 from dsb_jax.train import adapt_step as adapt_step
 from dsb_jax.train import eval_step as eval_step
 from dsb_jax.train import train_step as train_step
@@ -57,6 +60,7 @@ from dsb_jax.train_state import create_train_state as create_train_state
 __all__ = [
     "Adaptation",
     "BlockLayout",
+    "KernelIndex",
     "LayerSpec",
     "LayerTopology",
     "ModelReport",
@@ -89,6 +93,8 @@ __all__ = [
     "update",
     "validate",
     "validate_topology",
+    "with_index",
+    "without_index",
 ]
 
 

@@ -34,7 +34,8 @@ from dsb_jax.paths import Path, by_path, layer_path, nodes, path_name, replace_a
 from dsb_jax.placement import as_placed
 from dsb_jax.static_values import as_static, original
 from dsb_jax.step_and_key import check_key, check_step
-from dsb_jax.topology import LayerTopology, insert_axes, join_stack, split_stack
+from dsb_jax.topology import LayerTopology, insert_axes, join_stack, like_index, split_stack
+from pallas_kernels.kernel_index import KernelIndex
 
 Report = dict[Path, LayerReport]
 Where = Callable[[Path], bool]
@@ -182,11 +183,11 @@ def updated(
 
     new, moved, report = {}, {}, {}
     for path, node in old.items():
-        (blocks, layout, aux), layer_report = updates[path]
+        (blocks, layout, aux), index, layer_report = updates[path]
         axes, sizes = node.stack_axes, node.stack_shape
         moved[path] = join_stack(blocks, axes, sizes)
-        layout, aux = join_stack((layout, aux), axes, sizes)
-        new[path] = LayerTopology(layout, aux, node.spec)
+        layout, aux, index = join_stack((layout, aux, index), axes, sizes)
+        new[path] = LayerTopology(layout, aux, node.spec, index)
         report[layer_path(path)] = jax.tree.map(lambda leaf, sizes=sizes: leaf.reshape(sizes), layer_report)
     origin = {path: origins_of(old[path], new[path]) for path in {f.path for f in following.values()}}
     for i, follower in following.items():
@@ -222,6 +223,7 @@ class _Layers(NamedTuple):
 
     Attributes:
       state: blocks, layout, aux.
+      index: derived from the layout, or None.
       value: the statistic; None for methods without.
       calls: float32, how often each was observed.
       status: int32, a number in `STATUS`; only those with 0 are updated.
@@ -229,57 +231,68 @@ class _Layers(NamedTuple):
     """
 
     state: LayerState
+    index: KernelIndex | None
     value: Any
     calls: jax.Array
     status: jax.Array
     is_fixed: bool
 
 
+class _Updated(NamedTuple):
+    """What became of the layers of a node, or of one of them."""
+
+    state: LayerState
+    index: KernelIndex | None
+    report: LayerReport
+
+
 def _layers_of(node: LayerTopology, blocks: jax.Array, measured: Measured | None, status: int) -> _Layers:
     axes, count = node.stack_axes, node.num_layers
-    state = LayerState(*split_stack((blocks, node.layout, node.aux), axes))
+    *state, index = split_stack((blocks, node.layout, node.aux, node.index), axes)
+    state = LayerState(*state)
     if measured is None:
-        return _Layers(state, None, jnp.zeros(count), jnp.full(count, status, jnp.int32), status > 0)
+        return _Layers(state, index, None, jnp.zeros(count), jnp.full(count, status, jnp.int32), status > 0)
     value, calls = split_stack(measured.value, axes), measured.calls.reshape(count)
     is_finite = jnp.stack([jnp.isfinite(leaf).reshape(count, -1).all(axis=1) for leaf in jax.tree.leaves(value)])
     most = measured.most_calls or jnp.inf
     seen = jnp.select([calls < 1, calls > most, ~is_finite.all(axis=0)], [3, 4, 5], 0)
     status_of_each = jnp.full(count, status) if status else seen
-    return _Layers(state, value, calls, status_of_each.astype(jnp.int32), status > 0)
+    return _Layers(state, index, value, calls, status_of_each.astype(jnp.int32), status > 0)
 
 
 def _update_layers(
     method: Method, key: jax.Array, step: Any, layers: Mapping[Path, _Layers]
-) -> dict[Path, tuple[LayerState, LayerReport]]:
+) -> dict[Path, _Updated]:
     """The new state and the report of every layer. Layers of one signature share one compiled loop."""
 
-    def update(key: jax.Array, state: LayerState, value: Any, status: jax.Array) -> tuple[LayerState, LayerReport]:
-        new, report = method.update(key, step, state, value)
-        return jax.tree.map(lambda changed, same: jnp.where(status == 0, changed, same), (new, report), identity(state))
+    def update(key: jax.Array, state: LayerState, index: Any, value: Any, status: jax.Array) -> _Updated:
+        both = method.update(key, step, state, value), identity(state)
+        new, report = jax.tree.map(lambda changed, same: jnp.where(status == 0, changed, same), *both)
+        return _Updated(new, like_index(new.layout, index), report)
 
     keys = dict(zip(layers, jax.random.split(key, max(len(layers), 1)), strict=False))
     same: dict[Any, list[Path]] = {}
-    results: dict[Path, tuple[LayerState, LayerReport]] = {}
+    results: dict[Path, _Updated] = {}
     for path, layer in layers.items():
         same.setdefault(_signature(layer), []).append(path)
     zero = jnp.minimum(step.astype(jnp.int32), 0)
     for paths in same.values():
         counts = [layers[path].calls.size for path in paths]
         args = [
-            (_keys(keys[path], count), layers[path].state, layers[path].value, layers[path].status)
+            (_keys(keys[path], count), *layers[path][:3], layers[path].status)
             for path, count in zip(paths, counts, strict=True)
         ]
         every = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *args)
         if all(layers[path].is_fixed for path in paths):
-            updated_layers = every[1], jax.vmap(lambda state: identity(state)[1])(every[1])
+            updated_layers = _Updated(*every[1:3], jax.vmap(lambda state: identity(state)[1])(every[1]))
         else:
             updated_layers = _one_by_one(update, every, zero)
-            zero = jnp.minimum(updated_layers[0].layout.out_idx[0, 0, 0], 0)
+            zero = jnp.minimum(updated_layers.state.layout.out_idx[0, 0, 0], 0)
         start = 0
         for path, count in zip(paths, counts, strict=True):
-            state, report = jax.tree.map(lambda leaf, a=start, b=start + count: leaf[a:b], updated_layers)
+            one = jax.tree.map(lambda leaf, a=start, b=start + count: leaf[a:b], updated_layers)
             calls, status = layers[path].calls.astype(jnp.int32), layers[path].status
-            results[path] = state, report._replace(calls=calls, status=status)
+            results[path] = one._replace(report=one.report._replace(calls=calls, status=status))
             start += count
     return results
 
@@ -291,7 +304,7 @@ def _keys(key: jax.Array, count: int) -> jax.Array:
 
 def _signature(layer: _Layers) -> Any:
     """What layers that share a loop have in common."""
-    arrays = (layer.state, layer.value)
+    arrays = (layer.state, layer.index, layer.value)
     shapes = tuple((leaf.shape[1:], str(leaf.dtype)) for leaf in jax.tree.leaves(arrays))
     return layer.is_fixed, jax.tree.structure(arrays), shapes
 
@@ -306,10 +319,10 @@ def _one_by_one(update: Callable[..., Any], every: Any, zero: jax.Array) -> Any:
     count = every[-1].shape[0]
 
     def update_one(i: jax.Array) -> Any:
-        key, state, value, status = jax.tree.map(lambda leaf: leaf[i], every)
+        key, state, *rest = jax.tree.map(lambda leaf: leaf[i], every)
         start = state.layout.group_start + jnp.minimum(i, 0).astype(jnp.int32)
         layout = dataclasses.replace(state.layout, group_start=start)
-        return update(key, state._replace(layout=layout), value, status)
+        return update(key, state._replace(layout=layout), *rest)
 
     def update_next(i: jax.Array, results: Any) -> Any:
         return jax.tree.map(lambda all_, one: all_.at[i].set(one), results, update_one(i))

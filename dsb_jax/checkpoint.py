@@ -53,6 +53,7 @@ from dsb_jax.stored_step import (
     read_json,
     read_step,
 )
+from dsb_jax.topology import index_as, without_index
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILES = ("config.json", "recipe.json")  # the second was its name until version 0.1
@@ -150,6 +151,7 @@ class Checkpoints:
                 f"{self._directory} has a checkpoint of step {latest} already, so step {step} cannot be saved; "
                 "compare with latest_step() before saving."
             )
+        state = without_index(state)  # which is made anew where the state is restored, for that backend
         arrays, telemetry = _copy_to_host(state), _copy_to_host(dict(extra or {}))
         texts = {"config": self._config, "host": json.loads(json.dumps(dict(host or {}))), "keys": key_impls(state)}
         items = {
@@ -304,17 +306,18 @@ def restore(
     """
     directory = find_step(path, step=step, best=best)
     stored = read_step(directory, cure(directory))
-    return to_device(fill(like, stored, cure(directory)), directory), stored
+    return to_device(fill(without_index(like), stored, cure(directory)), directory, like), stored
 
 
-def to_device(state: Any, directory: Path) -> Any:
-    """A restored tree on the default device, after its layouts were validated."""
+def to_device(state: Any, directory: Path, like: Any) -> Any:
+    """A restored tree on the default device, after its layouts were validated, with the indexes that `like` has."""
     try:
         validate_topology(getattr(state, "topology", state))
     except ValueError as error:
         raise CheckpointError(f"{directory}: {error} {cure(directory)}") from error
     # Copied: a buffer that belongs to numpy cannot be donated.
-    return jax.tree.map(lambda leaf: leaf if is_key(leaf) else jnp.array(leaf, copy=True), state)
+    state = jax.tree.map(lambda leaf: leaf if is_key(leaf) else jnp.array(leaf, copy=True), state)
+    return index_as(state, like)
 
 
 def cure(directory: Path) -> str:

@@ -20,7 +20,7 @@ from dsb_jax.paths import Path, by_path, layer_path, nodes, path_name, weights_a
 from dsb_jax.plan import SparsityPlan, check_plan
 from dsb_jax.spec import LayerSpec
 from dsb_jax.step_and_key import check_key
-from dsb_jax.topology import LayerTopology, by_layer, join_stack, split_stack
+from dsb_jax.topology import LayerTopology, by_layer, join_stack, kernel_index, split_stack
 
 WEIGHTS, KERNEL = "blocks", "kernel"
 
@@ -110,15 +110,16 @@ def _init(
 
     def one(key: jax.Array, kernel: Array) -> Any:
         weights = spec.to_matrix(kernel)
-        return method.init(key, weights, spec, score=score(weights))
+        state = method.init(key, weights, spec, score=score(weights))
+        return *state, kernel_index(state.layout, spec)
 
     if not spec.stack_axes:
-        blocks, layout, aux = jax.jit(one)(key, kernel)
-        return blocks, LayerTopology(layout, aux, spec)
+        blocks, layout, aux, index = jax.jit(one)(key, kernel)
+        return blocks, LayerTopology(layout, aux, spec, index)
     sizes = tuple(spec.kernel_shape[axis] for axis in spec.stack_axes)
     states = jax.jit(jax.vmap(one))(jax.random.split(key, spec.num_layers), split_stack(kernel, spec.stack_axes))
-    blocks, layout, aux = join_stack(states, spec.stack_axes, sizes)
-    return blocks, LayerTopology(layout, aux, spec)
+    blocks, layout, aux, index = join_stack(states, spec.stack_axes, sizes)
+    return blocks, LayerTopology(layout, aux, spec, index)
 
 
 def masks(topology: Any) -> Any:

@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dsb_jax.layout import row_places
 from dsb_jax.select import select_largest, take_largest
+from pallas_kernels.kernel_index import row_places
 
 
 def grow_norm(

@@ -33,6 +33,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.interface import Index
+from pallas_kernels.kernel_index import groups_of_blocks
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +73,9 @@ class BlockLayout:
         return num_active(self.shape, self.block_shape, self.num_blocks)
 
     @property
-    def index(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`(out_idx, in_idx, group_start)`, all int32, as array-level implementations take them."""
-        return self.out_idx, self.in_idx.astype(jnp.int32), self.group_start
+    def index(self) -> Index:
+        """As array-level implementations take it, with nothing derived."""
+        return Index(self.out_idx, self.in_idx, self.group_start)
 
     @property
     def density(self) -> float:
@@ -111,24 +114,9 @@ def num_active(shape: tuple[int, int], block_shape: tuple[int, int], num_blocks:
     return stored - ragged * cols * (rows - shape[0] % rows)
 
 
-def groups_of_blocks(group_start: Int[Array, "num_groups+1"], num_blocks: int) -> Int[Array, "num_blocks"]:
-    """The group of each block, from where the groups begin."""
-    if num_blocks * group_start.shape[0] > 2**22:  # of single weights; comparing each with all takes too long there
-        groups = jnp.arange(group_start.shape[0] - 1, dtype=jnp.int32)
-        return jnp.repeat(groups, jnp.diff(group_start), total_repeat_length=num_blocks)
-    ids = jnp.arange(num_blocks, dtype=jnp.int32)
-    return jnp.searchsorted(group_start, ids, side="right", method="compare_all").astype(jnp.int32) - 1
-
-
 def block_group(layout: BlockLayout) -> Int[Array, "num_blocks"]:
     """The group of each block."""
     return groups_of_blocks(layout.group_start, layout.num_blocks)
-
-
-def row_places(out_idx: Int[Array, "num_groups R"]) -> Int[Array, "rows"]:
-    """Where each row is in the order of the groups: the inverse permutation of `out_idx`, flattened."""
-    order = jnp.arange(out_idx.size, dtype=jnp.int32)
-    return jnp.zeros(out_idx.size, jnp.int32).at[out_idx.reshape(-1)].set(order)
 
 
 def block_rows(layout: BlockLayout) -> Int[Array, "num_blocks R"]:

@@ -11,7 +11,7 @@ import optax
 from dsb_jax.paths import Path, by_path, layer_path, nodes, path_name, weights_at
 from dsb_jax.plan import SparsityPlan
 from dsb_jax.telemetry import active_positions, layers_of
-from dsb_jax.topology import LayerTopology
+from dsb_jax.topology import LayerTopology, without_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SparseLayer:
       size: weights of the dense kernel.
       dead_outputs: outputs without any weight.
       unread_inputs: input channels that no weight reads.
-      nbytes: of its weights, with what its topology takes.
+      nbytes: of its weights, with what its topology and its kernel index take.
     """
 
     path: Path
@@ -52,7 +52,8 @@ class ModelReport:
     Attributes:
       layers: the sparse ones.
       dense: `(path of the kernel, shape, reason)`.
-      nbytes: "params", "topology", and "opt_state" if an optimizer was given.
+      nbytes: "params", "topology", "index" (what the products derive from the topology), and "opt_state" if an
+        optimizer was given.
     """
 
     layers: tuple[SparseLayer, ...]
@@ -112,7 +113,8 @@ def report(
         if path[-1] == "kernel" and np.ndim(leaf) > 1:
             reason = plan.get(path[:-1], "") if plan is not None else ""
             dense.append((path, tuple(np.shape(leaf)), reason if isinstance(reason, str) else ""))
-    nbytes = {"params": _nbytes(params), "topology": _nbytes(topology)}
+    bare = _nbytes(without_index(topology))
+    nbytes = {"params": _nbytes(params), "topology": bare, "index": _nbytes(topology) - bare}
     if optimizer is not None:
         nbytes["opt_state"] = _nbytes(jax.eval_shape(optimizer.init, params))
     return ModelReport(layers, tuple(dense), nbytes)

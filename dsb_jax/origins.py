@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from dsb_jax.layout import BlockLayout, block_group, block_rows, real_rows, row_places
+from dsb_jax.layout import BlockLayout, block_group, block_rows, real_rows
+from pallas_kernels.kernel_index import row_places
 
 
 def origins(old: BlockLayout, new: BlockLayout) -> Int[Array, "num_blocks R C"]:

@@ -3,6 +3,7 @@
 A path is a tuple of names and stays one; text made of it is only shown.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from dsb_jax.layout import validate
-from dsb_jax.topology import LayerTopology, split_stack
+from dsb_jax.topology import LayerTopology, index_as, split_stack
 
 Path = tuple[str, ...]
 
@@ -105,8 +106,20 @@ def validate_topology(topology: Any) -> None:
                 if one.num_blocks != spec.num_blocks:
                     raise ValueError(f"the layout holds {one.num_blocks} blocks, the spec {spec.num_blocks}.")
             _validate_aux(node)
+            _validate_index(node)
         except ValueError as error:
             raise ValueError(f"topology/{path_name(path)}: {error}") from None
+
+
+def _validate_index(node: LayerTopology) -> None:
+    """Raises ValueError if the kernel index is not that of the layout: say of one that was replaced beside it."""
+    if node.index is None:
+        return
+    right = index_as(dataclasses.replace(node, index=None), node).index
+    for (keys, have), want in zip(jax.tree_util.tree_leaves_with_path(node.index), jax.tree.leaves(right), strict=True):
+        if not np.array_equal(have, want):
+            name = "/".join(map(key_name, keys))
+            raise ValueError(f"index/{name} is not that of the layout; make it anew by with_index(topology).")
 
 
 def _validate_aux(node: LayerTopology) -> None:

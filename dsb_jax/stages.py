@@ -17,7 +17,7 @@ from dsb_jax.plan import SparsityPlan, check_plan
 from dsb_jax.spec import LayerSpec
 from dsb_jax.static_values import as_static, original
 from dsb_jax.step_and_key import check_key
-from dsb_jax.topology import LayerTopology, join_stack, split_stack
+from dsb_jax.topology import LayerTopology, join_stack, like_index, split_stack
 
 
 def restage(
@@ -90,8 +90,9 @@ def _restage(
         axes, sizes = node.stack_axes, node.stack_shape
         keys = jax.random.split(jax.random.fold_in(key, i), node.num_layers)
         states = jax.vmap(resize)(keys, LayerState(*split_stack((weights[path], node.layout, node.aux), axes)))
-        blocks, layout, aux = join_stack(states, axes, sizes)
-        moved[path], new[path] = blocks, LayerTopology(layout, aux, spec)
+        index = jax.vmap(lambda layout, old=node.index: like_index(layout, old))(states.layout)
+        blocks, layout, aux, index = join_stack((*states, index), axes, sizes)
+        moved[path], new[path] = blocks, LayerTopology(layout, aux, spec, index)
     origin = {path: origins_of(old[path], new[path]) for path in new}
     for i, follower in following.items():
         if follower.path in new:

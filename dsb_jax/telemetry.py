@@ -8,7 +8,7 @@ import numpy as np
 
 from dsb_jax.layout import BlockLayout
 from dsb_jax.paths import Path, layer_path, nodes, path_name
-from dsb_jax.topology import LayerTopology, split_stack
+from dsb_jax.topology import LayerTopology, split_stack, without_index
 
 
 def active_positions(layout: BlockLayout, active: Any = None) -> np.ndarray:
@@ -43,7 +43,7 @@ def count_active(topology: Any) -> dict[Path, int]:
 def count_bytes(params: Any, opt_state: Any, topology: Any) -> dict[str, int]:
     """Bytes held by the arrays of `params`, `opt_state` and `topology`, and by the gradient of `params`.
 
-    Weights that a method keeps beside a layout without gradient (`Aux.reserve`) count as params.
+    What products derive from the topology is "index". Weights that a method keeps beside a layout without gradient (`Aux.reserve`) count as params.
     """
 
     def nbytes(tree: Any) -> int:
@@ -53,12 +53,14 @@ def count_bytes(params: Any, opt_state: Any, topology: Any) -> dict[str, int]:
     gradient = jax.eval_shape(
         jax.grad(lambda p: sum(leaf.astype("float32").sum() for leaf in jax.tree.leaves(p))), params
     )
+    bare = without_index(topology)
     reserve = nbytes([node.aux.reserve for node in nodes(topology).values() if node.aux is not None])
     return {
         "params": nbytes(params) + reserve,
         "grads": nbytes(gradient),
         "opt_state": nbytes(opt_state),
-        "topology": nbytes(topology) - reserve,
+        "topology": nbytes(bare) - reserve,
+        "index": nbytes(topology) - nbytes(bare),
     }
 
 

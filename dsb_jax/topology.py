@@ -6,9 +6,13 @@ path and by the type of the node, so modules may be called anything.
 
 Layers that a model lifts (`nn.scan`, `nn.vmap`) share one node, whose arrays have the lifted axes on top of their own.
 `split_stack` brings those to the front as one axis, `join_stack` puts them back.
+
+A node may carry a `KernelIndex`, what the products derive from its layout: made when the layout changes, so that no
+training step sorts or searches. Without one it is derived in every step: slower, never wrong. No checkpoint holds it.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -21,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from dsb_jax.layout import BlockLayout
 from dsb_jax.spec import LayerSpec
+from pallas_kernels.kernel_index import KernelIndex, derive, entries_for
 
 
 class Aux(Protocol):
@@ -50,11 +55,13 @@ class LayerTopology:
       layout: the integers.
       aux: what only the method knows, or None.
       spec: the sizes of one layer, static.
+      index: what the products derive from the layout, or None.
     """
 
     layout: BlockLayout
     aux: Any
     spec: LayerSpec = dataclasses.field(metadata={"static": True})
+    index: KernelIndex | None = None
 
     @property
     def stack_axes(self) -> tuple[int, ...]:
@@ -134,6 +141,72 @@ def by_layer(function: Callable[..., Any], node: LayerTopology, *trees: Any) -> 
     return join_stack(mapped, axes, node.stack_shape)
 
 
+def kernel_index(layout: BlockLayout, spec: LayerSpec, backend: str | None = None) -> KernelIndex | None:
+    """What the products of one layer read beyond its layout, on a backend of jax (by default the process' own).
+
+    None for a layer that stores single weights: it would be as large as they are, and their product is dense.
+    """
+    if spec.storage != "blocks":
+        return None
+    return derive(layout.index, spec.in_, entries_for(jax.default_backend() if backend is None else backend))
+
+
+def like_index(layout: BlockLayout, old: KernelIndex | None) -> KernelIndex | None:
+    """The index of a new layout of one layer with the entries of an old one; None if that is None."""
+    return None if old is None else derive(layout.index, layout.shape[1], old.entries)
+
+
+def with_index(topology: Any, backend: str | None = None) -> Any:
+    """The topology with a `KernelIndex` in each node whose layer stores blocks, made anew from its layout.
+
+    Layers make theirs at initialization, and adaptations keep it up to date. This is for topologies from elsewhere.
+
+    Args:
+      topology: any tree with `LayerTopology` nodes.
+      backend: of jax, whose implementations are to find what they read; by default that of this process.
+    """
+
+    def add(node: LayerTopology) -> LayerTopology:
+        entries = entries_for(jax.default_backend() if backend is None else backend)
+        return _index_anew(node, entries) if node.spec.storage == "blocks" else node
+
+    return _map_nodes(add, topology)
+
+
+def without_index(topology: Any) -> Any:
+    """The topology with nothing that is derived from its layouts."""
+    return _map_nodes(lambda node: dataclasses.replace(node, index=None), topology)
+
+
+def index_as(tree: Any, like: Any) -> Any:
+    """A concrete tree without indexes with those that its nodes have in `like`, a tree of shapes; made anew."""
+
+    def add(leaf: Any, old: Any) -> Any:
+        if not _is_node(leaf) or old.index is None:
+            return leaf
+        return _index_anew(leaf, old.index.entries)
+
+    return jax.tree.map(add, tree, like, is_leaf=_is_node)
+
+
+def _is_node(leaf: Any) -> bool:
+    return isinstance(leaf, LayerTopology)
+
+
+def _map_nodes(function: Callable[[LayerTopology], LayerTopology], tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: function(leaf) if _is_node(leaf) else leaf, tree, is_leaf=_is_node)
+
+
+def _index_anew(node: LayerTopology, entries: tuple[str, ...]) -> LayerTopology:
+    bare = dataclasses.replace(node, index=None)
+    return dataclasses.replace(bare, index=_index_of(bare, entries))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _index_of(node: LayerTopology, entries: tuple[str, ...]) -> KernelIndex:
+    return by_layer(lambda layout, _: derive(layout.index, node.spec.in_, entries), node)
+
+
 def _named_leaves(node: Any) -> list[tuple[tuple[str, ...], Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(node)
     return [(tuple(key.name for key in path), leaf) for path, leaf in leaves]  # dataclasses all the way
@@ -161,7 +234,17 @@ def _from_state_dict(target: Any, state: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
 
+def _layer_to_state_dict(node: LayerTopology) -> dict[str, Any]:
+    return _to_state_dict(dataclasses.replace(node, index=None))
+
+
 def _layer_from_state_dict(target: LayerTopology, state: Mapping[str, Any]) -> LayerTopology:
+    """The saved arrays, with an index of their own if the target has one."""
+    node = _resized(dataclasses.replace(target, index=None), state)
+    return node if target.index is None else _index_anew(node, target.index.entries)
+
+
+def _resized(target: LayerTopology, state: Mapping[str, Any]) -> LayerTopology:
     """The number of blocks is that of the saved arrays: it changes where density is changed in stages."""
     node = _from_state_dict(target, state)
     blocks_axis = next(axis for axis in range(jnp.ndim(node.layout.in_idx)) if axis not in target.stack_axes)
@@ -177,4 +260,4 @@ def _layer_from_state_dict(target: LayerTopology, state: Mapping[str, Any]) -> L
 
 
 flax.serialization.register_serialization_state(BlockLayout, _to_state_dict, _from_state_dict)
-flax.serialization.register_serialization_state(LayerTopology, _to_state_dict, _layer_from_state_dict)
+flax.serialization.register_serialization_state(LayerTopology, _layer_to_state_dict, _layer_from_state_dict)

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from dsb_jax.methods import GROW
 from dsb_jax.paths import nodes, weights_at
+from dsb_jax.topology import without_index
 from dsb_jax.train import adapt_step, train_step
 from dsb_jax.train_state import TrainState
 from dsb_jax.training.build import Components, build
@@ -78,11 +79,13 @@ def account(config: Config) -> list[dict[str, Any]]:
     weights = nbytes(sparse)
     # Gradients and moments are those of what is differentiated; a reserve of weights (Top-KAST) has none.
     reserve = nbytes([node.aux.reserve for node in found.values() if node.aux is not None])
+    bare = without_index(state.topology)
     moments = (nbytes(state.opt_state) // nbytes(state.params)) * weights
     common: dict[str, Any] = {
         "method": config.method, "model": config.model, "sparsity": config.sparsity, "optimizer": config.optimizer,
-        "weights_bytes": weights + reserve, "moments_bytes": moments, "index_bytes": nbytes(state.topology) - reserve,
-        "index_share": (nbytes(state.topology) - reserve) / (weights + reserve),
+        "weights_bytes": weights + reserve, "moments_bytes": moments, "index_bytes": nbytes(bare) - reserve,
+        "index_share": (nbytes(bare) - reserve) / (weights + reserve),
+        "kernel_index_bytes": nbytes(state.topology) - nbytes(bare),
         "dense_rest_bytes": nbytes(state.params) - weights,
         "formula_weights_bytes": 4 * (dense_weights if config.method == "topkast" else active),
     }  # fmt: skip

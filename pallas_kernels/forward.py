@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.interface import Index
 from pallas_kernels.rows import ImageRows, quotient, remainder
 from pallas_kernels.tiles import Tiles, padded_rows
 
@@ -26,8 +27,9 @@ from pallas_kernels.tiles import Tiles, padded_rows
 def load_inputs(x_ref, in_idx_ref, k, end, row, positions, image: ImageRows):
     """Inputs of panel columns `k` (zero from `end` on) at positions of output row `row`: [k, positions]."""
     inside = k < end
-    column = plgpu.load(in_idx_ref.at[k], mask=inside, other=0)
-    source, down, shift = image.decode(column)
+    column = plgpu.load(in_idx_ref.at[k], mask=inside, other=0).astype(jnp.int32)
+    # Clamped, as every index that comes from memory: a wrong one gives a wrong number, never foreign memory.
+    source, down, shift = image.decode(jnp.clip(column, 0, image.geometry.in_features - 1))
     height = row * image.geometry.strides[0] + down
     if any(image.geometry.padding[0]):
         inside &= (height >= 0) & (height < image.height)
@@ -51,7 +53,7 @@ def locate(tile, length: int, positions: int):
     return quotient(tile, per_row), remainder(tile, per_row) * positions + jnp.arange(positions, dtype=jnp.int32)
 
 
-def own_part(start_ref, num_groups: int, cols: int, image: ImageRows, tiles: Tiles):
+def own_part(start_ref, num_groups: int, num_blocks: int, cols: int, image: ImageRows, tiles: Tiles):
     """What this program owns: group, output row, positions, and the panel columns `begin` to `end` of the group.
 
     Programs of consecutive numbers own different groups of the same positions.
@@ -59,7 +61,8 @@ def own_part(start_ref, num_groups: int, cols: int, image: ImageRows, tiles: Til
     program = pl.program_id(0)
     group = remainder(program, num_groups)
     row, positions = locate(quotient(program, num_groups), image.out_length, tiles.positions)
-    return group, row, positions, start_ref[group] * cols, start_ref[group + 1] * cols
+    begin, end = (jnp.clip(start_ref[group + i], 0, num_blocks) * cols for i in (0, 1))
+    return group, row, positions, begin, end
 
 
 def load_targets(out_idx_ref, group, rows: int, out: int):
@@ -68,9 +71,14 @@ def load_targets(out_idx_ref, group, rows: int, out: int):
     return plgpu.load(out_idx_ref.at[group * rows + r], mask=r < rows, other=out)
 
 
+def is_real(targets, out: int):
+    """Which output rows exist: no phantom ones, and none that an index cannot mean."""
+    return (targets >= 0) & (targets < out)
+
+
 def at_outputs(ref, targets, row, positions, image: ImageRows, out: int):
     """Where a group's outputs are at positions of output row `row`, and which exist: [padded R, positions]."""
-    mask = (targets < out)[:, None] & (positions < image.out_length)[None, :]
+    mask = is_real(targets, out)[:, None] & (positions < image.out_length)[None, :]
     return ref.at[(targets * image.out_size[0] + row)[:, None], positions[None, :]], mask
 
 
@@ -84,13 +92,14 @@ def _kernel(
     image,
     tiles,
     num_groups,
+    num_blocks,
     rows,
     cols,
     out,
     precision,
 ):
     *bias_ref, y_ref = last_refs  # without a bias there is no operand for it
-    group, row, positions, begin, end = own_part(start_ref, num_groups, cols, image, tiles)
+    group, row, positions, begin, end = own_part(start_ref, num_groups, num_blocks, cols, image, tiles)
 
     def step(i, acc):
         k = begin + i * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
@@ -102,22 +111,30 @@ def _kernel(
     acc = lax.fori_loop(0, quotient(end - begin + tiles.columns - 1, tiles.columns), step, acc)
     targets = load_targets(out_idx_ref, group, rows, out)
     if bias_ref:
-        bias = plgpu.load(bias_ref[0].at[targets], mask=targets < out, other=0)
+        bias = plgpu.load(bias_ref[0].at[targets], mask=is_real(targets, out), other=0)
         acc += bias.astype(jnp.float32)[:, None]
     where, mask = at_outputs(y_ref, targets, row, positions, image, out)
     plgpu.store(where, acc.astype(y_ref.dtype), mask=mask)
 
 
 def forward_kernel(
-    x_rows, entries, index, *, bias, image: ImageRows, tiles: Tiles, cols: int, out: int, precision, interpret
+    x_rows, entries, index: Index, *, bias, image: ImageRows, tiles: Tiles, out: int, precision, interpret
 ):
     """x_rows[C * H * phases, length], entries[num_blocks * C, R], bias[out] or None -> y[out * OH, OW * N]."""
-    out_idx, in_idx, group_start = index
-    num_groups, rows = out_idx.shape
+    (num_groups, rows), (num_blocks, cols) = index.out_idx.shape, index.in_idx.shape
     count = num_groups * image.out_size[0] * pl.cdiv(image.out_length, tiles.positions)
     kernel = functools.partial(
-        _kernel, image=image, tiles=tiles, num_groups=num_groups, rows=rows, cols=cols, out=out, precision=precision
+        _kernel,
+        image=image,
+        tiles=tiles,
+        num_groups=num_groups,
+        num_blocks=num_blocks,
+        rows=rows,
+        cols=cols,
+        out=out,
+        precision=precision,
     )
+    last = () if bias is None else (bias,)
     return pl.pallas_call(
         kernel,
         grid=(count,),
@@ -125,4 +142,4 @@ def forward_kernel(
         compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="shuffled_block_forward",
-    )(group_start, out_idx.reshape(-1), in_idx.reshape(-1), entries, x_rows, *(() if bias is None else (bias,)))
+    )(index.group_start, index.out_idx.reshape(-1), index.in_idx.reshape(-1), entries, x_rows, *last)

@@ -20,7 +20,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Index = tuple[jax.Array, jax.Array, jax.Array]
+
+class Index(NamedTuple):
+    """Where the blocks lie, as kernels read it.
+
+    Attributes:
+      out_idx: int32[num_groups, R], the rows of each group; rows `>= out` are phantom.
+      in_idx: uint16 or int32[num_blocks, C], the input columns of each block.
+      group_start: int32[num_groups + 1]; the blocks of group g are `group_start[g]:group_start[g + 1]`.
+      derived: a `KernelIndex` of the same layout, or None: then what a kernel needs of it is derived in the call.
+    """
+
+    out_idx: jax.Array
+    in_idx: jax.Array
+    group_start: jax.Array
+    derived: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +96,20 @@ def accumulator_dtype(dtype: Any) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
-class Kernels(NamedTuple):
-    """One implementation. `index` is `(out_idx[num_groups, R], in_idx[num_blocks, C], group_start[num_groups + 1])`.
+class Passes(NamedTuple):
+    """One value for each pass of a layer's training step."""
 
-    The blocks of group g are `group_start[g]:group_start[g + 1]`; rows `>= out` of `out_idx` are phantom: they
-    are computed by nobody, read as zero, and get zero gradient. Results have the dtype of the activations
-    (weight gradient: of `blocks`); products accumulate in `accumulator_dtype`, and the bias of each output, if there is
-    one, is added before the sum is rounded.
+    forward: Any
+    input_gradient: Any
+    weight_gradient: Any
+
+
+class Kernels(NamedTuple):
+    """One implementation: the three passes.
+
+    `index` is an `Index`. Its phantom rows are computed by nobody, read as zero, and get zero gradient. Results have the
+    dtype of the activations (weight gradient: of `blocks`); products accumulate in `accumulator_dtype`, and the bias of
+    each output, if there is one, is added before the sum is rounded.
 
     Attributes:
       forward: `(x[C, H, W, N], blocks[num_blocks, R, C'], index, *, out, geometry, bias=None) -> y[out, OH, OW, N]`,

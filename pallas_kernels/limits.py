@@ -27,22 +27,26 @@ def is_exact(precision: Any) -> bool:
 def unsupported_reason(
     dtype: str | jnp.dtype,
     block_shape: tuple[int, int],
+    num_blocks: int,
     shape: tuple[int, int],
     geometry: ConvGeometry,
     input_size: tuple[int, int],
     batch: int,
     precision: lax.PrecisionLike = None,
+    of: str = "forward",
 ) -> str | None:
-    """The reason why the GPU kernels cannot serve a layer, or None if they can.
+    """The reason why the GPU kernels cannot serve a pass of a layer, or None if they can.
 
     Args:
       dtype: of activations and blocks.
       block_shape: (R, C).
+      num_blocks: that the layer stores.
       shape: (out, in).
       geometry: kernel size, strides, padding.
       input_size: height and width of the input.
       batch: N.
       precision: of the products, as in `jax.lax.dot`.
+      of: the pass: "forward", "input_gradient" or "weight_gradient".
     """
     if jnp.dtype(dtype).name not in DTYPES:
         return f"dtype {jnp.dtype(dtype).name}; the GPU kernels take {', '.join(DTYPES)}"
@@ -53,6 +57,16 @@ def unsupported_reason(
     positions = math.prod(geometry.output_size(*input_size))
     padded = math.prod(size + sum(pad) for size, pad in zip(input_size, geometry.padding, strict=True))
     largest = max(geometry.in_channels * padded, shape[0] * positions) * -(-batch // 8) * 8
+    stored = num_blocks * math.prod(block_shape)
+    if stored > MOST_ELEMENTS:
+        return f"{stored} stored weights; the GPU kernels address {MOST_ELEMENTS} at the most"
+    # The batch is cut into parts where that is large, but into none smaller than 8 examples.
+    scratch = num_blocks * block_shape[1] * positions * 8
+    if of == "input_gradient" and scratch > MOST_ELEMENTS:
+        return (
+            f"an input gradient whose scratch has {scratch} elements for 8 examples; the GPU kernels address "
+            f"{MOST_ELEMENTS} at the most"
+        )
     if largest > MOST_ELEMENTS:
         return f"an activation of {largest} elements; the GPU kernels address {MOST_ELEMENTS} at the most"
     return None

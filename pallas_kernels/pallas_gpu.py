@@ -13,7 +13,7 @@ import jax
 
 from pallas_kernels.forward import forward_kernel
 from pallas_kernels.input_gradient import input_gradient_kernels
-from pallas_kernels.interface import Kernels
+from pallas_kernels.interface import Index, Kernels
 from pallas_kernels.over_rows import RowKernels, over_rows
 from pallas_kernels.rows import ImageRows
 from pallas_kernels.tiles import DEFAULT_TILES, KernelTiles, Tiles
@@ -33,8 +33,7 @@ def pallas_kernels(tiles: KernelTiles = DEFAULT_TILES, *, interpret: bool = Fals
     """
 
     def fit(mine: Tiles, arrays: tuple[Any, ...], image: ImageRows) -> Tiles:
-        *_, (out_idx, _, _) = arrays  # the index comes last
-        return mine.fit(image.out_length, out_idx.shape[1], arrays[0].dtype.itemsize)
+        return mine.fit(image.out_length, arrays[-1].out_idx.shape[1], arrays[0].dtype.itemsize)
 
     def forward(*arrays: Any, image: ImageRows, **sizes: Any) -> jax.Array:
         fitted = fit(tiles.forward, arrays, image)
@@ -44,9 +43,10 @@ def pallas_kernels(tiles: KernelTiles = DEFAULT_TILES, *, interpret: bool = Fals
         fitted = fit(tiles.input_gradient, arrays, image)
         return input_gradient_kernels(*arrays, image=image, tiles=fitted, interpret=interpret, **sizes)
 
-    def weight_gradient(*arrays: Any, image: ImageRows, cols: int, **sizes: Any) -> jax.Array:
-        del cols
-        fitted = fit(tiles.weight_gradient, arrays, image)
+    def weight_gradient(*arrays: Any, image: ImageRows, **sizes: Any) -> jax.Array:
+        index: Index = arrays[-1]
+        (num_groups, rows), itemsize = index.out_idx.shape, arrays[0].dtype.itemsize
+        fitted = fit(tiles.of_weight_gradient(rows, index.in_idx.size / num_groups, itemsize), arrays, image)
         return weight_gradient_kernel(*arrays, image=image, tiles=fitted, interpret=interpret, **sizes)
 
     return over_rows("Pallas", RowKernels(forward, input_gradient, weight_gradient))

@@ -95,6 +95,22 @@ class ImageRows:
         return channel * self.phases + phase, kernel_row - top, shift
 
 
+def outer_positions(positions: jax.Array, image: ImageRows, whole: ImageRows, start: jax.Array | None) -> jax.Array:
+    """Positions of a row of a part of the batch -> positions of the same row of the whole batch.
+
+    Args:
+      positions: `column * N + n`, where N is the padded batch of `image`.
+      image: of the part.
+      whole: of the whole batch.
+      start: int32[], where the part begins, in units of `ALIGNMENT`, so that a compiler sees what divides it; None
+        if the part is the whole.
+    """
+    if start is None:
+        return positions
+    size = image.padded_batch
+    return quotient(positions, size) * whole.padded_batch + start * ALIGNMENT + remainder(positions, size)
+
+
 def quotient(a: jax.Array, b: int) -> jax.Array:
     """`a // b` for a >= 0: truncating, one instruction, where floor division takes six and hides what it divides."""
     return a if b == 1 else lax.div(a, jnp.full_like(a, b))

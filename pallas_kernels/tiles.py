@@ -15,6 +15,11 @@ def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def collected_positions(length: int, num_warps: int) -> int:
+    """Positions of a program of the input gradient's second pass: 8 elements, 16 bytes of bfloat16, for each thread."""
+    return min(8 * 32 * num_warps, max(16, power_of_two(length)))
+
+
 def padded_rows(rows: int) -> int:
     """Rows of a group as a kernel holds them: a power of two that tensor cores take."""
     return max(16, power_of_two(rows))
@@ -60,11 +65,32 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class KernelTiles:
-    """Tile sizes of the three kernels of a layer; hashable, a static argument."""
+    """Tile sizes of the three kernels of a layer; hashable, a static argument.
+
+    `weight_gradient=None` takes as many columns as pay, by `weight_gradient_columns`.
+    """
 
     forward: Tiles = Tiles()
     input_gradient: Tiles = Tiles()
-    weight_gradient: Tiles = Tiles(positions=64)
+    weight_gradient: Tiles | None = None
+
+    def of_weight_gradient(self, rows: int, panel: float, itemsize: int) -> Tiles:
+        """The tiles of the weight gradient of a layer; arguments as in `weight_gradient_columns`."""
+        if self.weight_gradient is not None:
+            return self.weight_gradient
+        return Tiles(positions=64, columns=weight_gradient_columns(rows, panel, itemsize))
+
+
+def weight_gradient_columns(rows: int, panel: float, itemsize: int) -> int:
+    """Panel columns of a program of the weight gradient: each more saves a read of dY, until registers run out.
+
+    Args:
+      rows: R.
+      panel: columns of a panel, the mean; no program is wider than that.
+      itemsize: bytes of an activation.
+    """
+    most = 128 if padded_rows(rows) * itemsize <= 128 else 64 if padded_rows(rows) * itemsize <= 256 else 32
+    return max(32, min(most, power_of_two(max(1, round(panel)))))
 
 
 DEFAULT_TILES = KernelTiles()

@@ -7,6 +7,7 @@ device, by timing, at the first use of each shape.
 import functools
 import importlib
 import inspect
+from collections.abc import Mapping
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -15,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.input_gradient import COLLECTED, columns_by_source
-from pallas_kernels.interface import Kernels
+from pallas_kernels.interface import Index, Kernels
+from pallas_kernels.kernel_index import chunks, inverse
 from pallas_kernels.limits import is_exact
 from pallas_kernels.over_rows import RowKernels, over_rows
 from pallas_kernels.rows import ImageRows
-from pallas_kernels.tiles import KernelTiles, Tiles, padded_rows
-from pallas_kernels.weight_gradient import count_splits, cut_panels
+from pallas_kernels.tiles import KernelTiles, Tiles, collected_positions, padded_rows
+from pallas_kernels.weight_gradient import count_splits
 
 _INPUT_PRECISION = {True: "ieee", False: "tf32"}
 _TUNED_COLUMNS = 32  # of the weight gradient: its chunks are cut beforehand
@@ -64,11 +65,14 @@ def _call(
     result: jax.ShapeDtypeStruct,
     grid: Any,
     compute_capability: int | None,
+    aliases: Mapping[int, int] | None = None,
     **constants: Any,
 ) -> jax.Array:
     source = _source()
     triton_call: Any = importlib.import_module("jax_triton").triton_call
     options: dict[str, Any] = {"grid": grid, **constants}
+    if aliases:
+        options["input_output_aliases"] = dict(aliases)
     # jax-triton 0.4 renamed the argument.
     options["out_type" if "out_type" in inspect.signature(triton_call).parameters else "out_shape"] = result
     if compute_capability is not None:
@@ -89,6 +93,7 @@ def _input_sizes(image: ImageRows) -> dict[str, int]:
         "HEIGHT": image.height,
         "PHASES": image.phases,
         "LENGTH": image.length,
+        "KERNEL_H": geometry.kernel_size[0],
         "KERNEL_W": geometry.kernel_size[1],
         "STRIDE_H": geometry.strides[0],
         "STRIDE_W": geometry.strides[1],
@@ -114,37 +119,37 @@ def triton_kernels(tiles: KernelTiles | None = None, *, compute_capability: int 
     Returns:
       The three operations; see `pallas_kernels.over_rows`. NotImplementedError without jax-triton.
     """
+    _source()  # refused here, not at the first call
     call = functools.partial(_call, compute_capability=compute_capability)
 
-    def fitted(name: str, image: ImageRows, rows: int, x: jax.Array) -> Tiles | None:
-        return None if tiles is None else getattr(tiles, name).fit(image.out_length, rows, x.dtype.itemsize)
+    def fitted(mine: Tiles | None, image: ImageRows, rows: int, x: jax.Array) -> Tiles | None:
+        return None if mine is None else mine.fit(image.out_length, rows, x.dtype.itemsize)
 
     def forward(
         x_rows: jax.Array,
         entries: jax.Array,
-        index: Any,
+        index: Index,
         *,
         bias: jax.Array | None,
         image: ImageRows,
-        cols: int,
         out: int,
         precision: lax.PrecisionLike,
     ) -> jax.Array:
-        out_idx, in_idx, group_start = index
-        num_groups, rows = out_idx.shape
-        mine = fitted("forward", image, rows, x_rows)
+        (num_groups, rows), (num_blocks, cols) = index.out_idx.shape, index.in_idx.shape
+        mine = fitted(None if tiles is None else tiles.forward, image, rows, x_rows)
         return call(
             "forward",
             mine,
-            group_start,
-            out_idx.reshape(-1),
-            in_idx.reshape(-1),
+            index.group_start,
+            index.out_idx.reshape(-1),
+            index.in_idx.reshape(-1),
             entries,
             x_rows,
             bias,
             result=jax.ShapeDtypeStruct((out * image.out_size[0], image.out_length), x_rows.dtype),
             grid=lambda meta: (num_groups * image.out_size[0] * -(-image.out_length // meta["POSITIONS"]),),
             NUM_GROUPS=num_groups,
+            NUM_BLOCKS=num_blocks,
             R=rows,
             PADDED_R=padded_rows(rows),
             COLS=cols,
@@ -157,78 +162,88 @@ def triton_kernels(tiles: KernelTiles | None = None, *, compute_capability: int 
     def input_gradient(
         dy_rows: jax.Array,
         entries: jax.Array,
-        index: Any,
+        index: Index,
         *,
         image: ImageRows,
-        cols: int,
+        whole: ImageRows,
+        start: jax.Array | None,
+        into: jax.Array | None,
         out: int,
         precision: lax.PrecisionLike,
     ) -> jax.Array:
-        out_idx, in_idx, group_start = index
-        num_groups, rows = out_idx.shape
-        mine = fitted("input_gradient", image, rows, dy_rows)
+        (num_groups, rows), (num_blocks, cols) = index.out_idx.shape, index.in_idx.shape
+        first, rank = inverse(index, image.geometry.in_features)
+        mine = fitted(None if tiles is None else tiles.input_gradient, image, rows, dy_rows)
+        part = {"BATCH": image.padded_batch, "WHOLE_BATCH": whole.padded_batch}
         p = call(
             "scatter",
             mine,
-            group_start,
-            out_idx.reshape(-1),
+            index.group_start,
+            index.out_idx.reshape(-1),
+            rank.reshape(-1),
             entries,
             dy_rows,
+            start,
             result=jax.ShapeDtypeStruct((entries.shape[0] * image.out_size[0], image.out_length), dy_rows.dtype),
             grid=lambda meta: (num_groups * image.out_size[0] * -(-image.out_length // meta["POSITIONS"]),),
             NUM_GROUPS=num_groups,
+            NUM_BLOCKS=num_blocks,
             R=rows,
             PADDED_R=padded_rows(rows),
             COLS=cols,
             OUT=out,
             OUT_H=image.out_size[0],
             OUT_LENGTH=image.out_length,
+            WHOLE_LENGTH=whole.out_length,
             PRECISION=_INPUT_PRECISION[is_exact(precision)],
+            **part,
             **_tile_sizes(mine),
         )
-        first, order = columns_by_source(in_idx, image)
-        plain = (mine or Tiles()).fit(image.length, rows, dy_rows.dtype.itemsize)
+        num_warps = (mine or Tiles()).num_warps
+        positions = collected_positions(image.length, num_warps)
         sources = image.geometry.in_channels * image.phases
         return call(
             "collect",
-            plain,
+            Tiles(num_warps=num_warps),
             first,
-            order,
-            in_idx.reshape(-1),
             p,
-            result=jax.ShapeDtypeStruct((image.num_rows, image.length), dy_rows.dtype),
-            grid=(sources * image.height * -(-image.length // plain.positions),),
-            POSITIONS=plain.positions,
-            COLLECTED=COLLECTED,
-            **_input_sizes(image),
+            start,
+            into,
+            result=jax.ShapeDtypeStruct((whole.num_rows, whole.length), dy_rows.dtype),
+            grid=(sources * image.height * -(-image.length // positions),),
+            aliases={} if into is None else {3: 0},
+            NUM_ENTRIES=entries.shape[0],
+            WHOLE_LENGTH=whole.length,
+            POSITIONS=positions,
+            **(_input_sizes(image) | part),
         )
 
     def weight_gradient(
         x_rows: jax.Array,
         dy_rows: jax.Array,
-        index: Any,
+        index: Index,
         *,
         image: ImageRows,
-        cols: int,
         out: int,
         precision: lax.PrecisionLike,
     ) -> jax.Array:
-        out_idx, in_idx, group_start = index
-        rows, num_entries = out_idx.shape[1], in_idx.size
-        mine = fitted("weight_gradient", image, rows, x_rows)
-        chunks = cut_panels(group_start, num_entries, cols, _TUNED_COLUMNS if mine is None else mine.columns)
-        num_chunks = chunks.group.shape[0]
-        num_splits = count_splits(num_chunks, image, 128 if mine is None else mine.positions)
+        (num_groups, rows), num_entries, itemsize = index.out_idx.shape, index.in_idx.size, x_rows.dtype.itemsize
+        given = None if tiles is None else tiles.of_weight_gradient(rows, num_entries / num_groups, itemsize)
+        mine = fitted(given, image, rows, x_rows)
+        table = chunks(index, _TUNED_COLUMNS if mine is None else mine.columns)
+        num_chunks = table.shape[0]
+        num_splits = count_splits(num_chunks, num_entries * rows, image, 128 if mine is None else mine.positions)
         parts = call(
             "weight_gradient",
             mine,
-            *chunks,
-            out_idx.reshape(-1),
-            in_idx.reshape(-1),
+            table.reshape(-1),
+            index.out_idx.reshape(-1),
+            index.in_idx.reshape(-1),
             x_rows,
             dy_rows,
             result=jax.ShapeDtypeStruct((num_splits * num_entries, rows), jnp.float32),
             grid=(num_chunks * num_splits,),
+            NUM_GROUPS=num_groups,
             NUM_CHUNKS=num_chunks,
             NUM_SPLITS=num_splits,
             NUM_ENTRIES=num_entries,

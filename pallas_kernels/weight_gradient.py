@@ -6,12 +6,11 @@ One program owns a chunk of panel columns of one group and a part of the positio
         acc[columns, R] += x[rows of the columns, positions] @ dY[rows of the group, positions]^T
 
 Chunks never straddle two groups, so their number depends on the topology; the grid has room for the most there can
-be, and programs beyond the last chunk do nothing. Few chunks would leave most of a GPU idle, so the positions are split
+be (`pallas_kernels.kernel_index.cut_panels`), and programs beyond the last chunk do nothing. Few chunks would leave most of a GPU idle, so the positions are split
 among several programs, whose sums are added afterwards in a fixed order.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.forward import at_outputs, load_inputs, load_targets, locate
+from pallas_kernels.interface import Index
+from pallas_kernels.kernel_index import chunks
+from pallas_kernels.limits import MOST_ELEMENTS
 from pallas_kernels.rows import ImageRows, quotient, remainder
 from pallas_kernels.tiles import Tiles, padded_rows
 
@@ -27,38 +29,14 @@ PROGRAMS = 512  # wanted at least: about four for each multiprocessor of a large
 MOST_SPLITS = 32
 
 
-class Chunks(NamedTuple):
-    """Chunks of panel columns: int32[most] each; unused ones have `end == begin`."""
-
-    group: jax.Array
-    begin: jax.Array
-    end: jax.Array
-
-
-def cut_panels(group_start: jax.Array, num_entries: int, cols: int, columns: int) -> Chunks:
-    """Cuts every panel into chunks of at most `columns` of its columns."""
-    num_groups = group_start.shape[0] - 1
-    starts = group_start * cols
-    counts = -(-jnp.diff(starts) // columns)
-    ends = jnp.cumsum(counts)
-    ids = jnp.arange(min(num_entries, num_entries // columns + num_groups), dtype=jnp.int32)
-    group = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
-    used, group = group < num_groups, jnp.minimum(group, num_groups - 1)
-    begin = starts[group] + (ids - (ends - counts)[group]) * columns
-    end = jnp.minimum(begin + columns, starts[group + 1])
-    return Chunks(group, begin.astype(jnp.int32), jnp.where(used, end, begin).astype(jnp.int32))
-
-
-def count_splits(num_chunks: int, image: ImageRows, positions: int) -> int:
-    """Among how many programs the positions of one chunk are split."""
+def count_splits(num_chunks: int, weights: int, image: ImageRows, positions: int) -> int:
+    """Among how many programs the positions of one chunk are split; each writes a part of `weights` numbers."""
     num_tiles = image.out_size[0] * pl.cdiv(image.out_length, positions)
-    return max(1, min(MOST_SPLITS, num_tiles, -(-PROGRAMS // num_chunks)))
+    return max(1, min(MOST_SPLITS, num_tiles, -(-PROGRAMS // num_chunks), MOST_ELEMENTS // weights))
 
 
 def _kernel(
-    group_ref,
-    begin_ref,
-    end_ref,
+    chunks_ref,
     out_idx_ref,
     in_idx_ref,
     x_ref,
@@ -69,6 +47,7 @@ def _kernel(
     tiles,
     rows,
     out,
+    num_groups,
     num_chunks,
     num_splits,
     num_entries,
@@ -77,7 +56,8 @@ def _kernel(
     num_tiles = image.out_size[0] * pl.cdiv(image.out_length, tiles.positions)
     program = pl.program_id(0)
     chunk, split = remainder(program, num_chunks), quotient(program, num_chunks)
-    group, begin, end = group_ref[chunk], begin_ref[chunk], end_ref[chunk]
+    group = jnp.clip(chunks_ref[3 * chunk], 0, num_groups - 1)
+    begin, end = (jnp.clip(chunks_ref[3 * chunk + i], 0, num_entries) for i in (1, 2))
     k = begin + jnp.arange(tiles.columns, dtype=jnp.int32)
     targets = load_targets(out_idx_ref, group, rows, out)
     each = pl.cdiv(num_tiles, num_splits)
@@ -98,19 +78,21 @@ def _kernel(
     plgpu.store(d_ref.at[(split * num_entries + k)[:, None], r[None, :]], acc, mask=mask)
 
 
-def weight_gradient_kernel(x_rows, dy_rows, index, *, image: ImageRows, tiles: Tiles, out: int, precision, interpret):
+def weight_gradient_kernel(
+    x_rows, dy_rows, index: Index, *, image: ImageRows, tiles: Tiles, out: int, precision, interpret
+):
     """x_rows[channels * H * phases, length], dy_rows[out * OH, OW * N] -> d_entries float32[num_blocks * C, R]."""
-    out_idx, in_idx, group_start = index
-    rows, num_entries = out_idx.shape[1], in_idx.size
-    chunks = cut_panels(group_start, num_entries, in_idx.shape[1], tiles.columns)
-    num_chunks = chunks.group.shape[0]
-    num_splits = count_splits(num_chunks, image, tiles.positions)
+    (num_groups, rows), num_entries = index.out_idx.shape, index.in_idx.size
+    table = chunks(index, tiles.columns)
+    num_chunks = table.shape[0]
+    num_splits = count_splits(num_chunks, num_entries * rows, image, tiles.positions)
     kernel = functools.partial(
         _kernel,
         image=image,
         tiles=tiles,
         rows=rows,
         out=out,
+        num_groups=num_groups,
         num_chunks=num_chunks,
         num_splits=num_splits,
         num_entries=num_entries,
@@ -123,5 +105,5 @@ def weight_gradient_kernel(x_rows, dy_rows, index, *, image: ImageRows, tiles: T
         compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="shuffled_block_weight_gradient",
-    )(*chunks, out_idx.reshape(-1), in_idx.reshape(-1), x_rows, dy_rows)
-    return parts.reshape(num_splits, num_entries, rows).sum(axis=0)
+    )(table.reshape(-1), index.out_idx.reshape(-1), index.in_idx.reshape(-1), x_rows, dy_rows)
+    return parts if num_splits == 1 else parts.reshape(num_splits, num_entries, rows).sum(axis=0)

@@ -10,10 +10,10 @@ import pytest
 
 from dsb_jax.layout import BlockLayout, real_rows
 from pallas_kernels import REFERENCE, ConvGeometry, matmul_geometry
+from pallas_kernels.kernel_index import derive, entries_for
 from pallas_kernels.pallas_gpu import pallas_kernels
 from pallas_kernels.tiles import KernelTiles, Tiles
 from pallas_kernels.triton_gpu import triton_kernels
-from pallas_kernels.weight_gradient import cut_panels
 from tests import triton_interpreter
 from tests.conftest import make_layout
 
@@ -149,11 +149,18 @@ def test_empty_groups(interpreted):
     assert_same((y,), (got[0] + bias[:, None, None, None],), 2e-5)
 
 
-def test_the_batch_is_cut_into_chunks_where_scratch_would_be_large(monkeypatch):
-    arrays = make("3x3", "float32")
+@pytest.mark.parametrize(
+    ("interpreted", "case"),
+    [("pallas", "linear, long"), ("pallas", "3x3"), ("pallas", "1x1, stride 2"), ("triton", "1x1, stride 2")],
+    indirect=["interpreted"],
+)
+def test_the_batch_is_cut_into_parts_where_scratch_would_be_large(interpreted, case, monkeypatch):
+    """Parts of 8 examples, or of 40 where the last of three overlaps the one before (104 examples)."""
+    arrays = make(case, "float32")
     wanted = all_three(REFERENCE, *arrays)[1]
-    monkeypatch.setattr("pallas_kernels.over_rows.SCRATCH_BYTES", 1)
-    assert_same(all_three(KERNELS, *arrays)[1:2], (wanted,), 2e-5)
+    scratch = {"linear, long": 40 * 16 * 4}.get(case, 1)
+    monkeypatch.setattr("pallas_kernels.over_rows.SCRATCH_BYTES", scratch)
+    assert_same(all_three(interpreted(SMALL_TILES), *arrays)[1:2], (wanted,), 2e-5)
 
 
 @both_implementations
@@ -169,15 +176,6 @@ def test_input_gradient_is_deterministic():
     arrays = make("stride 2", "float32")
     for a, b in zip(all_three(KERNELS, *arrays), all_three(KERNELS, *arrays), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_chunks_worked_by_hand():
-    """Panels of 6, 0 and 3 columns in chunks of 4: 4 + 2, none, 3; the fifth of five is unused."""
-    chunks = cut_panels(jnp.array([0, 2, 2, 3]), num_entries=9, cols=3, columns=4)
-    assert chunks.group.tolist()[:3] == [0, 0, 2]
-    assert chunks.begin.tolist()[:3] == [0, 4, 6]
-    assert chunks.end.tolist()[:3] == [4, 6, 9]
-    assert (chunks.begin == chunks.end)[3:].all()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from dsb_jax.ops import sparse_conv, sparse_matmul
-from dsb_jax.ops.partitioning import Operation, Product, apply
+from dsb_jax.ops import primitive
+from dsb_jax.ops.partitioning import Operation, Product, on_devices
 from dsb_jax.ops.xla import XLA
 from pallas_kernels import REFERENCE, ConvGeometry, Kernels
 from tests.conftest import make_layout
@@ -144,7 +145,7 @@ def test_vmap_over_activations_alone_is_one_call_on_a_larger_batch(case):
     product = Product(REFERENCE._replace(forward=forward), GEOMETRY, 12, (5, 5))
 
     def call(x):
-        return apply(Operation(product, "forward"), x, blocks, *layout.index)
+        return primitive.forward(product, x, blocks, layout.index)
 
     x = np.stack([x.transpose(3, 1, 2, 0)] * 3)
     y = jax.jit(jax.vmap(call))(x)
@@ -171,8 +172,9 @@ def test_one_device_runs_the_bare_kernel(name, case):
 
     def wrapped(first, second):
         product = Product(XLA, GEOMETRY, 12, (5, 5))
-        operation = Operation(product, kernel, static.get("dtype"), has_bias=bool(bias))
-        return apply(operation, first, second, *layout.index, *bias)
+        arrays, structure = jax.tree.flatten(layout.index)
+        operation = Operation(product, kernel, structure, (2, 2, 1), static.get("dtype"), has_bias=bool(bias))
+        return on_devices(operation, first, second, *arrays, *bias)
 
     def operations(call):
         return Counter(re.findall(r"stablehlo\.\w+", jax.jit(call).lower(*operands).as_text()))

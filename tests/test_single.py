@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from dsb_jax.layout import (
     BlockLayout,
     block_group,
-    groups_of_blocks,
     layout_of_positions,
     pack,
     to_mask,
@@ -21,6 +20,7 @@ from dsb_jax.layout import (
 )
 from dsb_jax.methods import SET, LayerState, RigL
 from dsb_jax.methods.single import random_positions
+from pallas_kernels.kernel_index import groups_of_blocks
 
 T_END = 100
 MAKERS = {"rigl": RigL, "set": SET}

@@ -37,14 +37,15 @@ def _pointer(array: np.ndarray):
     return language.tensor(handle(np.array([array.ctypes.data], np.uint64), pointer), pointer)
 
 
-def _triton_call(*arrays, kernel, grid, out_type, num_warps, num_stages, **constants):
+def _triton_call(*arrays, kernel, grid, out_type, num_warps, num_stages, input_output_aliases=None, **constants):
     del num_warps, num_stages  # of no meaning without threads
     given = [array is not None for array in arrays]
 
     def launch(*values):
         # Kept in a list until the kernel has run: it sees bare addresses.
         host = [np.array(value, order="C") for value in values]
-        result = np.full(out_type.shape, np.nan, out_type.dtype)
+        aliased = [host[i] for i in input_output_aliases or ()]
+        result = aliased[0] if aliased else np.full(out_type.shape, np.nan, out_type.dtype)
         pointers = iter([_pointer(array) for array in host])
         arguments = [next(pointers) if is_given else None for is_given in given]
         with _ONE_AT_A_TIME:

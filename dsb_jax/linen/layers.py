@@ -12,7 +12,6 @@ The arguments decide at initialization alone; after that a layer reads its sizes
 blocks may change between the stages of a training. How a layer begins and what it stores is up to its method.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -26,14 +25,14 @@ from dsb_jax.distributions import to_blocks
 from dsb_jax.layout import check_sizes, count_groups
 from dsb_jax.methods import Static
 from dsb_jax.methods.base import Method, check_method
-from dsb_jax.ops import choose, sparse_conv, sparse_matmul
+from dsb_jax.ops import sparse_conv, sparse_matmul
 from dsb_jax.ops.convolution import add_bias, conv_general_dilated, convolve
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, Choice, check_implementation, record
 from dsb_jax.ops.statistics import observe
 from dsb_jax.paths import path_name
 from dsb_jax.plan import SparsityPlan
 from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
-from dsb_jax.topology import LayerTopology
+from dsb_jax.topology import LayerTopology, kernel_index
 from pallas_kernels import ConvGeometry, matmul_geometry
 
 WEIGHTS = "blocks"  # the name of the parameter, and of what belongs to it in other collections
@@ -102,7 +101,7 @@ def _weights(layer: Any, dense: LayerSpec) -> tuple[jax.Array, LayerTopology] | 
     key, draw_key = jax.random.split(layer.make_rng("params"))
     kernel = meta.unbox(layer.kernel_init(draw_key, dense.kernel_shape, layer.param_dtype))
     state = layer.method.init(key, dense.to_matrix(kernel), spec)
-    node = LayerTopology(state.layout, state.aux, spec)
+    node = LayerTopology(state.layout, state.aux, spec, kernel_index(state.layout, spec))
     blocks = layer.param(WEIGHTS, lambda _: state.blocks.astype(layer.param_dtype))
     return blocks, layer.variable("topology", WEIGHTS, lambda: node).value
 
@@ -152,7 +151,7 @@ class SparseDense(nn.Dense):
         in_features = inputs.shape[0 if self.feature_major else -1]
         weights = _weights(self, linear_spec(in_features, self.features))
         if weights is None:
-            record(self.path, Choice("dense", A_DENSE_LAYER))
+            record(self.path, Choice.all("dense", A_DENSE_LAYER))
             y = super().__call__(inputs.T if self.feature_major else inputs)
             return y.T if self.feature_major else y
         if self.dot_general is not None or self.dot_general_cls is not None:
@@ -160,24 +159,16 @@ class SparseDense(nn.Dense):
         blocks, node = _computed_with(*weights), weights[1]
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         x, blocks, bias = promote_dtype(inputs, blocks, bias, dtype=self.dtype)
-        choice = choose(
-            self.implementation,
-            node.layout,
-            geometry=matmul_geometry(in_features),
-            input_size=(1, 1),
-            batch=x.size // in_features,
-            dtype=x.dtype,
-            precision=self.precision,
-        )
-        record(self.path, choice)
         y = sparse_matmul(
             x,
             blocks,
             node.layout,
             bias=bias,
-            implementation=choice,
+            implementation=self.implementation,
             feature_major=self.feature_major,
             precision=self.precision,
+            kernel_index=node.index,
+            path=self.path,
         )
         return _observed(self, y, x, node, matmul_geometry(in_features))
 
@@ -204,7 +195,7 @@ class SparseConv(nn.Conv):
         channels = inputs.shape[0 if self.feature_major else -1]
         weights = _weights(self, conv_spec(kernel_size, channels // self.feature_group_count, self.features))
         if weights is None:
-            record(self.path, Choice("dense", A_DENSE_LAYER))
+            record(self.path, Choice.all("dense", A_DENSE_LAYER))
             if not self.feature_major:
                 return super().__call__(inputs)
             self._refuse_what_is_not_served(kernel_size)
@@ -222,26 +213,17 @@ class SparseConv(nn.Conv):
         lead = () if self.feature_major else x.shape[:-3]
         if not self.feature_major:
             x = x.reshape(-1, *x.shape[-3:])
-        input_size, batch = (x.shape[1], x.shape[2]), x.shape[3 if self.feature_major else 0]
-        choice = choose(
-            self.implementation,
-            node.layout,
-            geometry=geometry,
-            input_size=input_size,
-            batch=batch,
-            dtype=x.dtype,
-            precision=self.precision,
-        )
-        record(self.path, choice, x.size + self.features * math.prod(geometry.output_size(*input_size)) * batch)
         y = sparse_conv(
             x,
             blocks,
             node.layout,
             geometry=geometry,
             bias=bias,
-            implementation=choice,
+            implementation=self.implementation,
             feature_major=self.feature_major,
             precision=self.precision,
+            kernel_index=node.index,
+            path=self.path,
         )
         y = _observed(self, y, x, node, geometry)
         return y if self.feature_major else y.reshape(*lead, *y.shape[1:])

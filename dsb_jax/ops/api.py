@@ -4,6 +4,7 @@ Each is one call of the array-level product (`dsb_jax.ops.vjp`) of an implementa
 """
 
 import functools
+import importlib
 import math
 
 import jax
@@ -11,27 +12,33 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dsb_jax.layout import BlockLayout, check_arrays, validate
-from dsb_jax.ops import vjp
-from dsb_jax.ops.dense import dense_conv, dense_matmul
-from dsb_jax.ops.dispatch import Choice, choose
+from dsb_jax.ops import primitive
+from dsb_jax.ops.dense import dense_kernels
+from dsb_jax.ops.dispatch import Choice, choose, record
 from dsb_jax.ops.partitioning import Product
 from dsb_jax.ops.xla import XLA
-from pallas_kernels import REFERENCE, ConvGeometry, Kernels, matmul_geometry
+from pallas_kernels.interface import ConvGeometry, Kernels, Passes, matmul_geometry
+from pallas_kernels.kernel_index import KernelIndex
 from pallas_kernels.tiles import KernelTiles
 
 
 @functools.lru_cache(maxsize=256)  # equal arguments give the same object, so nothing recompiles
-def _kernels(implementation: str, tiles: KernelTiles | None) -> Kernels:
-    """The kernels of an implementation; those of a GPU are imported when they are first used."""
-    if implementation == "pallas":
-        from pallas_kernels.pallas_gpu import pallas_kernels
+def _kernels_of(passes: Passes, tiles: KernelTiles | None, feature_major: bool) -> Kernels:
+    """The kernels of each pass, of the implementations named."""
+    named = {name: _implementation(name, tiles, feature_major) for name in passes}
+    return Kernels(*(getattr(named[name], of) for of, name in passes._asdict().items()))
 
-        return pallas_kernels() if tiles is None else pallas_kernels(tiles)
-    if implementation == "triton":
-        from pallas_kernels.triton_gpu import triton_kernels
 
-        return triton_kernels(tiles)
-    return {"xla": XLA, "reference": REFERENCE}[implementation]
+def _implementation(name: str, tiles: KernelTiles | None, feature_major: bool) -> Kernels:
+    """Those of a GPU, and the specification, are imported when they are first asked for."""
+    if name == "xla":
+        return XLA
+    if name == "dense":
+        return dense_kernels(feature_major=feature_major)
+    if name == "reference":
+        return importlib.import_module("pallas_kernels.reference").REFERENCE
+    module = importlib.import_module(f"pallas_kernels.{name}_gpu")
+    return getattr(module, f"{name}_kernels")(**({} if tiles is None else {"tiles": tiles}))
 
 
 def _check(
@@ -41,6 +48,7 @@ def _check(
     layout: BlockLayout,
     geometry: ConvGeometry,
     bias: jax.Array | None,
+    kernel_index: KernelIndex | None,
 ) -> None:
     # A wrong index reads foreign memory on a GPU. Traced ones cannot be looked at; those of a train state were checked
     # when it was restored, or come from this library.
@@ -58,18 +66,19 @@ def _check(
             f"x has {x.shape[channel_axis]} input channels and the kernel {geometry.kernel_size} taps, but the layout "
             f"has {layout.shape[1]} columns (kernel height * width * channels)."
         )
+    rows = None if kernel_index is None else kernel_index.row_place
+    groups = None if kernel_index is None else kernel_index.block_group
+    if (rows is not None and rows.size != layout.out_idx.size) or (
+        groups is not None and groups.shape != (layout.num_blocks,)
+    ):
+        raise ValueError(
+            "kernel_index does not belong to the layout; pass both of one node, or None to derive it in the call."
+        )
     if bias is not None and bias.shape != layout.shape[:1]:
         raise ValueError(
             f"bias has shape {bias.shape}, but the layout has {layout.shape[0]} outputs; pass bias[{layout.shape[0]}], "
             "one number for each output in their own order, or None."
         )
-
-
-def _forward(
-    product: Product, x: jax.Array, blocks: jax.Array, layout: BlockLayout, bias: jax.Array | None
-) -> jax.Array:
-    """The product by kernels of x[N, H, W, C]."""
-    return vjp.forward(product, x.transpose(3, 1, 2, 0), blocks, layout.index, bias).transpose(3, 1, 2, 0)
 
 
 def sparse_conv(
@@ -82,11 +91,12 @@ def sparse_conv(
     implementation: str | Choice = "auto",
     feature_major: bool = False,
     precision: lax.PrecisionLike = None,
+    kernel_index: KernelIndex | None = None,
+    path: tuple[str, ...] | None = None,
 ) -> Float[Array, "N OH OW out"]:
     """2-D convolution with shuffled-block weights.
 
-    Derivatives in reverse mode are of any order. Forward mode (`jax.jvp`, `jax.linearize`, `jax.hessian`) works with
-    "dense"; with any other implementation it ends in jax's TypeError about `custom_vjp`.
+    Derivatives are of any order, forward and in reverse, with every implementation.
 
     Args:
       x: [N, H, W, C], or [C, H, W, N] if `feature_major`.
@@ -97,6 +107,8 @@ def sparse_conv(
       implementation: "auto", "pallas", "triton", "xla", "dense" or "reference", or what `dsb_jax.ops.choose` gave.
       feature_major: activations come and go as [C, H, W, N], the form the kernels use, without a transpose.
       precision: as in `jax.lax.dot`.
+      kernel_index: of the same layout, as its node carries it; None derives in the call what the products need.
+      path: of the layer, under which `dsb_jax.ops.record_choices` notes what was chosen.
 
     Returns:
       [N, OH, OW, out], or [out, OH, OW, N] if `feature_major`, in x's dtype.
@@ -105,7 +117,7 @@ def sparse_conv(
       ValueError: if shapes do not fit or the implementation is unknown.
       NotImplementedError: if the implementation asked for cannot serve the layer here.
     """
-    _check(x, 0 if feature_major else 3, blocks, layout, geometry, bias)
+    _check(x, 0 if feature_major else 3, blocks, layout, geometry, bias, kernel_index)
     height, width = x.shape[1:3]
     batch = x.shape[3 if feature_major else 0]
     choice = choose(
@@ -117,15 +129,19 @@ def sparse_conv(
         dtype=x.dtype,
         precision=precision,
     )
-    if choice.implementation == "dense" or batch == 0:  # nothing to tile
-        return dense_conv(
-            x, blocks, layout, geometry=geometry, bias=bias, feature_major=feature_major, precision=precision
-        )
-    kernels = _kernels(choice.implementation, choice.tiles)
-    product = Product(kernels, geometry, layout.shape[0], (height, width), precision)
-    if feature_major:
-        return vjp.forward(product, x, blocks, layout.index, bias)
-    return _forward(product, x, blocks, layout, bias)
+    if path is not None:
+        out_positions = math.prod(geometry.output_size(height, width)) * batch
+        record(path, choice, 0 if (height, width) == (1, 1) else x.size + layout.shape[0] * out_positions)
+    passes = choice.passes if batch > 0 else Passes("dense", "dense", "dense")  # nothing to tile
+    is_dense = set(passes) == {"dense"}  # which takes either order of activations
+    kernels = _kernels_of(passes, choice.tiles, feature_major or not is_dense)
+    product = Product(
+        kernels, geometry, layout.shape[0], (height, width), precision, feature_major=feature_major or not is_dense
+    )
+    index = layout.index._replace(derived=kernel_index)
+    if feature_major or is_dense:
+        return primitive.forward(product, x, blocks, index, bias)
+    return primitive.forward(product, x.transpose(3, 1, 2, 0), blocks, index, bias).transpose(3, 1, 2, 0)
 
 
 def sparse_matmul(
@@ -137,31 +153,19 @@ def sparse_matmul(
     implementation: str | Choice = "auto",
     feature_major: bool = False,
     precision: lax.PrecisionLike = None,
+    kernel_index: KernelIndex | None = None,
+    path: tuple[str, ...] | None = None,
 ) -> Float[Array, "... out"]:
     """`x @ W^T + bias` with shuffled-block weights: [..., in] -> [..., out], [in, N] -> [out, N] if `feature_major`.
 
     Arguments, derivatives and errors as in `sparse_conv`.
     """
     geometry = matmul_geometry(layout.shape[1])
+    options = {
+        "geometry": geometry, "bias": bias, "implementation": implementation, "feature_major": feature_major,
+        "precision": precision, "kernel_index": kernel_index, "path": path,
+    }  # fmt: skip
     if feature_major:
-        y = sparse_conv(
-            x[:, None, None, :],
-            blocks,
-            layout,
-            geometry=geometry,
-            bias=bias,
-            implementation=implementation,
-            feature_major=True,
-            precision=precision,
-        )
-        return y.reshape(y.shape[0], y.shape[3])
-    _check(x, -1, blocks, layout, geometry, bias)
-    batch = math.prod(x.shape[:-1])
-    choice = choose(
-        implementation, layout, geometry=geometry, input_size=(1, 1), batch=batch, dtype=x.dtype, precision=precision
-    )
-    if choice.implementation == "dense" or batch == 0:  # nothing to tile
-        return dense_matmul(x, blocks, layout, bias=bias, precision=precision)
-    product = Product(_kernels(choice.implementation, choice.tiles), geometry, layout.shape[0], (1, 1), precision)
-    y = _forward(product, x.reshape(batch, 1, 1, x.shape[-1]), blocks, layout, bias)
-    return y.reshape(*x.shape[:-1], layout.shape[0])
+        return sparse_conv(x[:, None, None, :], blocks, layout, **options)[:, 0, 0, :]
+    y = sparse_conv(x.reshape(math.prod(x.shape[:-1]), 1, 1, x.shape[-1]), blocks, layout, **options)
+    return y.reshape(*x.shape[:-1], y.shape[-1])

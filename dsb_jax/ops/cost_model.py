@@ -1,9 +1,8 @@
-"""What a training step of one layer costs with the sparse product, as a share of unpack-then-dense.
+"""What each pass of a layer costs with the sparse product, as a share of unpack-then-dense, from static sizes alone.
 
-Both models count what forward, input gradient and weight gradient do, from static sizes alone. The one for CPUs is
-fitted to measured layers; only ratios matter, so it carries over to CPUs with another clock. The one for GPUs is a
-roofline of estimates that no measurement has seen yet: `python -m experiments.tune` writes what is measured, and
-"auto" believes that first.
+The model for CPUs is fitted to measured layers, forward and backward together, so that its three passes have one ratio;
+only ratios matter, so it carries over to CPUs with another clock. The one for GPUs is a roofline of estimates that no
+measurement has seen yet: `python -m experiments.tune` writes what is measured, and "auto" believes that first.
 """
 
 import dataclasses
@@ -13,6 +12,8 @@ import re
 import jax.numpy as jnp
 
 from dsb_jax.ops.layer_call import LayerCall
+from pallas_kernels.interface import Passes
+from pallas_kernels.tiles import weight_gradient_columns
 
 # Nanoseconds for forward and backward together, fitted by least squares of the logarithms to 98 times of 14 layers
 # (64 channels at 32x32 to a 512x512 linear layer, strides 1 and 2, batch 128, float32; densities 0.1, 0.2, 0.5; 16x16
@@ -63,7 +64,7 @@ class DeviceFacts:
       half: tensor-core peak of bfloat16 and float16, accumulating in float32.
       tf32: tensor-core peak of float32 operands at default precision.
       cache: bandwidth of the L2 cache; an estimate, vendors do not tell it.
-      memory: bandwidth of device memory.
+      memory: bandwidth of device memory that a copy reaches; an estimate from the vendor's peak.
     """
 
     half: float
@@ -77,20 +78,23 @@ _DEVICES = (
     (r"\bA100\b", DeviceFacts(half=312e12, tf32=156e12, cache=4.0e12, memory=1.6e12)),
     (r"\bL4\b", DeviceFacts(half=121e12, tf32=60e12, cache=1.3e12, memory=0.3e12)),
     (r"\bRTX 4090\b", DeviceFacts(half=165e12, tf32=83e12, cache=4.5e12, memory=1.0e12)),
-    (r"\bH100\b", DeviceFacts(half=989e12, tf32=495e12, cache=5.5e12, memory=3.35e12)),
-    (r"\bH200\b", DeviceFacts(half=989e12, tf32=495e12, cache=5.5e12, memory=4.8e12)),
+    (r"\bH100\b", DeviceFacts(half=989e12, tf32=495e12, cache=5.5e12, memory=3.0e12)),
+    (r"\bH200\b", DeviceFacts(half=989e12, tf32=495e12, cache=5.5e12, memory=4.3e12)),
 )
 # Without tensor cores that take bfloat16, and without asynchronous copies, the kernels have nothing to offer.
 _BEFORE_AMPERE = r"\b(V100|P100|P40|P4|T4|GTX|TITAN|RTX 20[678]0|Quadro RTX)\b"
 
-# Estimates, all of them: shares of the peak that products reach, and what a kernel costs before it begins.
+# Estimates, all of them. The peak's shares that products reach; what XLA's dense convolutions of CIFAR size reach is the
+# one on which every ratio hangs.
 _DENSE_MATMUL_SHARE = 0.8
-_DENSE_CONV_SHARE = 0.35  # of CIFAR size; an ImageNet stage does better
-_SPARSE_SHARE = 0.5
-_LAUNCH = 3e-6  # seconds
-_DENSE_LAUNCHES = 11  # three products, four to unpack, four to pack the gradient
-_SPARSE_LAUNCHES = 12  # three products, the sum over entries, and the inverse index, which takes a sort
-_UNPACK_PASSES = 12  # reads and writes of a dense kernel: zeros, scatter, permutation, and the same backwards
+_DENSE_CONV_SHARE = 0.43
+_SPARSE_SHARE = 0.62  # mma.sync
+_OF_BOUND = 0.85  # what a kernel reaches of the rate that bounds it
+_LAUNCH = 2e-6  # seconds
+_TILE = 128  # positions of a program: a panel is read again by each
+_LAUNCHES = Passes(1, 2, 2)  # of the sparse product: one kernel, scatter and collect, kernel and sum over its splits
+_UNPACK_LAUNCHES = 3  # zeros, blocks into them, permutation; a gradient takes as many
+_UNPACK_PASSES = 3  # reads and writes of a dense kernel for that
 
 
 def device_facts(device_kind: str) -> DeviceFacts | None:
@@ -100,24 +104,48 @@ def device_facts(device_kind: str) -> DeviceFacts | None:
     return next((facts for pattern, facts in _DEVICES if re.search(pattern, device_kind)), GENERIC)
 
 
-def gpu_time_ratio(layer: LayerCall, facts: DeviceFacts) -> float:
-    """Predicted training-step time of the GPU kernels over that of the dense fallback: a roofline for each pass.
+def gpu_sparse_seconds(layer: LayerCall, facts: DeviceFacts) -> Passes:
+    """Predicted seconds of each pass of the GPU kernels: the largest of its bounds.
 
-    The forward pass and the weight gradient gather `columns` rows through L2: 2 bytes in bfloat16 for 2R operations.
-    The input gradient writes a scratch array of the same size to memory and reads it again.
+    Through L2 go, for each operation, 1/R elements of gathered rows and 1/128 of the panel (forward), or 1/R and one
+    over the columns of a program (weight gradient, whose programs read dY again). The input gradient writes a scratch
+    array of one element for each panel column and position to memory, and reads it again.
     """
     itemsize = jnp.dtype(layer.dtype).itemsize
     peak = facts.half if itemsize == 2 else facts.tf32
-    through_memory = _activations(layer) * itemsize / facts.memory
-    weights, positions, columns = layer.spec.size, layer.positions, _columns(layer)
+    rows, columns = layer.spec.block_shape[0], _columns(layer)
+    operations = 2 * columns * rows * layer.positions
+    width = weight_gradient_columns(rows, columns / layer.spec.num_groups, itemsize)
+    memory = _activations(layer) * itemsize / facts.memory
+    product = operations / (_SPARSE_SHARE * peak)
+    # An operation reads half an element of each kind: it is a multiplication and an addition.
+    gathered = operations * itemsize / 2 / facts.cache
+    scratch = 2 * columns * layer.positions * itemsize / facts.memory
+    bounds = Passes(
+        max(gathered * (1 / rows + 1 / _TILE), product, memory),
+        max(gathered * (1 / rows + 1 / _TILE), product, memory + scratch),
+        max(gathered * (1 / rows + 1 / width), product, memory),
+    )
+    return Passes(*(b / _OF_BOUND + n * _LAUNCH for b, n in zip(bounds, _LAUNCHES, strict=True)))
 
+
+def gpu_dense_seconds(layer: LayerCall, facts: DeviceFacts) -> Passes:
+    """Predicted seconds of each pass of unpack-then-dense: those of the dense product, and what unpacking adds."""
+    itemsize = jnp.dtype(layer.dtype).itemsize
+    peak = facts.half if itemsize == 2 else facts.tf32
     share = _DENSE_MATMUL_SHARE if layer.is_linear else _DENSE_CONV_SHARE
-    dense = 3 * max(2 * weights * positions / (share * peak), through_memory)
-    dense += _UNPACK_PASSES * weights * itemsize / facts.memory + _DENSE_LAUNCHES * _LAUNCH
+    product = 2 * layer.spec.size * layer.positions / (share * peak)
+    memory = _activations(layer) * itemsize / facts.memory / _OF_BOUND
+    unpack = _UNPACK_PASSES * layer.spec.size * itemsize / facts.memory + _UNPACK_LAUNCHES * _LAUNCH
+    return Passes(*[max(product, memory) + _LAUNCH + unpack] * 3)
 
-    gathered = columns * positions * itemsize
-    product = 2 * columns * layer.spec.block_shape[0] * positions / (_SPARSE_SHARE * peak)
-    gathering_pass = max(gathered / facts.cache, product, through_memory)
-    scratch_pass = max(product, 2 * gathered / facts.memory + through_memory)
-    sparse = 2 * gathering_pass + scratch_pass + _SPARSE_LAUNCHES * _LAUNCH
-    return sparse / dense
+
+def predicted_ratios(layer: LayerCall, backend: str, device_kind: str) -> Passes | None:
+    """Predicted time of each pass of the sparse product over that of unpack-then-dense; None without a model."""
+    if backend == "cpu":
+        return Passes(*[cpu_time_ratio(layer)] * 3)
+    facts = device_facts(device_kind) if backend == "gpu" else None
+    if facts is None:
+        return None
+    pairs = zip(gpu_sparse_seconds(layer, facts), gpu_dense_seconds(layer, facts), strict=True)
+    return Passes(*(sparse / dense for sparse, dense in pairs))

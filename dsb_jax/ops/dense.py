@@ -1,122 +1,172 @@
 """The dense product: unpack the blocks into an ordinary kernel and let XLA do the rest.
 
-Compute is dense, storage stays sparse: the kernel and its gradient live for the duration of one layer. Both
+Compute is dense, storage stays sparse: the kernel and its gradient live for the duration of one pass of one layer. Both
 directions move rows of R weights (those of a group lie side by side in the grouped order) and then permute whole
 columns, which on a CPU is many times faster than scattering single weights. Where the output is much smaller than the
-kernel, it is the output that gets permuted.
-
-Both steps are made of operations whose derivatives jax knows, in forward and in reverse mode, and whose transposes
-are gathers again.
+kernel, it is the output that gets permuted. The gradient leaves as blocks: what is summed over devices is packed.
 """
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsb_jax.layout import BlockLayout, block_group, row_places
 from dsb_jax.ops.convolution import add_bias, convolve
-from pallas_kernels.interface import ConvGeometry
+from pallas_kernels.interface import ConvGeometry, Index, Kernels, matmul_geometry
+from pallas_kernels.kernel_index import block_group, row_place
 
 
-def _row_starts(layout: BlockLayout) -> jax.Array:
+class _Order(NamedTuple):
+    """How activations lie: feature-major `[C, H, W, N]`, or `[N, H, W, C]`."""
+
+    feature_major: bool
+
+    @property
+    def features(self) -> int:
+        return 0 if self.feature_major else 3
+
+    @property
+    def batch(self) -> int:
+        return 3 if self.feature_major else 0
+
+
+def _row_starts(index: Index) -> jax.Array:
     """int32[num_blocks, C, 2]: where the R weights of each block column begin in `[in, num_groups * R]`."""
-    first = jnp.broadcast_to(block_group(layout)[:, None] * layout.block_shape[0], layout.in_idx.shape)
-    return jnp.stack([layout.in_idx.astype(jnp.int32), first], axis=-1)
+    first = jnp.broadcast_to(block_group(index)[:, None] * index.out_idx.shape[1], index.in_idx.shape)
+    return jnp.stack([index.in_idx.astype(jnp.int32), first], axis=-1)
 
 
-def unpack_grouped(blocks: jax.Array, layout: BlockLayout) -> jax.Array:
-    """blocks[num_blocks, R, C] -> [in, num_groups * R], output features in the order of the groups; zero elsewhere.
-
-    The transpose is a gather of rows of R weights.
-    """
-    grouped = jnp.zeros((layout.shape[1], layout.num_groups * layout.block_shape[0]), blocks.dtype)
+def unpack_grouped(blocks: jax.Array, index: Index, in_features: int) -> jax.Array:
+    """blocks[num_blocks, R, C] -> [in, num_groups * R], outputs in the order of the groups; zero elsewhere."""
+    grouped = jnp.zeros((in_features, index.out_idx.size), blocks.dtype)
     numbers = lax.ScatterDimensionNumbers(
         update_window_dims=(2,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1)
     )
     return lax.scatter(
-        grouped, _row_starts(layout), blocks.transpose(0, 2, 1), numbers, unique_indices=True, mode="promise_in_bounds"
+        grouped, _row_starts(index), blocks.transpose(0, 2, 1), numbers, unique_indices=True, mode="promise_in_bounds"
     )
 
 
-def to_output_order(grouped: jax.Array, layout: BlockLayout, axis: int) -> jax.Array:
-    """Output features along `axis` from the order of the groups (num_groups * R of them) to their own (out)."""
-    ordered = _permute(grouped, row_places(layout.out_idx), layout.out_idx.reshape(-1), axis)
-    return lax.slice_in_dim(ordered, 0, layout.shape[0], axis=axis)
+def pack_grouped(grouped: jax.Array, index: Index) -> jax.Array:
+    """The transpose of `unpack_grouped`: a gather of rows of R weights."""
+    numbers = lax.GatherDimensionNumbers(offset_dims=(2,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
+    sizes = (1, index.out_idx.shape[1])
+    rows = lax.gather(grouped, _row_starts(index), numbers, sizes, mode="promise_in_bounds")
+    return rows.transpose(0, 2, 1)
 
 
-def _permute(values: jax.Array, order: jax.Array, inverse: jax.Array, axis: int) -> jax.Array:
-    """`values` in another order along `axis`, with a gather for its transpose, too.
-
-    What jax would derive is a scatter, many times slower. A permutation is the solution of a linear system whose
-    matrix is the inverse permutation: so jax is told the transpose, and knows what follows from it.
-    """
-
-    def take(idx: jax.Array, values: jax.Array) -> jax.Array:
-        return values.at[(slice(None),) * axis + (idx,)].get(mode="promise_in_bounds")
-
-    # Constants of a solve must differ from device to device as its values do: `shard_map` checks that.
-    order, inverse = (idx + jnp.zeros_like(values, jnp.int32, shape=()) for idx in (order, inverse))
-    return lax.custom_linear_solve(
-        functools.partial(take, inverse),
-        values,
-        solve=lambda _, right: take(order, right),
-        transpose_solve=lambda _, right: take(inverse, right),
-    )
+def to_output_order(grouped: jax.Array, index: Index, out: int, axis: int) -> jax.Array:
+    """Outputs along `axis` from the order of the groups (num_groups * R of them) to their own (out)."""
+    at = (slice(None),) * axis + (row_place(index)[:out],)
+    return grouped.at[at].get(mode="promise_in_bounds")
 
 
-def _permutes_output(positions: int, layout: BlockLayout) -> bool:
+def to_group_order(values: jax.Array, index: Index, axis: int) -> jax.Array:
+    """The transpose of `to_output_order`; phantom rows are zero."""
+    at = (slice(None),) * axis + (index.out_idx.reshape(-1),)
+    if index.out_idx.size == values.shape[axis]:
+        return values.at[at].get(mode="promise_in_bounds")
+    return values.at[at].get(mode="fill", fill_value=0)
+
+
+def _permutes_output(positions: int, in_features: int) -> bool:
     """Whether to bring the output into order rather than the kernel, because it is much smaller.
 
     On a CPU, forward and backward of 512x512x3x3 took 54 instead of 69 ms at 2x2 positions and batch 128, 163 instead
     of 169 ms at 4x4; at equal sizes (512x256x3x3 at 4x4) the kernel is the better one, 82 against 92 ms.
     """
-    return 2 * positions <= layout.shape[1]
+    return 2 * positions <= in_features
 
 
-def dense_conv(
-    x: jax.Array,
-    blocks: jax.Array,
-    layout: BlockLayout,
-    *,
-    geometry: ConvGeometry,
-    feature_major: bool,
-    bias: jax.Array | None = None,
-    precision: lax.PrecisionLike = None,
+def _product(
+    x: jax.Array, kernel: jax.Array, geometry: ConvGeometry, order: _Order, precision: lax.PrecisionLike
 ) -> jax.Array:
-    """The product by unpacking: x is NHWC, or CHWN if `feature_major`; the result likewise."""
-    positions = x.shape[3 if feature_major else 0] * math.prod(geometry.output_size(*x.shape[1:3]))
-    features = 0 if feature_major else 3
-    grouped = unpack_grouped(blocks, layout)
-    if _permutes_output(positions, layout):
-        y = to_output_order(_convolve(x, grouped, geometry, feature_major, precision), layout, features)
-    else:
-        y = _convolve(x, to_output_order(grouped, layout, 1), geometry, feature_major, precision)
-    return add_bias(y, bias, features)
+    """x by the flattened kernel[in, features]; linear in both."""
+    if geometry == matmul_geometry(geometry.in_channels) and x.shape[1:3] == (1, 1):
+        form = "chwn,co->ohwn" if order.feature_major else "nhwc,co->nhwo"
+        return jnp.einsum(form, x, kernel, precision=precision)
+    kernel = kernel.reshape(*geometry.kernel_size, geometry.in_channels, -1)
+    return convolve(x, kernel, geometry=geometry, feature_major=order.feature_major, precision=precision)
 
 
-def _convolve(
-    x: jax.Array, kernel: jax.Array, geometry: ConvGeometry, feature_major: bool, precision: lax.PrecisionLike
-) -> jax.Array:
-    kernel = kernel.reshape(*geometry.kernel_size, geometry.in_channels, -1).astype(x.dtype)
-    return convolve(x, kernel, geometry=geometry, feature_major=feature_major, precision=precision)
+def _transposed(product: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], d: jax.Array) -> jax.Array:
+    """The transpose of a product that is linear in an array of `shape`, at d; in d's dtype."""
+    (result,) = jax.linear_transpose(product, jax.ShapeDtypeStruct(shape, d.dtype))(d)
+    return result
 
 
-def dense_matmul(
-    x: jax.Array,
-    blocks: jax.Array,
-    layout: BlockLayout,
-    *,
-    bias: jax.Array | None = None,
-    precision: lax.PrecisionLike = None,
-) -> jax.Array:
-    """x[..., in] -> y[..., out] by unpacking."""
-    features = x.ndim - 1
-    grouped = unpack_grouped(blocks, layout)
-    if _permutes_output(math.prod(x.shape[:-1]), layout):
-        y = to_output_order(jnp.dot(x, grouped.astype(x.dtype), precision=precision), layout, features)
-    else:
-        y = jnp.dot(x, to_output_order(grouped, layout, 1).astype(x.dtype), precision=precision)
-    return add_bias(y, bias, features)
+@functools.cache  # one object for each order, so nothing recompiles
+def dense_kernels(*, feature_major: bool) -> Kernels:
+    """The dense product, in the form of `Kernels`.
+
+    Args:
+      feature_major: whether activations are [C, H, W, N], as those of all other implementations; else [N, H, W, C].
+    """
+    order = _Order(feature_major)
+
+    def count(size: tuple[int, int], geometry: ConvGeometry, activations: jax.Array) -> int:
+        return activations.shape[order.batch] * math.prod(geometry.output_size(*size))
+
+    def forward(
+        x: jax.Array,
+        blocks: jax.Array,
+        index: Index,
+        *,
+        out: int,
+        geometry: ConvGeometry,
+        precision: lax.PrecisionLike = None,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
+        kernel = unpack_grouped(blocks, index, geometry.in_features)
+        if _permutes_output(count(x.shape[1:3], geometry, x), geometry.in_features):
+            y = _product(x, kernel.astype(x.dtype), geometry, order, precision)
+            y = to_output_order(y, index, out, order.features)
+        else:
+            kernel = to_output_order(kernel, index, out, 1).astype(x.dtype)
+            y = _product(x, kernel, geometry, order, precision)
+        return add_bias(y, bias, order.features)
+
+    def input_gradient(
+        dy: jax.Array,
+        blocks: jax.Array,
+        index: Index,
+        *,
+        geometry: ConvGeometry,
+        input_size: tuple[int, int],
+        precision: lax.PrecisionLike = None,
+    ) -> jax.Array:
+        out, batch = dy.shape[order.features], dy.shape[order.batch]
+        kernel = unpack_grouped(blocks, index, geometry.in_features)
+        if _permutes_output(count(input_size, geometry, dy), geometry.in_features):
+            dy = to_group_order(dy, index, order.features)
+        else:
+            kernel = to_output_order(kernel, index, out, 1)
+        kernel = kernel.astype(dy.dtype)
+        ends = (geometry.in_channels, batch)
+        shape = (ends[0], *input_size, ends[1]) if feature_major else (ends[1], *input_size, ends[0])
+        return _transposed(lambda x: _product(x, kernel, geometry, order, precision), shape, dy)
+
+    def weight_gradient(
+        x: jax.Array,
+        dy: jax.Array,
+        index: Index,
+        *,
+        geometry: ConvGeometry,
+        dtype: jnp.dtype,
+        precision: lax.PrecisionLike = None,
+    ) -> jax.Array:
+        dy = dy.astype(x.dtype)
+        permutes_output = _permutes_output(count(x.shape[1:3], geometry, x), geometry.in_features)
+        if permutes_output:
+            dy = to_group_order(dy, index, order.features)
+        shape = geometry.in_features, dy.shape[order.features]
+        gradient = _transposed(lambda kernel: _product(x, kernel, geometry, order, precision), shape, dy)
+        if not permutes_output:
+            gradient = to_group_order(gradient, index, 1)
+        return pack_grouped(gradient, index).astype(dtype)
+
+    return Kernels(forward, input_gradient, weight_gradient)

@@ -1,4 +1,4 @@
-"""Which implementation computes a layer, and why: an explicit name, or "auto" by measurement or by a cost model.
+"""What computes each pass of a layer, and why: an explicit name, or "auto" by measurement or by a cost model.
 
     xla         shuffled-block product in plain XLA, fast on a CPU
     pallas      GPU kernels in Pallas
@@ -6,9 +6,11 @@
     dense       unpack, then XLA's dense product; serves everything everywhere
     reference   the readable specification, slow
 
-"auto" looks a layer up in the tuned tables (`dsb_jax.ops.tuning`), takes the fastest implementation that serves it, and
-falls back on the cost model (`dsb_jax.ops.cost_model`) for layers that nothing near was measured of. All of it is plain
-Python on static sizes, while a model is traced.
+"auto" decides for forward, input gradient and weight gradient, whose bounds differ, each by itself. It looks the layer
+up in the tuned tables (`dsb_jax.ops.tuning`), takes the fastest implementation that serves it, and falls back on the
+cost model (`dsb_jax.ops.cost_model`) for layers that nothing near was measured of. All of it is plain Python on static
+sizes, while a model is traced; but the first time that a GPU kernel would be taken on a device, the kernel is checked
+there (`dsb_jax.ops.self_check`), and one that fails is not taken.
 """
 
 import contextlib
@@ -16,17 +18,17 @@ import contextvars
 import dataclasses
 import importlib.util
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from jax import lax
 
 from dsb_jax.layout import BlockLayout
-from dsb_jax.ops import tuning
-from dsb_jax.ops.cost_model import cpu_time_ratio, device_facts, gpu_time_ratio
+from dsb_jax.ops import self_check, tuning
+from dsb_jax.ops.cost_model import predicted_ratios
 from dsb_jax.ops.layer_call import LayerCall
 from pallas_kernels import limits
-from pallas_kernels.interface import ConvGeometry
+from pallas_kernels.interface import ConvGeometry, Passes
 from pallas_kernels.tiles import KernelTiles
 
 Implementation = Literal["auto", "xla", "dense", "reference", "pallas", "triton"]
@@ -44,36 +46,77 @@ class Choice:
     """What computes a layer.
 
     Attributes:
-      implementation: its name, never "auto".
+      forward, input_gradient, weight_gradient: names of implementations, never "auto".
       reason: in a few words.
       tiles: tile sizes of the GPU kernels; None for their defaults, and for all other implementations.
       elements: of the layer's input and output, filled in by what records the choice.
     """
 
-    implementation: str
+    forward: str
+    input_gradient: str
+    weight_gradient: str
     reason: str
     tiles: KernelTiles | None = None
     elements: int = dataclasses.field(default=0, compare=False)
 
     def __post_init__(self) -> None:
-        check_implementation(self.implementation)
-        if self.implementation == "auto":
-            raise ValueError('implementation="auto" is no choice; dsb_jax.ops.choose makes one of it.')
+        for name in self.passes:
+            check_implementation(name)
+            if name == "auto":
+                raise ValueError('implementation="auto" is no choice; dsb_jax.ops.choose makes one of it.')
+
+    @classmethod
+    def all(cls, implementation: str, reason: str, tiles: KernelTiles | None = None) -> "Choice":
+        """One implementation for the three passes."""
+        return cls(implementation, implementation, implementation, reason, tiles)
+
+    @property
+    def passes(self) -> Passes:
+        """The name of each pass' implementation."""
+        return Passes(self.forward, self.input_gradient, self.weight_gradient)
+
+    @property
+    def implementation(self) -> str:
+        """One name if it is the same for all passes, else such as "pallas, dense input gradient"."""
+        passes = self.passes
+        first = next((name for name in passes if name != "dense"), "dense")
+        others = [f"{name} {of.replace('_', ' ')}" for of, name in passes._asdict().items() if name != first]
+        return ", ".join([first, *others])
+
+
+class Target(NamedTuple):
+    """What a program is compiled for: a backend of jax and the name of a device."""
+
+    backend: str
+    device_kind: str
 
 
 _recorder: contextvars.ContextVar[dict[tuple[str, ...], Choice] | None] = contextvars.ContextVar(
     "recorder", default=None
 )
-
-
 _without_tables: contextvars.ContextVar[bool] = contextvars.ContextVar("without_tables", default=False)
+_target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(backend: str, device_kind: str) -> Iterator[None]:
+    """Inside, "auto" chooses for a device that need not be here; its kernels cannot be checked and are believed.
+
+        with compiling_for("gpu", "NVIDIA H200"):
+            compiled = compile_for("H200", train_step, ...)
+    """
+    token = _target.set(Target(backend, device_kind))
+    try:
+        yield
+    finally:
+        _target.reset(token)
 
 
 @contextlib.contextmanager
 def record_choices(*, tuned: bool = True) -> Iterator[dict[tuple[str, ...], Choice]]:
     """Collects what is chosen for each layer (by its path) while a model is traced inside the context.
 
-    With `tuned=False` the cost model alone decides there, whatever was measured on this machine.
+    With `tuned=False` the cost model alone decides there, whatever was measured or checked on this machine.
     """
     choices: dict[tuple[str, ...], Choice] = {}
     tokens = _recorder.set(choices), _without_tables.set(not tuned)
@@ -89,7 +132,7 @@ def _lookup(layer: LayerCall, device_kind: str) -> tuning.Found | None:
 
 
 def record(path: tuple[str, ...], choice: Choice, elements: int = 0) -> None:
-    """Called by a module while it is traced; does nothing outside of `record_choices`."""
+    """Called while a layer is traced; does nothing outside of `record_choices`."""
     if (choices := _recorder.get()) is not None:
         choices[path] = dataclasses.replace(choice, elements=elements)
 
@@ -101,9 +144,13 @@ def check_implementation(implementation: str) -> None:
 
 
 def unsupported_reason(
-    implementation: str, layer: LayerCall, backend: str, precision: lax.PrecisionLike = None
+    implementation: str,
+    layer: LayerCall,
+    backend: str,
+    precision: lax.PrecisionLike = None,
+    passes: tuple[str, ...] = Passes._fields,
 ) -> str | None:
-    """Why an implementation cannot compute a layer on a backend of jax, with the cure; None if it can.
+    """Why an implementation cannot compute these passes of a layer on a backend of jax, with the cure; None if it can.
 
     Raises:
       ValueError: if the layer's kernel does not fit its input.
@@ -116,10 +163,14 @@ def unsupported_reason(
     if implementation == "triton" and missing:
         return f"{missing[-1]} is not installed; pip install '.[triton]', or use pallas"
     spec = layer.spec
-    limit = limits.unsupported_reason(
-        layer.dtype, spec.block_shape, spec.shape, layer.geometry, layer.input_size, layer.batch, precision
-    )
-    return limit and f"{limit}; use auto or dense"
+    for name in passes:
+        limit = limits.unsupported_reason(
+            layer.dtype, spec.block_shape, spec.num_blocks, spec.shape, layer.geometry, layer.input_size, layer.batch,
+            precision, name,
+        )  # fmt: skip
+        if limit is not None:
+            return f"{limit}; use auto or dense"
+    return None
 
 
 def choose(
@@ -144,8 +195,8 @@ def choose(
       batch: N.
       dtype: of activations and blocks.
       precision: of the products, as in `jax.lax.dot`.
-      backend: "cpu", "gpu", ...; by default that of this process.
-      device_kind: the device's name, such as "NVIDIA H200"; by default that of this process' first device.
+      backend: "cpu", "gpu", ...; by default that of `compiling_for`, else of this process.
+      device_kind: the device's name, such as "NVIDIA H200"; by default likewise.
 
     Raises:
       ValueError: if the name is unknown, or a tuned table is broken.
@@ -155,9 +206,9 @@ def choose(
         return implementation
     check_implementation(implementation)
     if implementation not in ("auto", *GPU_KERNELS):
-        return Choice(implementation, "asked for")
+        return Choice.all(implementation, "asked for")
     if implementation == "auto" and batch == 0:
-        return Choice("dense", "an empty batch")
+        return Choice.all("dense", "an empty batch")
     layer = LayerCall.of(
         layout.shape[0],
         geometry,
@@ -167,73 +218,100 @@ def choose(
         batch=batch,
         dtype=dtype,
     )
-    if backend is None:
-        backend = jax.default_backend()
-        device_kind = device_kind or jax.devices()[0].device_kind
-    device_kind = device_kind or ("cpu" if backend == "cpu" else "an unknown device")
+    target, is_here = _find_target(backend, device_kind)
     if implementation == "auto":
-        return _choose(layer, backend, device_kind, precision)
-    if reason := unsupported_reason(implementation, layer, backend, precision):
+        choice = _choose(layer, target, precision)
+        return _checked(choice, layer, target, precision) if is_here else choice
+    if reason := unsupported_reason(implementation, layer, target.backend, precision):
         raise NotImplementedError(f"implementation={implementation!r} cannot compute a layer of {layer}: {reason}.")
-    return Choice(implementation, "asked for", _tuned_tiles(implementation, layer, device_kind))
+    return Choice.all(implementation, "asked for", _tuned_tiles(implementation, layer, target.device_kind))
 
 
-def predicted_time_ratio(layer: LayerCall, backend: str, device_kind: str) -> float | None:
-    """Predicted training-step time of the sparse product over that of the dense fallback; None without a model."""
-    if backend == "cpu":
-        return cpu_time_ratio(layer)
-    facts = device_facts(device_kind) if backend == "gpu" else None
-    return None if facts is None else gpu_time_ratio(layer, facts)
+def _find_target(backend: str | None, device_kind: str | None) -> tuple[Target, bool]:
+    """What to choose for, and whether that is the device of this process."""
+    if backend is not None:
+        return Target(backend, device_kind or ("cpu" if backend == "cpu" else "an unknown device")), False
+    if (given := _target.get()) is not None:
+        return given, False
+    return Target(jax.default_backend(), device_kind or jax.local_devices()[0].device_kind), True
 
 
-def _choose(layer: LayerCall, backend: str, device_kind: str, precision: lax.PrecisionLike) -> Choice:
+def _checked(choice: Choice, layer: LayerCall, target: Target, precision: lax.PrecisionLike) -> Choice:
+    """The choice, with the dense product in the place of kernels that are wrong on this device."""
+    kernels = set(choice.passes) & set(GPU_KERNELS)
+    if not kernels or _without_tables.get():
+        return choice
+    rows, exact = layer.spec.block_shape[0], limits.is_exact(precision)
+    failed = {
+        name: failure for name in kernels
+        if (failure := self_check.failure(name, rows, layer.dtype, exact, target.device_kind)) is not None
+    }  # fmt: skip
+    if not failed:
+        return choice
+    passes = ("dense" if name in failed else name for name in choice.passes)
+    wrong = "; ".join(f"{name} failed its check here: {failure}" for name, failure in failed.items())
+    return Choice(*passes, wrong, choice.tiles)
+
+
+def _choose(layer: LayerCall, target: Target, precision: lax.PrecisionLike) -> Choice:
     """What "auto" takes, by the tuned tables before the cost model."""
-    predicted = predicted_time_ratio(layer, backend, device_kind)
+    backend, device_kind = target
+    predicted = predicted_ratios(layer, backend, device_kind)
     if predicted is None:
-        return Choice("dense", f"no sparse kernel for {device_kind if backend == 'gpu' else backend}")
+        return Choice.all("dense", f"no sparse kernel for {device_kind if backend == 'gpu' else backend}")
     if (found := _lookup(layer, device_kind)) is not None:
-        return _from_table(found, layer, predicted, backend, device_kind, precision)
+        return _from_table(found, layer, predicted, target, precision)
     on_gpu = backend == "gpu"
     implementation = "pallas" if on_gpu else "xla"
-    reason = f"predicted {predicted:.2f} of the dense time" + (f" on {device_kind}" if on_gpu else "")
-    if predicted >= CLEAR_WIN:
-        return Choice("dense", reason)
-    if unsupported := unsupported_reason(implementation, layer, backend, precision):
-        return Choice("dense", unsupported.split(";")[0])
-    return Choice(implementation, reason)
+    reason = f"predicted {_ratios_text(predicted)} of the dense time" + (f" on {device_kind}" if on_gpu else "")
+    taken, unsupported = [], None
+    for name, ratio in predicted._asdict().items():
+        why = unsupported_reason(implementation, layer, backend, precision, (name,)) if ratio < CLEAR_WIN else None
+        unsupported = unsupported or why
+        taken.append(implementation if ratio < CLEAR_WIN and why is None else "dense")
+    return Choice(*taken, reason if unsupported is None else unsupported.split(";")[0])
+
+
+def _ratios_text(ratios: Passes) -> str:
+    """One number if the passes share it, else those of forward / input gradient / weight gradient."""
+    return " / ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in ratios) if len({*ratios}) == 1 else
+                      [f"{ratio:.2f}" for ratio in ratios])  # fmt: skip
 
 
 def _from_table(
-    found: tuning.Found,
-    layer: LayerCall,
-    predicted: float,
-    backend: str,
-    device_kind: str,
-    precision: lax.PrecisionLike,
+    found: tuning.Found, layer: LayerCall, predicted: Passes, target: Target, precision: lax.PrecisionLike
 ) -> Choice:
-    """The fastest measured implementation that can compute the layer and beats dense.
+    """For each pass the fastest measured implementation that can compute it and beats dense.
 
     Of a layer measured nearby, the ratio is scaled by what the cost model says of the difference.
     """
-    scale, margin, how = 1.0, 1.0, "tuned"
+    backend, device_kind = target
+    scales, margin, how = Passes(1.0, 1.0, 1.0), 1.0, "tuned"
     if not found.exact:
-        there = predicted_time_ratio(found.layer, backend, device_kind)
+        there = predicted_ratios(found.layer, backend, device_kind)
         assert there is not None  # the same device has a model for `layer`
-        scale, margin, how = predicted / there, CLEAR_WIN, "tuned on a layer nearby"
-    dense_s = next(result.seconds for result in found.results if result.implementation == "dense")
-    candidates = [result for result in found.results if result.implementation in IMPLEMENTATIONS[1:]]
-    skipped = ""
-    for result in candidates:  # fastest first
-        if result.implementation == "dense":
-            continue
-        ratio = result.seconds / dense_s * scale
-        if reason := unsupported_reason(result.implementation, layer, backend, precision):
-            skipped = skipped or f"; {result.implementation}: {reason.split(';')[0]}"
-            continue
-        if ratio < margin:
-            return Choice(result.implementation, f"{how}: {ratio:.2f} of dense on {device_kind}", result.tiles)
-        return Choice("dense", f"{how}: {result.implementation} takes {ratio:.2f} of dense on {device_kind}")
-    return Choice("dense", f"{how}: nothing that serves is faster on {device_kind}{skipped}")
+        scales = Passes(*(here / other for here, other in zip(predicted, there, strict=True)))
+        margin, how = CLEAR_WIN, "tuned on a layer nearby"
+    dense = next(result.seconds for result in found.results if result.implementation == "dense")
+    sparse = [r for r in found.results if r.implementation in IMPLEMENTATIONS[1:] and r.implementation != "dense"]
+    names, ratios, tiles, skipped = [], [], {}, ""
+    for i, name in enumerate(Passes._fields):
+        best = None
+        for result in sorted(sparse, key=lambda result: result.seconds[i]):
+            if reason := unsupported_reason(result.implementation, layer, backend, precision, (name,)):
+                skipped = skipped or f"; {result.implementation}: {reason.split(';')[0]}"
+                continue
+            best = result
+            break
+        ratios.append(1.0 if best is None else best.seconds[i] / dense[i] * scales[i])
+        taken = best if best is not None and ratios[-1] < margin else None
+        names.append("dense" if taken is None else taken.implementation)
+        if taken is not None and taken.tiles is not None:
+            tiles[name] = getattr(taken.tiles, name)
+    if not sparse or (skipped and set(names) == {"dense"}):
+        return Choice.all("dense", f"{how}: nothing that serves is faster on {device_kind}{skipped}")
+    reason = f"{how}: {_ratios_text(Passes(*ratios))} of dense on {device_kind}"
+    return Choice(*names, reason, KernelTiles(**tiles) if tiles else None)
 
 
 def _tuned_tiles(implementation: str, layer: LayerCall, device_kind: str) -> KernelTiles | None:

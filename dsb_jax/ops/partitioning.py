@@ -1,4 +1,4 @@
-"""Array-level kernels under `vmap` and over several devices.
+"""One pass of a sparse product under `vmap` and over several devices.
 
 To XLA's partitioner a kernel is opaque (and a loop over tiles of the batch nearly so): given activations that are
 sharded over the batch it gathers the whole batch on every device. What it may do instead is told here. N is the
@@ -9,8 +9,8 @@ batch, V stands for axes that `vmap` has put in front:
     input_gradient    dy[V, out, OH, OW, N], blocks   V, N                                dx[V, C, H, W, N]
     weight_gradient   x, dy                           V, N (one all-reduce over N)        dblocks[V, num_blocks, R, C]
 
-Everything else is replicated. On one device nothing of this is left in the compiled program. Where mesh axes are
-manual already (`jax.shard_map`), the kernel is called as it is, and the caller sums the weight gradients; loops that
+Everything else is replicated, and a weight gradient is packed into blocks before it is summed over devices, whatever
+computes it. On one device nothing of this is left in the compiled program. Where mesh axes are manual already (`jax.shard_map`), the kernel is called as it is, and the caller sums the weight gradients; loops that
 start from zeros need `check_vma=False` there.
 
 The partitioner learns the mesh from the program's arguments or constraints. If none of them names one (arguments on
@@ -29,22 +29,19 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.interface import ConvGeometry, Kernels, accumulator_dtype
+from pallas_kernels.interface import ConvGeometry, Index, Kernels, accumulator_dtype
 
-# Every operation has five operands: two that differ, the activations first, and the three index arrays. Forward may
-# have a sixth, the bias.
+# Every operation has two operands that differ, the activations first, then the arrays of the index. Forward may have a
+# bias, the last.
 _RANKS = {  # of the first two and of the result, without mapped axes
     "forward": (4, 3, 4),
     "input_gradient": (4, 3, 4),
     "weight_gradient": (4, 4, 3),
 }
-_INDEX_RANKS = (2, 2, 1)
-_BIAS_RANK = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +49,12 @@ class Product:
     """The static sizes of one product, which its three operations share.
 
     Attributes:
-      kernels: the implementation.
+      kernels: what computes each pass; they may be of several implementations.
       geometry: kernel size, strides, padding.
       out: output features.
       input_size: height and width of the input.
       precision: as in `jax.lax.dot`.
+      feature_major: whether activations are [C, H, W, N], or [N, H, W, C].
     """
 
     kernels: Kernels
@@ -64,26 +62,30 @@ class Product:
     out: int
     input_size: tuple[int, int]
     precision: lax.PrecisionLike = None
+    feature_major: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An array-level operation with its static sizes, and the axes that `vmap` has put before its operands.
+    """One pass with its static sizes, and the axes that `vmap` has put before its operands.
 
-    A call has a rule for `vmap` and one for XLA's partitioner: see the module docstring. A kernel is asked for the
-    shapes of one device, too, while the program is compiled: what it refuses there (NotImplementedError) ends the
-    compilation, with its reason. The result cannot be differentiated.
+    A kernel is asked for the shapes of one device, too, while the program is compiled: what it refuses there
+    (NotImplementedError) ends the compilation, with its reason.
 
     Attributes:
       product: sizes and implementation.
       name: which of the three.
+      index_structure: of the `Index` whose arrays follow the first two operands.
+      index_ranks: of its arrays, without mapped axes.
       dtype: of the weight gradient.
-      has_bias: whether a bias follows the five operands.
+      has_bias: whether a bias follows them.
       mapped: for each level of `vmap`, outermost first, which of the operands have an axis of it.
     """
 
     product: Product
     name: Literal["forward", "input_gradient", "weight_gradient"]
+    index_structure: Any
+    index_ranks: tuple[int, ...]
     dtype: Any = None
     has_bias: bool = False
     mapped: tuple[tuple[bool, ...], ...] = ()
@@ -92,6 +94,16 @@ class Operation:
     def sums_over_batch(self) -> bool:
         return self.name == "weight_gradient"
 
+    @property
+    def batch_axis(self) -> int:
+        """Of activations, from their end."""
+        return -1 if self.product.feature_major else -4
+
+    @property
+    def axes_beside_features(self) -> tuple[int, int, int]:
+        """Of an output, from its end: along them a bias is the same."""
+        return (-3, -2, -1) if self.product.feature_major else (-4, -3, -2)
+
     def dimensions(self) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
         """Names of the dimensions of the operands and of the result.
 
@@ -99,17 +111,25 @@ class Operation:
         """
         *ranks, result_rank = _RANKS[self.name]
         operands = []
-        for i, rank in enumerate((*ranks, *_INDEX_RANKS, *((_BIAS_RANK,) if self.has_bias else ()))):
+        for i, rank in enumerate((*ranks, *self.index_ranks, *((1,) if self.has_bias else ()))):
             own = [f"v{level}" for level, mapped in enumerate(self.mapped) if mapped[i]]
-            operands.append((*own, *_own_dimensions(f"a{i}x", rank)))
-        result = (*(f"v{level}" for level in range(len(self.mapped))), *_own_dimensions("rx", result_rank))
+            operands.append((*own, *self._own_dimensions(f"a{i}x", rank)))
+        result = (*(f"v{level}" for level in range(len(self.mapped))), *self._own_dimensions("rx", result_rank))
         return tuple(operands), result
+
+    def _own_dimensions(self, prefix: str, rank: int) -> tuple[str, ...]:
+        """Arrays of rank 4 are activations, one of whose dimensions is the batch."""
+        names = [f"{prefix}{i}" for i in range(rank)]
+        if rank == 4:
+            names[self.batch_axis] = "n"
+        return tuple(names)
 
     def compute(self, *operands: jax.Array) -> jax.Array:
         """Calls the kernel on local arrays, mapped axes and all."""
         if not self.mapped:
-            first, second, out_idx, in_idx, group_start, *bias = operands
-            product = self.product
+            first, second, *rest = operands
+            product, count = self.product, len(self.index_ranks)
+            index: Index = jax.tree.unflatten(self.index_structure, rest[:count])
             options: dict[str, Any] = {"geometry": product.geometry, "precision": product.precision}
             own: dict[str, dict[str, Any]] = {
                 "forward": {"out": product.out},
@@ -117,16 +137,14 @@ class Operation:
                 "weight_gradient": {"dtype": self.dtype},
             }
             options |= own[self.name]
-            if bias:
-                options["bias"] = bias[0]
-            return getattr(product.kernels, self.name)(first, second, (out_idx, in_idx, group_start), **options)
+            if self.has_bias:
+                options["bias"] = rest[count]
+            return getattr(product.kernels, self.name)(first, second, index, **options)
         mapped, inner = self.mapped[0], dataclasses.replace(self, mapped=self.mapped[1:])
         first = operands[0]
-        if mapped[0] and not any(mapped[1:]) and not self.sums_over_batch and first.shape[0] > 0:
-            size, batch = first.shape[0], first.shape[-1]
-            folded = jnp.moveaxis(first, 0, -2)
-            result = inner.compute(folded.reshape(*folded.shape[:-2], size * batch), *operands[1:])
-            return jnp.moveaxis(result.reshape(*result.shape[:-1], size, batch), -2, 0)
+        if mapped[0] and not any(mapped[1:]) and not self.sums_over_batch and first.size > 0:
+            result = inner.compute(join_batch(first, 0, self), *operands[1:])
+            return split_batch(result, first.shape[0], self)
 
         def step(varying: list[jax.Array]) -> jax.Array:
             rest = iter(varying)
@@ -135,10 +153,17 @@ class Operation:
         return lax.map(step, [a for m, a in zip(mapped, operands, strict=True) if m])
 
 
-def _own_dimensions(prefix: str, rank: int) -> tuple[str, ...]:
-    """Arrays of rank 4 are activations, whose last dimension is the batch."""
-    names = tuple(f"{prefix}{i}" for i in range(rank))
-    return (*names[:-1], "n") if rank == 4 else names
+def join_batch(a: jax.Array, axis: int, operation: Operation) -> jax.Array:
+    """Activations whose axis `axis`, which `vmap` has put in front, is part of the batch: V of them, then N."""
+    moved = jnp.moveaxis(a, axis, operation.batch_axis - 1)
+    at = moved.ndim + operation.batch_axis
+    return moved.reshape(*moved.shape[: at - 1], -1, *moved.shape[at + 1 :])
+
+
+def split_batch(a: jax.Array, size: int, operation: Operation) -> jax.Array:
+    """The inverse of `join_batch` for V = size and axis 0."""
+    at = a.ndim + operation.batch_axis
+    return jnp.moveaxis(a.reshape(*a.shape[:at], size, -1, *a.shape[at + 1 :]), at, 0)
 
 
 def _is_shardable(name: str) -> bool:
@@ -228,22 +253,12 @@ def _compute_explicit(operation: Operation, mesh: AbstractMesh, operands: Sequen
     return local(*(jax.sharding.reshard(a, s) for a, s in zip(operands, shardings, strict=True)))
 
 
-def apply(operation: Operation, *operands: jax.Array) -> jax.Array:
-    """The result of an operation on its operands: activations, blocks or output gradient, index arrays, bias."""
-
-    @custom_vmap
-    def call(*operands: jax.Array) -> jax.Array:
-        mesh = jax.sharding.get_abstract_mesh()
-        mesh = jax.typeof(operands[0]).sharding.mesh if mesh.empty else mesh
-        if mesh.manual_axes:  # the partitioner's callbacks would not know the mesh
-            return operation.compute(*operands)
-        if mesh.explicit_axes:
-            return _compute_explicit(operation, mesh, operands)
-        return _partitioned(operation)(*operands)
-
-    @call.def_vmap
-    def map_once_more(axis_size: int, in_batched: list[bool], *operands: jax.Array):
-        mapped = (tuple(in_batched), *operation.mapped)
-        return apply(dataclasses.replace(operation, mapped=mapped), *operands), True
-
-    return call(*operands)
+def on_devices(operation: Operation, *operands: jax.Array) -> jax.Array:
+    """The result of an operation, wherever its operands lie."""
+    mesh = jax.sharding.get_abstract_mesh()
+    mesh = jax.typeof(operands[0]).sharding.mesh if mesh.empty else mesh
+    if mesh.manual_axes:  # the partitioner's callbacks would not know the mesh
+        return operation.compute(*operands)
+    if mesh.explicit_axes:
+        return _compute_explicit(operation, mesh, operands)
+    return _partitioned(operation)(*operands)

@@ -4,19 +4,21 @@
 traced. A table is JSON, one file for each kind of device:
 
     {
-     "format": "dsb_jax tuned 1",
+     "format": "dsb_jax tuned 2",
      "device_kind": "NVIDIA H200",
      "versions": {"jax": "0.12.0.1", ...},
      "command": "python -m experiments.tune --models=resnet18",
      "entries": [{
        "layer": {"out": 512, "in_channels": 512, "kernel_size": [3, 3], "strides": [1, 1], "padding": [[1, 1], [1, 1]],
                  "input_size": [4, 4], "batch": 128, "dtype": "bfloat16", "block_shape": [32, 8], "density": 0.1},
-       "results": [{"implementation": "pallas", "seconds": 1.2e-4, "tiles": {"forward": {"positions": 128, ...}, ...}},
-                   {"implementation": "dense", "seconds": 2.9e-4, "tiles": null}]
+       "results": [{"implementation": "pallas", "seconds": {"forward": 2.9e-5, ...},
+                    "tiles": {"forward": {"positions": 128, ...}, ...}},
+                   {"implementation": "dense", "seconds": {"forward": 9.5e-5, ...}, "tiles": null}]
      }]
     }
 
-The density is of stored weights over `out * in`, rounded to two digits. Seconds are of forward and backward together.
+The density is of stored weights over `out * in`, rounded to two digits. Seconds are of each pass: "auto" chooses for
+each of them.
 Files are searched in this order: the one that the environment variable DSB_JAX_TUNED names,
 `~/.cache/dsb_jax/<device>.json`, and the one that comes with the package. A table of another kind of device is passed
 over, and so is a home that does not exist or cannot be read.
@@ -34,10 +36,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsb_jax.ops.layer_call import LayerCall
-from pallas_kernels.interface import ConvGeometry
+from pallas_kernels.interface import ConvGeometry, Passes
 from pallas_kernels.tiles import KernelTiles, Tiles
 
-FORMAT = "dsb_jax tuned 1"
+FORMAT = "dsb_jax tuned 2"
 VARIABLE = "DSB_JAX_TUNED"
 SHIPPED = Path(__file__).parent / "tables"
 NEAR = 1.0  # a layer measured nearby differs, all sizes together, by 2 ** NEAR at the most
@@ -45,15 +47,15 @@ NEAR = 1.0  # a layer measured nearby differs, all sizes together, by 2 ** NEAR 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One implementation of a layer: seconds of forward and backward, tiles of its kernels (None: it has none)."""
+    """One implementation of a layer: seconds of each pass, tiles of its kernels (None: it has none)."""
 
     implementation: str
-    seconds: float
+    seconds: Passes
     tiles: KernelTiles | None = None
 
 
 class Table(NamedTuple):
-    """What was measured on one kind of device. The keys of `entries` are rounded, their results fastest first."""
+    """What was measured on one kind of device. The keys of `entries` are rounded."""
 
     device_kind: str
     versions: Mapping[str, str]
@@ -76,11 +78,16 @@ def file_name(device_kind: str) -> str:
 
 def user_path(device_kind: str) -> Path | None:
     """Where this user's own table of a device lies, unless DSB_JAX_TUNED says otherwise; None without a home."""
+    folder = user_folder()
+    return None if folder is None else folder / file_name(device_kind)
+
+
+def user_folder() -> Path | None:
+    """Where what was found out on this user's devices is remembered; None without a home."""
     try:
-        home = Path.home()
+        return Path.home() / ".cache" / "dsb_jax"
     except RuntimeError:  # no HOME, and no entry for the user: a container with a bare user id
         return None
-    return home / ".cache" / "dsb_jax" / file_name(device_kind)
 
 
 def load(path: str | os.PathLike[str]) -> Table:
@@ -110,7 +117,7 @@ def _load(path: Path, version: tuple[int, ...]) -> Table:
         raise ValueError(f"it does not begin with the format {FORMAT!r}")
     entries = {}
     for entry in body["entries"]:
-        results = tuple(sorted((_result(r) for r in entry["results"]), key=lambda r: r.seconds))
+        results = tuple(map(_result, entry["results"]))
         names = [result.implementation for result in results]
         if "dense" not in names or len(set(names)) < len(names):
             raise ValueError(f"an entry has results of {', '.join(names)}; dense and each other once are needed")
@@ -123,12 +130,17 @@ def write(path: str | os.PathLike[str], table: Table) -> None:
     """Writes a table in one step: a reader, or a program that is killed, sees the old file or the new one."""
     path = Path(path)
     entries = [
-        {"layer": _layer_fields(layer), "results": [dataclasses.asdict(result) for result in results]}
+        {"layer": _layer_fields(layer), "results": [_result_fields(result) for result in results]}
         for layer, results in table.entries.items()
     ]
     head = {"format": FORMAT, "device_kind": table.device_kind, "versions": dict(table.versions)}
     lines = ",\n".join(json.dumps(entry) for entry in entries)  # one line an entry: a change shows as one line
     text = json.dumps({**head, "command": table.command}, indent=1)[:-2] + f',\n "entries": [\n{lines}\n ]\n}}\n'
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file in one step."""
     descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -254,10 +266,16 @@ def _layer(fields: dict[str, Any]) -> LayerCall:
     return call.with_density(read["density"])
 
 
+def _result_fields(result: Result) -> dict[str, Any]:
+    tiles = None if result.tiles is None else dataclasses.asdict(result.tiles)
+    return {"implementation": result.implementation, "seconds": result.seconds._asdict(), "tiles": tiles}
+
+
 def _result(fields: dict[str, Any]) -> Result:
     tiles = fields["tiles"]
     if tiles is not None:
         tiles = KernelTiles(
             **{name: Tiles(**{k: _count(v) for k, v in sizes.items()}) for name, sizes in tiles.items()}
         )
-    return Result(_text(fields["implementation"]), _positive(fields["seconds"]), tiles)
+    seconds = Passes(**{name: _positive(value) for name, value in fields["seconds"].items()})
+    return Result(_text(fields["implementation"]), seconds, tiles)
