@@ -223,7 +223,7 @@ class _Layers(NamedTuple):
 
     Attributes:
       state: blocks, layout, aux.
-      index: derived from the layout, or None.
+      kernel_index: derived from the layout, or None.
       value: the statistic; None for methods without.
       calls: float32, how often each was observed.
       status: int32, a number in `STATUS`; only those with 0 are updated.
@@ -231,7 +231,7 @@ class _Layers(NamedTuple):
     """
 
     state: LayerState
-    index: KernelIndex | None
+    kernel_index: KernelIndex | None
     value: Any
     calls: jax.Array
     status: jax.Array
@@ -242,7 +242,7 @@ class _Updated(NamedTuple):
     """What became of the layers of a node, or of one of them."""
 
     state: LayerState
-    index: KernelIndex | None
+    kernel_index: KernelIndex | None
     report: LayerReport
 
 
@@ -260,9 +260,7 @@ def _layers_of(node: LayerTopology, blocks: jax.Array, measured: Measured | None
     return _Layers(state, index, value, calls, status_of_each.astype(jnp.int32), status > 0)
 
 
-def _update_layers(
-    method: Method, key: jax.Array, step: Any, layers: Mapping[Path, _Layers]
-) -> dict[Path, _Updated]:
+def _update_layers(method: Method, key: jax.Array, step: Any, layers: Mapping[Path, _Layers]) -> dict[Path, _Updated]:
     """The new state and the report of every layer. Layers of one signature share one compiled loop."""
 
     def update(key: jax.Array, state: LayerState, index: Any, value: Any, status: jax.Array) -> _Updated:
@@ -284,7 +282,7 @@ def _update_layers(
         ]
         every = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *args)
         if all(layers[path].is_fixed for path in paths):
-            updated_layers = _Updated(*every[1:3], jax.vmap(lambda state: identity(state)[1])(every[1]))
+            updated_layers = _Updated(every[1], every[2], jax.vmap(lambda state: identity(state)[1])(every[1]))
         else:
             updated_layers = _one_by_one(update, every, zero)
             zero = jnp.minimum(updated_layers.state.layout.out_idx[0, 0, 0], 0)
@@ -304,7 +302,7 @@ def _keys(key: jax.Array, count: int) -> jax.Array:
 
 def _signature(layer: _Layers) -> Any:
     """What layers that share a loop have in common."""
-    arrays = (layer.state, layer.index, layer.value)
+    arrays = (layer.state, layer.kernel_index, layer.value)
     shapes = tuple((leaf.shape[1:], str(leaf.dtype)) for leaf in jax.tree.leaves(arrays))
     return layer.is_fixed, jax.tree.structure(arrays), shapes
 

@@ -43,7 +43,8 @@ def count_active(topology: Any) -> dict[Path, int]:
 def count_bytes(params: Any, opt_state: Any, topology: Any) -> dict[str, int]:
     """Bytes held by the arrays of `params`, `opt_state` and `topology`, and by the gradient of `params`.
 
-    What products derive from the topology is "index". Weights that a method keeps beside a layout without gradient (`Aux.reserve`) count as params.
+    What products derive from the topology is "index". Weights that a method keeps beside a layout without gradient
+    (`Aux.reserve`) count as params.
     """
 
     def nbytes(tree: Any) -> int:

@@ -20,11 +20,10 @@ from jax import lax
 
 from dsb_jax.layout import BlockLayout
 from dsb_jax.ops.convolution import convolve
-from dsb_jax.ops.dense import dense_conv, dense_matmul
 from dsb_jax.ops.dispatch import choose
-from dsb_jax.ops.xla import XLA
+from dsb_jax.ops.implementations import kernels_of
 from experiments.kernel_shapes import Layer
-from pallas_kernels import REFERENCE, Kernels
+from pallas_kernels import REFERENCE, Index, Kernels
 from pallas_kernels.tiles import KernelTiles
 
 PASSES = ("forward", "input_gradient", "weight_gradient")
@@ -39,11 +38,14 @@ Function = Callable[..., jax.Array]
 
 
 class Operands(NamedTuple):
-    """What the kernels take: x[C, H, W, N], blocks[num_blocks, R, C'], index arrays, dy[out, OH, OW, N]."""
+    """What the kernels take: x[C, H, W, N], blocks[num_blocks, R, C'], dy[out, OH, OW, N].
+
+    The index is that of the layout, with what products derive from it: a training step derives nothing.
+    """
 
     x: jax.Array
     blocks: jax.Array
-    index_arrays: tuple[jax.Array, jax.Array, jax.Array]
+    index_arrays: Index
     dy: jax.Array
 
 
@@ -70,15 +72,10 @@ def unavailable(name: str) -> str | None:
         return f"needs a GPU, the backend is {jax.default_backend()}"
     try:
         if name in GPU_KERNELS:
-            _gpu_kernels(name, KernelTiles())
+            kernels_of(name)
     except (ImportError, NotImplementedError) as error:
         return f"not available: {error}"
     return None
-
-
-def _gpu_kernels(name: str, tiles: KernelTiles) -> Kernels:
-    """Imported here: triton's module needs jax_triton."""
-    return getattr(importlib.import_module(f"pallas_kernels.{name}_gpu"), f"{name}_kernels")(tiles=tiles)
 
 
 def tiles_of(name: str, layer: Layer, layout: BlockLayout, dtype: Any) -> KernelTiles | None:
@@ -100,30 +97,29 @@ def default_implementations() -> tuple[str, ...]:
     return ("pallas", "triton", "dense_fallback") if jax.default_backend() == "gpu" else ("xla",)
 
 
-def calls_of(name: str, layer: Layer, operands: Operands, layout: BlockLayout, tiles: KernelTiles | None
-             ) -> dict[str, Call]:  # fmt: skip
+def calls_of(name: str, layer: Layer, operands: Operands, tiles: KernelTiles | None) -> dict[str, Call]:
     """The three passes of an implementation."""
-    if name == "dense_fallback":
-        return fallback_calls(layer, operands, layout)
-    if name in GPU_KERNELS:
-        return kernel_calls(_gpu_kernels(name, tiles or KernelTiles()), layer, operands)
+    if name == "dense_fallback":  # blocks are unpacked into a kernel, then as in `dense_calls`
+        return kernel_calls(kernels_of("dense", feature_major=False), layer, operands, batch_first=True)
     if name == "pallas_interpreted":
         module = importlib.import_module("pallas_kernels.pallas_gpu")
         return kernel_calls(module.pallas_kernels(interpret=True), layer, operands)
-    return kernel_calls(XLA, layer, operands)
+    return kernel_calls(kernels_of(name, tiles), layer, operands)
 
 
-def kernel_calls(kernels: Kernels, layer: Layer, operands: Operands) -> dict[str, Call]:
-    """The three passes of an array-level implementation."""
+def kernel_calls(kernels: Kernels, layer: Layer, operands: Operands, *, batch_first: bool = False) -> dict[str, Call]:
+    """The three passes of an array-level implementation, whose activations are [N, H, W, C] if `batch_first`."""
     x, blocks, index, dy = operands
     geometry = layer.geometry
+    if batch_first:
+        x, dy = (a.transpose(3, 1, 2, 0) for a in (x, dy))
     forward = functools.partial(kernels.forward, out=layer.out, geometry=geometry)
     input_gradient = functools.partial(kernels.input_gradient, geometry=geometry, input_size=layer.input_size)
     weight_gradient = functools.partial(kernels.weight_gradient, geometry=geometry, dtype=blocks.dtype)
     return {
-        "forward": Call(forward, (x, blocks, index)),
-        "input_gradient": Call(input_gradient, (dy, blocks, index)),
-        "weight_gradient": Call(weight_gradient, (x, dy, index)),
+        "forward": Call(forward, (x, blocks, index), batch_first),
+        "input_gradient": Call(input_gradient, (dy, blocks, index), batch_first),
+        "weight_gradient": Call(weight_gradient, (x, dy, index), batch_first),
     }
 
 
@@ -163,14 +159,6 @@ def dense_calls(layer: Layer, x: jax.Array, dy: jax.Array) -> dict[str, Call]:
     kernel = kernel.reshape(*layer.geometry.kernel_size, layer.geometry.in_channels, layer.out)
     product = functools.partial(convolve, geometry=layer.geometry, feature_major=False)
     return _product_calls(product, layer, x, dy, kernel)
-
-
-def fallback_calls(layer: Layer, operands: Operands, layout: BlockLayout) -> dict[str, Call]:
-    """The library's `implementation="dense"`: blocks are unpacked into a kernel, then as in `dense_calls`."""
-    product: Function = dense_matmul
-    if not layer.is_matmul:
-        product = functools.partial(dense_conv, geometry=layer.geometry, feature_major=False)
-    return _product_calls(product, layer, operands.x, operands.dy, operands.blocks, layout)
 
 
 @dataclasses.dataclass

@@ -78,7 +78,7 @@ def view(
     name: str, layout: BlockLayout, blocks: jax.Array | np.ndarray, forward: jax.Array | np.ndarray | None = None
 ) -> LayerView:
     """The view of a layout and its `blocks` [num_blocks, R, C]; `forward` says which are computed with."""
-    out_idx, in_idx, start = (np.asarray(array).astype(np.int64) for array in layout.index)
+    out_idx, in_idx, start = (np.asarray(array).astype(np.int64) for array in layout.index[:3])
     group = np.repeat(np.arange(layout.num_groups), np.diff(start))
     computed = np.ones(layout.num_blocks, bool) if forward is None else np.asarray(forward).reshape(-1)
     return LayerView(name, layout.shape, layout.block_shape, out_idx, group, in_idx, np.asarray(blocks), computed)

@@ -2,9 +2,9 @@
 
     python -m experiments.tune --models=resnet18,vgg16 --sparsities=0.9,0.8 --block_shapes=32x8 --dtype=bfloat16
 
-For every distinct layer of the models and of `--shapes`, sparsity and block shape: forward and backward of
-unpack-then-dense against each sparse implementation for this backend, in turns. The tiles of the GPU kernels are tuned
-before, pass by pass. Whatever computes something else than dense does, or fails, is left out.
+For every distinct layer of the models and of `--shapes`, sparsity and block shape: each pass of unpack-then-dense
+against each sparse implementation for this backend, in turns. The tiles of the GPU kernels are tuned before. Whatever
+computes something else than dense does, or fails, is left out.
 
 The table is written after each layer, so a program that is stopped keeps what it has, and the same command goes on
 where it ended. It lies in `~/.cache/dsb_jax/`, where "auto" finds it; for any other `--table=FILE` set
@@ -176,7 +176,7 @@ def run_all(
                 tiles=FLAGS.tiles, known=known, say=lambda text: console.print(escape(text)),
             )  # fmt: skip
             keep(layer, results)
-            times = ", ".join(f"{result.implementation} {result.seconds * 1e3:.3g} ms" for result in results)
+            times = ", ".join(f"{result.implementation} {sum(result.seconds) * 1e3:.3g} ms" for result in results)
             console.print(f"{escape(str(layer))}: {times}")
             longest = max(longest, time.perf_counter() - start)
             bar.advance(task)

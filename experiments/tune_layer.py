@@ -1,35 +1,55 @@
 """One layer at a time: its passes as calls that can be timed, the fastest tiles, its implementations against dense."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsb_jax.layout import BlockLayout, random_layout
-from dsb_jax.ops import Choice, sparse_conv, sparse_matmul
-from dsb_jax.ops.dispatch import unsupported_reason
+from dsb_jax.layout import random_layout
+from dsb_jax.ops.dispatch import GPU_KERNELS, unsupported_reason
+from dsb_jax.ops.implementations import kernels_of
 from dsb_jax.ops.layer_call import LayerCall
 from dsb_jax.ops.tuning import Result
+from dsb_jax.topology import kernel_index
 from experiments import timing
-from pallas_kernels import Kernels
+from pallas_kernels.interface import Kernels, Passes
 from pallas_kernels.tiles import KernelTiles, Tiles
 
 # The sparse implementations that are worth timing, by backend.
 SPARSE_IMPLEMENTATIONS = {"cpu": ("xla",), "gpu": ("pallas", "triton")}
-# Around the defaults: fewer and more positions, wider steps, more threads, other depths of the pipeline.
-CANDIDATES = (
-    Tiles(128, 32, 4, 3),
-    Tiles(64, 32, 4, 3),
-    Tiles(256, 32, 8, 3),
-    Tiles(128, 64, 4, 3),
-    Tiles(128, 64, 8, 4),
-    Tiles(64, 64, 4, 4),
+# Around the defaults: fewer and more positions, wider steps, more threads, other depths of the pipeline. Where indices
+# take 4 bytes (more than 65,536 columns), 5 stages are the first that load two steps ahead.
+CANDIDATES = Passes(
+    forward=(
+        Tiles(128, 32, 4, 3),
+        Tiles(128, 32, 4, 5),
+        Tiles(64, 32, 4, 3),
+        Tiles(256, 32, 8, 3),
+        Tiles(128, 64, 4, 3),
+        Tiles(128, 64, 8, 4),
+    ),
+    input_gradient=(
+        Tiles(128, 32, 4, 3),
+        Tiles(128, 32, 4, 5),
+        Tiles(64, 32, 4, 3),
+        Tiles(256, 32, 8, 3),
+        Tiles(128, 64, 4, 3),
+    ),
+    weight_gradient=(
+        Tiles(64, 128, 4, 3),
+        Tiles(64, 128, 8, 3),
+        Tiles(64, 64, 4, 3),
+        Tiles(64, 64, 4, 5),
+        Tiles(128, 64, 8, 3),
+        Tiles(64, 32, 4, 3),
+    ),
 )
 TOLERANCE = 0.03  # of results against dense ones, in the Frobenius norm: bfloat16 is off by 0.01, a wrong kernel by 1
 Factory = Callable[[KernelTiles], Kernels]
@@ -43,23 +63,25 @@ class Untunable(Exception):
 def repeated(call: Callable[..., Any], repeats: int) -> Any:
     """`call(*arrays, index)`, compiled, so many times on the device in one go: short passes drown in the launch.
 
-    Each pass waits for the one before: its index is shifted by whether the last results held NaN, which a compiler
-    cannot know to be never. Otherwise it would compute a loop's constant body once.
+    Each pass waits for the one before: some of its index is shifted by whether the last result held NaN, which a
+    compiler cannot know to be never. Otherwise it would compute a loop's constant body once. What is shifted is small,
+    and every pass of every implementation reads one of the two.
     """
     if repeats == 1:
         return jax.jit(call)
 
     @jax.jit
     def run(*arguments: Any) -> Any:
-        *arrays, (out_idx, in_idx, group_start) = arguments
+        *arrays, index = arguments
 
-        def body(_: Any, results: Any) -> Any:
-            token = sum(leaf[(0,) * leaf.ndim].astype(jnp.float32) for leaf in jax.tree.leaves(results))
-            moved = in_idx + (token != token).astype(in_idx.dtype)
-            return call(*arrays, (out_idx, moved, group_start))
+        def body(_: Any, result: Any) -> Any:
+            token = result[(0,) * result.ndim].astype(jnp.float32)
+            shift, place = (token != token).astype(jnp.int32), index.derived.row_place
+            derived = dataclasses.replace(index.derived, row_place=place + shift.astype(place.dtype))
+            return call(*arrays, index._replace(out_idx=index.out_idx + shift, derived=derived))
 
-        shapes = jax.eval_shape(call, *arguments)
-        return lax.fori_loop(0, repeats, body, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+        shape = jax.eval_shape(call, *arguments)
+        return lax.fori_loop(0, repeats, body, jnp.zeros(shape.shape, shape.dtype))
 
     return run
 
@@ -68,79 +90,45 @@ class Example:
     """Random arrays of one layer, and its passes as calls without arguments.
 
     Attributes:
-      layout: a random one.
       x: [C, H, W, N].
+      dy: [out, OH, OW, N].
       blocks: [num_blocks, R, C].
-      index: `(out_idx, in_idx, group_start)`, as kernels take it.
+      index: of a random layout, with what products derive from it.
       repeats: how often a call computes its pass.
     """
 
     def __init__(self, layer: LayerCall, repeats: int) -> None:
         self.layer, self.repeats = layer, repeats
-        x_key, block_key, layout_key = jax.random.split(jax.random.key(0), 3)
-        dtype = jnp.dtype(layer.dtype)
-        spec = layer.spec
-        self.layout = random_layout(layout_key, spec.shape, block_shape=spec.block_shape, num_blocks=spec.num_blocks)
+        x_key, dy_key, block_key, layout_key = jax.random.split(jax.random.key(0), 4)
+        dtype, spec = jnp.dtype(layer.dtype), layer.spec
+        out_size = layer.geometry.output_size(*layer.input_size)
         self.x = jax.random.normal(x_key, (spec.c_in, *layer.input_size, layer.batch), dtype)
+        self.dy = jax.random.normal(dy_key, (spec.out, *out_size, layer.batch), dtype)
         blocks = jax.random.normal(block_key, (spec.num_blocks, *spec.block_shape))
         self.blocks = (blocks * (layer.density * spec.in_) ** -0.5).astype(dtype)  # outputs of order one
-        self.index = self.layout.index
+        layout = random_layout(layout_key, spec.shape, block_shape=spec.block_shape, num_blocks=spec.num_blocks)
+        self.index = layout.index._replace(derived=kernel_index(layout, spec))
 
-    def training_pass(self, implementation: str, tiles: KernelTiles | None) -> Call:
-        """Forward and backward: y, gradients of x and of the blocks.
+    def one_pass(self, name: str, kernels: Kernels, *, feature_major: bool = True) -> Call:
+        """One of the three passes of an implementation: "forward", "input_gradient" or "weight_gradient"."""
+        layer = self.layer
+        x, dy = (a if feature_major else jnp.moveaxis(a, (0, -1), (-1, 0)) for a in (self.x, self.dy))
+        first, second, options = {
+            "forward": (x, self.blocks, {"out": layer.spec.out}),
+            "input_gradient": (dy, self.blocks, {"input_size": layer.input_size}),
+            "weight_gradient": (x, dy, {"dtype": self.blocks.dtype}),
+        }[name]
+        call = functools.partial(getattr(kernels, name), geometry=layer.geometry, **options)  # type: ignore[arg-type]
+        return functools.partial(repeated(call, self.repeats), first, second, self.index)
+
+    def passes(self, implementation: str, tiles: KernelTiles | None) -> dict[str, Call]:
+        """The three passes of an implementation.
 
         Dense takes its activations with the batch first, as in a model that is mostly dense: the form XLA is best at.
         """
-        layer, dense = self.layer, implementation == "dense"
-        choice = Choice(implementation, "to be timed", tiles)
-        options: dict[str, Any] = {"implementation": choice, "feature_major": not dense}
-
-        def product(x: jax.Array, blocks: jax.Array, layout: BlockLayout) -> jax.Array:
-            if layer.is_linear:
-                return sparse_matmul(x, blocks, layout, **options)
-            return sparse_conv(x, blocks, layout, geometry=layer.geometry, **options)
-
-        def call(x: jax.Array, blocks: jax.Array, index: Any) -> Any:
-            out_idx, in_idx, group_start = index
-            layout = BlockLayout(out_idx, in_idx, group_start, layer.spec.shape, layer.spec.block_shape)
-            y, backward = jax.vjp(lambda x, blocks: product(x, blocks, layout), x, blocks)
-            return y, *backward(y)
-
-        x = self.x.reshape(layer.spec.c_in, layer.batch) if layer.is_linear else self.x
-        x = jnp.moveaxis(x, (0, -1), (-1, 0)) if dense else x
-        return functools.partial(repeated(call, self.repeats), x, self.blocks, self.index)
-
-    def one_pass(self, name: str, kernels: Kernels) -> Call:
-        """One of the three passes of an implementation: "forward", "input_gradient" or "weight_gradient"."""
-        layer, geometry = self.layer, self.layer.geometry
-        dy = jnp.ones((layer.spec.out, *geometry.output_size(*layer.input_size), layer.batch), self.x.dtype)
-        first, second, options = {
-            "forward": (self.x, self.blocks, {"out": layer.spec.out}),
-            "input_gradient": (dy, self.blocks, {"input_size": layer.input_size}),
-            "weight_gradient": (self.x, dy, {"dtype": self.blocks.dtype}),
-        }[name]
-        call = functools.partial(getattr(kernels, name), geometry=geometry, **options)  # type: ignore[arg-type]
-        return functools.partial(repeated(call, self.repeats), first, second, self.index)
-
-
-def factory_of(implementation: str) -> Factory | None:
-    """Makes the kernels of an implementation from tiles; None if it has no tiles.
-
-    Raises:
-      Untunable: if the kernels cannot be imported.
-    """
-    try:
-        if implementation == "pallas":
-            from pallas_kernels.pallas_gpu import pallas_kernels
-
-            return pallas_kernels
-        if implementation == "triton":
-            from pallas_kernels.triton_gpu import triton_kernels
-
-            return triton_kernels
-    except ImportError as error:
-        raise Untunable(str(error)) from error
-    return None
+        feature_major = implementation != "dense"
+        kernels = kernels_of(implementation, tiles, feature_major=feature_major)
+        return {name: self.one_pass(name, kernels, feature_major=feature_major) for name in Kernels._fields}
 
 
 def try_out(calls: Mapping[str, Call]) -> tuple[dict[str, Call], str]:
@@ -165,35 +153,30 @@ def try_out(calls: Mapping[str, Call]) -> tuple[dict[str, Call], str]:
     return good, said
 
 
-def tune_tiles(
-    example: Example, factory: Factory, rounds: int, candidates: Iterable[Tiles] = CANDIDATES
-) -> KernelTiles:
+def tune_tiles(example: Example, factory: Factory, rounds: int, candidates: Passes = CANDIDATES) -> KernelTiles:
     """The fastest tiles of each pass, by medians over turns.
 
     Raises:
       Untunable: if a pass runs with none of them.
     """
-    named = {f"{name} {tiles}": (name, tiles) for name in Kernels._fields for tiles in candidates}
-    calls, said = try_out(
-        {key: example.one_pass(name, factory(KernelTiles(**{name: tiles}))) for key, (name, tiles) in named.items()}
-    )
     best: dict[str, Any] = {}
-    for name in Kernels._fields:
-        times = timing.in_turns({key: call for key, call in calls.items() if named[key][0] == name}, rounds)
+    for name, of_pass in candidates._asdict().items():
+        named = {str(tiles): tiles for tiles in of_pass}
+        calls, said = try_out(
+            {key: example.one_pass(name, factory(KernelTiles(**{name: tiles}))) for key, tiles in named.items()}
+        )
+        times = timing.in_turns(calls, rounds)
         if not times:
             raise Untunable(f"no tiles serve its {name}: {said}")
-        best[name] = named[min(times, key=lambda key: statistics.median(times[key]))][1]
+        best[name] = named[min(times, key=lambda key: statistics.median(times[key]))]
     return KernelTiles(**best)
 
 
-def error_of(results: Any, dense: Any) -> float:
-    """The largest relative error of y, dx and d_blocks against those of dense, in the Frobenius norm."""
-    errors = []
-    for got, right, moved in zip(results, dense, (True, True, False), strict=True):
-        right = jnp.moveaxis(right, (0, -1), (-1, 0)) if moved else right
-        got, right = got.astype(jnp.float32), right.astype(jnp.float32)
-        errors.append(float(jnp.linalg.norm((got - right).ravel()) / jnp.linalg.norm(right.ravel())))
-    return max(errors, key=lambda e: (e != e, e))  # a NaN is the largest
+def error_of(result: jax.Array, dense: jax.Array) -> float:
+    """The relative error of a pass against that of dense, in the Frobenius norm."""
+    right = jnp.moveaxis(dense, (0, -1), (-1, 0)) if dense.ndim == 4 else dense
+    got, right = result.astype(jnp.float32), right.astype(jnp.float32)
+    return float(jnp.linalg.norm((got - right).ravel()) / jnp.linalg.norm(right.ravel()))
 
 
 def measure(
@@ -206,7 +189,7 @@ def measure(
     known: MutableMapping[Any, KernelTiles],
     say: Callable[[str], None],
 ) -> tuple[Result, ...]:
-    """Dense and every implementation that serves the layer, fastest first.
+    """The passes of dense and of every implementation that serves the layer, the fastest of them first.
 
     Args:
       layer: exact sizes.
@@ -218,31 +201,36 @@ def measure(
       say: is told what is left out, and why.
     """
     example = Example(layer, repeats)
-    candidates = {"dense": example.training_pass("dense", None)}
-    right = candidates["dense"]()
+    dense, _ = try_out(example.passes("dense", None))
+    right = {name: call() for name, call in dense.items()}
+    candidates = {"dense": dense}
     chosen: dict[str, KernelTiles | None] = {"dense": None}
     for name in SPARSE_IMPLEMENTATIONS[backend]:
         try:
             if unsupported := unsupported_reason(name, layer, backend):
                 raise Untunable(unsupported)
-            factory = factory_of(name)
-            if factory is not None and tiles != "default":
+            if name in GPU_KERNELS and tiles != "default":
                 key = name, layer if tiles == "each" else layer.with_density(1.0)
                 if key not in known:
+                    factory = functools.partial(kernels_of, name)
                     known[key] = tune_tiles(example, factory, rounds)
                 chosen[name] = known[key]
-            good, said = try_out({name: example.training_pass(name, chosen.get(name))})
-            if not good:
+            passes, said = try_out(example.passes(name, chosen.get(name)))
+            if len(passes) < len(Kernels._fields):
                 raise Untunable(said)
-            if not (error := error_of(good[name](), right)) <= TOLERANCE:
-                raise Untunable(f"its results are off by {error:.2g} of their norm")
-        except Untunable as reason:
+            for of, call in passes.items():
+                if not (error := error_of(call(), right[of])) <= TOLERANCE:
+                    raise Untunable(f"its {of} is off by {error:.2g} of its norm")
+        except (Untunable, ImportError, NotImplementedError) as reason:
             say(f"{layer}: {name} left out: {reason}")
         else:
-            candidates |= good
-    times = timing.in_turns(candidates, rounds)
-    dense_s = statistics.median(times["dense"]) / repeats
-    # Ratios round by round are steadier than medians of seconds, and they are what "auto" reads.
-    ratios = {name: timing.median_ratio(times[name], times["dense"]) for name in candidates}
-    results = [Result(name, dense_s * ratio, chosen.get(name)) for name, ratio in ratios.items()]
-    return tuple(sorted(results, key=lambda result: result.seconds))
+            candidates[name] = passes
+    seconds: dict[str, dict[str, float]] = {name: {} for name in candidates}
+    for of in Kernels._fields:
+        times = timing.in_turns({name: passes[of] for name, passes in candidates.items()}, rounds)
+        dense_s = statistics.median(times["dense"]) / repeats
+        for name in candidates:
+            # Ratios round by round are steadier than medians of seconds, and they are what "auto" reads.
+            seconds[name][of] = dense_s * timing.median_ratio(times[name], times["dense"])
+    results = [Result(name, Passes(**each), chosen.get(name)) for name, each in seconds.items()]
+    return tuple(sorted(results, key=lambda result: sum(result.seconds)))

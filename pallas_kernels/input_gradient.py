@@ -76,8 +76,8 @@ def _collect_kernel(first_ref, p_ref, *last_refs, image, whole, positions_of_pro
     row, positions = locate(tile, image.length, positions_of_program)
     channel, phase = quotient(target, image.phases), remainder(target, image.phases)
     geometry, (out_h, _) = image.geometry, image.out_size
-    (kernel_h, kernel_w), (top, _), (left, _) = geometry.kernel_size, *geometry.padding
-    stride_h, stride_w = geometry.strides
+    (kernel_h, kernel_w), (stride_h, stride_w) = geometry.kernel_size, geometry.strides
+    (top, _), (left, _) = geometry.padding
     taps_w = pl.cdiv(kernel_w, stride_w) if image.split else kernel_w  # of one phase, across
 
     def tap(t, acc):

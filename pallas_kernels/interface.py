@@ -107,9 +107,9 @@ class Passes(NamedTuple):
 class Kernels(NamedTuple):
     """One implementation: the three passes.
 
-    `index` is an `Index`. Its phantom rows are computed by nobody, read as zero, and get zero gradient. Results have the
-    dtype of the activations (weight gradient: of `blocks`); products accumulate in `accumulator_dtype`, and the bias of
-    each output, if there is one, is added before the sum is rounded.
+    `index` is an `Index`. Its phantom rows are computed by nobody, read as zero, and get zero gradient. Results have
+    the dtype of the activations (weight gradient: of `blocks`); products accumulate in `accumulator_dtype`, and the
+    bias of each output, if there is one, is added before the sum is rounded.
 
     Attributes:
       forward: `(x[C, H, W, N], blocks[num_blocks, R, C'], index, *, out, geometry, bias=None) -> y[out, OH, OW, N]`,

@@ -9,14 +9,14 @@ A worked example: two groups of R = 2 rows, blocks of C = 2 columns out of 4.
     in_idx      [[3, 1], [0, 2], [1, 2]]         block_group  [0, 0, 1]
     group_start [0, 2, 3]
 
-    panel column k    0  1  2  3  4  5           inverse.first  [0, 1, 3, 5, 6]    column 1 is read by two panel columns,
-    reads column      3  1  0  2  1  2           inverse.rank   [[5, 1], [0, 3], [2, 4]]    numbers 1 and 2 by column
+    panel column k    0  1  2  3  4  5           inverse.first  [0, 1, 3, 5, 6]           column 1 is read by two panel
+    reads column      3  1  0  2  1  2           inverse.rank   [[5, 1], [0, 3], [2, 4]]  columns, numbers 1 and 2
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Inverse(NamedTuple):
     """The panel columns (num_blocks * C of them) in the order of the input columns that they read.
 
     Attributes:
-      first: [in + 1], uint16 or int32; those that read column j have the numbers `first[j]:first[j + 1]`.
+      first: [in + 1]; those that read column j have the numbers `first[j]:first[j + 1]`.
       rank: [num_blocks, C], the number of each; equal columns keep their order, so sums have one order, too.
     """
 
@@ -59,9 +59,11 @@ class Inverse(NamedTuple):
 class KernelIndex:
     """Derived arrays of one layer, or of a stack of equal ones; each is None if nobody asked for it.
 
+    Numbers take 2 bytes where they fit (uint16), else 4 (int32): the index is a part of what a sparse layer costs.
+
     Attributes:
-      row_place: int32[num_groups * R], where each row is in the order of the groups.
-      block_group: int32[num_blocks], the row group of each block.
+      row_place: [num_groups * R], where each row is in the order of the groups.
+      block_group: [num_blocks], the row group of each block.
       pieces: for a CPU.
       inverse: for the input gradient on a GPU.
       chunks: for the weight gradient on a GPU, one for each of `CHUNK_COLUMNS`; see `cut_panels`.
@@ -91,7 +93,7 @@ def entries_for(backend: str) -> tuple[str, ...]:
 def derive(index: Index, in_features: int, entries: Sequence[str]) -> KernelIndex:
     """The entries of those names, anew from the three index arrays of one layer."""
     bare = index._replace(derived=None)
-    makers = {
+    makers: dict[str, Callable[[], Any]] = {
         "row_place": lambda: row_place(bare),
         "block_group": lambda: block_group(bare),
         "pieces": lambda: pieces(bare),
@@ -106,14 +108,15 @@ def row_place(index: Index) -> jax.Array:
     if index.derived is not None and index.derived.row_place is not None:
         return index.derived.row_place
     with jax.named_scope("kernel_index"):
-        return row_places(index.out_idx)
+        return row_places(index.out_idx).astype(narrow_dtype(index.out_idx.size))
 
 
 def block_group(index: Index) -> jax.Array:
     if index.derived is not None and index.derived.block_group is not None:
         return index.derived.block_group
     with jax.named_scope("kernel_index"):
-        return groups_of_blocks(index.group_start, index.in_idx.shape[0])
+        num_blocks, num_groups = index.in_idx.shape[0], index.out_idx.shape[0]
+        return groups_of_blocks(index.group_start, num_blocks).astype(narrow_dtype(num_groups))
 
 
 def pieces(index: Index) -> Pieces:
@@ -187,7 +190,7 @@ def invert(in_idx: jax.Array, in_features: int) -> Inverse:
 
 
 def cut_panels(group_start: jax.Array, num_entries: int, cols: int, columns: int) -> jax.Array:
-    """Every panel cut into chunks of at most `columns` of its columns: int32[most, 3] of (group, begin, end).
+    """Every panel cut into chunks of at most `columns` of its columns: [most, 3] of (group, begin, end).
 
     Chunks never straddle two groups, so their number depends on the topology; there is room for the most there can be,
     and the last ones may be empty (`end == begin`). Panels of 6, 0 and 3 columns in chunks of 4: (0, 0, 4), (0, 4, 6),
@@ -202,7 +205,7 @@ def cut_panels(group_start: jax.Array, num_entries: int, cols: int, columns: int
     used, group = group < num_groups, jnp.minimum(group, num_groups - 1)
     begin = starts[group] + (ids - (ends - counts)[group]) * columns
     end = jnp.where(used, jnp.minimum(begin + columns, starts[group + 1]), begin)
-    return jnp.stack([group, begin.astype(jnp.int32), end.astype(jnp.int32)], axis=1)
+    return jnp.stack([group, begin, end], axis=1).astype(narrow_dtype(num_entries))
 
 
 def narrow_dtype(largest: int) -> type:

@@ -7,7 +7,6 @@ device, by timing, at the first use of each shape.
 import functools
 import importlib
 import inspect
-from collections.abc import Mapping
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -65,7 +64,7 @@ def _call(
     result: jax.ShapeDtypeStruct,
     grid: Any,
     compute_capability: int | None,
-    aliases: Mapping[int, int] | None = None,
+    aliases: Any = None,
     **constants: Any,
 ) -> jax.Array:
     source = _source()

@@ -174,9 +174,9 @@ def weight_gradient(chunks, out_idx, in_idx, x, dy, d, NUM_GROUPS: tl.constexpr,
                     NUM_SPLITS: tl.constexpr, NUM_ENTRIES: tl.constexpr, R: tl.constexpr, PADDED_R: tl.constexpr,
                     OUT: tl.constexpr, OUT_H: tl.constexpr, OUT_LENGTH: tl.constexpr, CHANNELS: tl.constexpr,
                     HEIGHT: tl.constexpr, PHASES: tl.constexpr, LENGTH: tl.constexpr, KERNEL_H: tl.constexpr,
-                    KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
-                    BATCH: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, POSITIONS: tl.constexpr,
-                    COLUMNS: tl.constexpr):  # fmt: skip
+                    KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr,
+                    LEFT: tl.constexpr, BATCH: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+                    POSITIONS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """A chunk of panel columns of one group over a part of the positions."""
     program = tl.program_id(0)
     chunk = program % NUM_CHUNKS

@@ -5,9 +5,9 @@ One program owns a chunk of panel columns of one group and a part of the positio
     for positions, `tiles.positions` at a time:
         acc[columns, R] += x[rows of the columns, positions] @ dY[rows of the group, positions]^T
 
-Chunks never straddle two groups, so their number depends on the topology; the grid has room for the most there can
-be (`pallas_kernels.kernel_index.cut_panels`), and programs beyond the last chunk do nothing. Few chunks would leave most of a GPU idle, so the positions are split
-among several programs, whose sums are added afterwards in a fixed order.
+Chunks never straddle two groups, so their number depends on the topology; the grid has room for the most there can be
+(`pallas_kernels.kernel_index.cut_panels`), and programs beyond the last chunk do nothing. Few chunks would leave most
+of a GPU idle, so the positions are split among several programs, whose sums are added afterwards in a fixed order.
 """
 
 import functools
@@ -56,8 +56,12 @@ def _kernel(
     num_tiles = image.out_size[0] * pl.cdiv(image.out_length, tiles.positions)
     program = pl.program_id(0)
     chunk, split = remainder(program, num_chunks), quotient(program, num_chunks)
-    group = jnp.clip(chunks_ref[3 * chunk], 0, num_groups - 1)
-    begin, end = (jnp.clip(chunks_ref[3 * chunk + i], 0, num_entries) for i in (1, 2))
+    group, begin, end = (chunks_ref[3 * chunk + i].astype(jnp.int32) for i in range(3))
+    group, begin, end = (
+        jnp.clip(group, 0, num_groups - 1),
+        jnp.clip(begin, 0, num_entries),
+        jnp.clip(end, 0, num_entries),
+    )
     k = begin + jnp.arange(tiles.columns, dtype=jnp.int32)
     targets = load_targets(out_idx_ref, group, rows, out)
     each = pl.cdiv(num_tiles, num_splits)

@@ -1,7 +1,9 @@
 """What the GPU compiler makes of the kernels, for three architectures and on any machine: no GPU is needed or used."""
 
 import functools
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -13,9 +15,10 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import PartitionSpec as P
 
 from dsb_jax.layout import BlockLayout
-from dsb_jax.ops import sparse_conv
-from pallas_kernels import ConvGeometry, matmul_geometry
+from dsb_jax.ops import compiling_for, sparse_conv
+from pallas_kernels import ConvGeometry, Index, matmul_geometry
 from pallas_kernels.aot import compile_for, find_gpu, unavailable
+from pallas_kernels.kernel_index import derive, entries_for
 from pallas_kernels.pallas_gpu import pallas_kernels
 
 pytestmark = [
@@ -113,9 +116,8 @@ def test_four_gpus_gather_around_a_kernel_unless_mapped():
 
 
 @pytest.mark.parametrize("manner", ["jit", "shard_map"])
-def test_four_gpus_share_the_batch_of_a_layer(manner, monkeypatch):
+def test_four_gpus_share_the_batch_of_a_layer(manner):
     """Forward and backward of a sparse convolution: one reduction, of the weight gradient, and no gathering."""
-    monkeypatch.setattr("dsb_jax.ops.dispatch.unsupported_reason", lambda *_: None)  # as on a machine with a GPU
     geometry, block_shape, num_blocks = ConvGeometry(64, (3, 3), (1, 1), ((1, 1), (1, 1))), (32, 8), 14
     index = shape(4, 32, dtype="int32"), shape(num_blocks, 8, dtype="int32"), shape(5, dtype="int32")
 
@@ -137,8 +139,42 @@ def test_four_gpus_share_the_batch_of_a_layer(manner, monkeypatch):
     if manner == "shard_map":
         gradients = jax.shard_map(gradients, in_specs=specs, out_specs=(P(), batch), check_vma=False)
     arguments = (shape(num_blocks, *block_shape), shape(128)), shape(64, 16, 16, 256), index
-    compiled = compile_for("sm_90", gradients, *arguments, specs=specs, devices=4)
+    with compiling_for("gpu", "NVIDIA H200"):
+        compiled = compile_for("sm_90", gradients, *arguments, specs=specs, devices=4)
     assert (compiled.count("all-reduce"), compiled.count("all-gather")) == (1, 0)
+
+
+def reduced_bytes(hlo):
+    """Of the operands of all reductions over devices."""
+    sizes = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1}
+    found = re.findall(r"= (\([^=]*?\)|\S+) all-reduce(?:-start)?\(", hlo)
+    arrays = [match for result in found for match in re.findall(r"(\w+)\[([\d,]*)\]", result)]
+    return sum(sizes[dtype] * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays)
+
+
+def test_eight_gpus_sum_as_many_bytes_of_dense_layers_as_of_sparse_ones():
+    """The gradient of a dense product is packed before it is summed: Nd numbers of the dtype of sums, not N."""
+    geometry, block_shape, num_blocks = ConvGeometry(64, (3, 3), (1, 1), ((1, 1), (1, 1))), (32, 8), 14
+    index = shape(4, 32, dtype="int32"), shape(num_blocks, 8, dtype="uint16"), shape(5, dtype="int32")
+
+    def gradients(blocks, x, index, implementation):
+        layout = BlockLayout(*index, (128, geometry.in_features), block_shape)
+
+        def loss(blocks):
+            return jnp.sum(sparse_conv(x, blocks, layout, geometry=geometry, implementation=implementation) ** 2)
+
+        return jax.grad(loss)(blocks)
+
+    counted = {}
+    for name in ("dense", "pallas"):
+        with compiling_for("gpu", "NVIDIA H200"):
+            compiled = compile_for(
+                "sm_90", functools.partial(gradients, implementation=name), shape(num_blocks, *block_shape),
+                shape(256, 16, 16, 64), index, specs=(P(), P("batch"), P()), devices=8,
+            )  # fmt: skip
+        counted[name] = reduced_bytes(compiled.hlo)
+        assert compiled.count("all-gather") == 0
+    assert counted == dict.fromkeys(("dense", "pallas"), 4 * num_blocks * math.prod(block_shape))
 
 
 def test_nhwc_layers_transpose_at_most_once():
@@ -199,7 +235,6 @@ CASES = [
     ("sm_89", "512 at 4x4", (64, 4), "bfloat16"),
     ("sm_89", "128 at 16x16", (128, 4), "float32"),
 ]
-# The input gradient sorts the columns of all blocks, and a large sort takes XLA longer to compile than the kernels.
 INPUT_GRADIENT_CASES = [
     ("sm_90", "64 at 32x32", (32, 8), "bfloat16"),
     ("sm_90", "256 at 8x8", (128, 4), "bfloat16"),
@@ -217,22 +252,30 @@ def arguments(layer, block_shape, dtype):
     rows, cols = block_shape
     num_groups = -(-out // rows)
     num_blocks = round(0.1 * out * geometry.in_features / (rows * cols))
-    index = shape(num_groups, rows), shape(num_blocks, cols), shape(num_groups + 1)
+    index = Index(
+        shape(num_groups, rows, dtype="int32"), shape(num_blocks, cols, dtype="uint16"),
+        shape(num_groups + 1, dtype="int32"),
+    )  # fmt: skip
+    derived = jax.eval_shape(lambda index: derive(index, geometry.in_features, entries_for("gpu")), index)
     return (
         shape(geometry.in_channels, size, size, batch, dtype=dtype),
         shape(num_blocks, rows, cols, dtype=dtype),
         shape(out, *geometry.output_size(size, size), batch, dtype=dtype),
-        tuple(jax.ShapeDtypeStruct(array.shape, "int32") for array in index),
+        index._replace(derived=derived),
     )
 
 
 def check(arch, kernel, *, product=True, gathers=False):
-    """No spills, no more shared memory than there is, tensor cores, 16-byte copies where the inner loop gathers."""
+    """No spills, no more shared memory than there is, tensor cores, 16-byte copies where the inner loop gathers.
+
+    With indices of 2 bytes, and two steps of the gather under way (`wait_group 2`), where those of 4 leave one.
+    """
     facts = f"{kernel.registers} registers, {kernel.shared_bytes} bytes shared, copies {kernel.async_copies}"
     assert kernel.spill_bytes == 0, f"{kernel.name} spills {kernel.spill_bytes} bytes: {facts}"
     assert kernel.shared_bytes <= find_gpu(arch).shared_memory_per_block, f"{kernel.name}: {facts}"
     assert (kernel.tensor_cores > 0) == product, f"{kernel.name} has {kernel.tensor_cores} tensor-core instructions"
     assert not gathers or kernel.async_copies.get(16, 0) > 0, f"{kernel.name}: {facts}"
+    assert not gathers or re.search(r"cp\.async\.wait_group\s+[1-9]", kernel.ptx), f"{kernel.name} waits for each load"
 
 
 def case_name(value):
@@ -251,6 +294,7 @@ def test_forward_and_weight_gradient(arch, layer, block_shape, dtype):
     compiled = compile_for(arch, products, *arguments(layer, block_shape, dtype))
     check(arch, compiled.kernel("shuffled_block_forward"), gathers=True)
     check(arch, compiled.kernel("shuffled_block_weight_gradient"), gathers=True)
+    assert compiled.count("sort") == compiled.count("while") == 0
 
 
 @pytest.mark.parametrize(
@@ -279,4 +323,10 @@ def test_input_gradient(arch, layer, block_shape, dtype):
 
     compiled = compile_for(arch, product, *arguments(layer, block_shape, dtype)[1:])
     check(arch, compiled.kernel("shuffled_block_scatter"))
-    check(arch, compiled.kernel("shuffled_block_collect"), product=False)
+    collect = compiled.kernel("shuffled_block_collect")
+    check(arch, collect, product=False)
+    assert "bar.sync" not in collect.ptx
+    assert collect.shared_bytes == 0
+    for access in ("ld.global.v4.b32", "st.global.v4.b32"):  # 16 bytes a thread
+        assert access in collect.ptx
+    assert compiled.count("sort") == 0

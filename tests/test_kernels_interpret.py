@@ -10,7 +10,6 @@ import pytest
 
 from dsb_jax.layout import BlockLayout, real_rows
 from pallas_kernels import REFERENCE, ConvGeometry, matmul_geometry
-from pallas_kernels.kernel_index import derive, entries_for
 from pallas_kernels.pallas_gpu import pallas_kernels
 from pallas_kernels.tiles import KernelTiles, Tiles
 from pallas_kernels.triton_gpu import triton_kernels

@@ -72,7 +72,7 @@ def test_the_summary_holds_what_is_promised(finished):
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert summary["test_accuracy"] > 0.2  # chance is 0.1
     assert abs(summary["sparsity"] - 0.9) < 0.005
-    assert set(summary["bytes"]) == {"params", "grads", "opt_state", "topology"}
+    assert set(summary["bytes"]) == {"params", "grads", "opt_state", "topology", "index"}
     assert summary["step_time_s"] > 0
     assert summary["adapt_time_s"] > 0
     assert 0 < summary["accepted_growth"] <= 1

@@ -81,9 +81,14 @@ def test_the_state_is_three_times_the_weights_that_exist():
         state = abstract_state(Stack(depth, 1 - sparsity))
         weights = weight_bytes(state)
         assert weights == pytest.approx((1 - sparsity) * depth * DENSE_LAYER, rel=0.01)
-        indices = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.topology))
+        bare = dsb.without_index(state.topology)
+        indices = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(bare))
         # in_idx takes 2 bytes for R weights of 4; rows and starts are those of any matrix, whatever its density.
         assert indices < 0.032 * weights + depth * 4 * (WIDTH + WIDTH // 16 + 1)
+        # With what products derive from them, on each kind of device, at 0.9.
+        for backend in ("cpu", "gpu") if sparsity == 0.9 else ():
+            indexed = jax.eval_shape(functools.partial(dsb.with_index, backend=backend), bare)
+            assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(indexed)) < 0.15 * weights
         assert sparsity > 0.9 or indices < 0.07 * weights
         assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state)) == 2 * weights + 4
 

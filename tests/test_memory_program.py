@@ -6,6 +6,7 @@ import jax
 import pytest
 from absl.testing import flagsaver
 
+from dsb_jax.topology import without_index
 from dsb_jax.training.config import Config
 from dsb_jax.training.loop import create
 from experiments import memory
@@ -58,7 +59,9 @@ def test_the_account_is_that_of_a_real_state(results):
     blocks = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params) if path[-1].key == "blocks"]
     row = results["dsb", "training"]
     assert row["weights_bytes"] == sum(leaf.nbytes for leaf in blocks)
-    assert row["index_bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(state.topology))
+    both = row["index_bytes"] + row["kernel_index_bytes"]
+    assert both == sum(leaf.nbytes for leaf in jax.tree.leaves(state.topology))
+    assert row["index_bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(without_index(state.topology)))
 
 
 def test_xla_counts_too(define):

@@ -32,6 +32,10 @@ PARAMS = {
 }
 
 
+def indices_of(topology):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(topology))
+
+
 def test_a_report_by_hand():
     head = linear_spec(4, 5)
     plan = SparsityPlan((PlannedLayer(("head",), head, "kept dense by 'head'", ""),))
@@ -52,11 +56,13 @@ def test_a_report_by_hand():
     floats = 8 + 4 + 20 + 5 + 4 + 4
     indices = 36 + 2 * (3 * 4 * 4 + 4 * 3 * 4 + 4 * 4)
     assert report.nbytes == {
-        "params": 4 * floats + 2 * 96, "topology": indices, "opt_state": 2 * (4 * floats + 2 * 96) + 4,
+        "params": 4 * floats + 2 * 96, "topology": indices, "index": 0, "opt_state": 2 * (4 * floats + 2 * 96) + 4,
     }  # fmt: skip
 
 
 def test_a_report_is_read_by_people():
+    indexed = dsb.report(PARAMS, dsb.with_index(TOPOLOGY, "cpu"))
+    assert (indexed.nbytes["index"] > 0, indexed.nbytes["topology"]) == (True, indices_of(TOPOLOGY))
     text = str(dsb.report(PARAMS, TOPOLOGY))
     lines = text.splitlines()
     assert [line.split()[0] for line in lines] == ["layer", "a%2Fb", "stack", "head/kernel", "sparsity"]
@@ -83,7 +89,7 @@ def test_what_a_method_keeps_counts_as_bytes_not_as_weights():
 def test_models_without_sparse_layers():
     report = dsb.report({"head": PARAMS["head"]}, {})
     assert (report.layers, report.sparsity, report.sparsity_all) == ((), 0, 0)
-    assert (len(report.dense), report.nbytes) == (1, {"params": 100, "topology": 0})
+    assert (len(report.dense), report.nbytes) == (1, {"params": 100, "topology": 0, "index": 0})
     nothing = dsb.report({}, {})
     assert (nothing.sparsity, nothing.sparsity_all, nothing.nbytes["params"]) == (0, 0, 0)
     assert "0.00% over the sparse layers" in str(nothing)

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsb_jax.ops import sparse_conv, sparse_matmul
-from dsb_jax.ops import primitive
+from dsb_jax.ops import primitive, sparse_conv, sparse_matmul
 from dsb_jax.ops.partitioning import Operation, Product, on_devices
 from dsb_jax.ops.xla import XLA
 from pallas_kernels import REFERENCE, ConvGeometry, Kernels

@@ -107,8 +107,7 @@ def test_jit_sums_the_weight_gradient_and_gathers_nothing(implementation):
     assert_trees_close(result, gradient_on_one_device())
     assert result[1][0].sharding.spec == P("data")
     assert "all-gather" not in found
-    if implementation != "dense":  # that one sums the dense gradient
-        assert found == SUM_OF_GRADIENTS
+    assert found == SUM_OF_GRADIENTS
 
 
 @eight_devices
@@ -133,8 +132,7 @@ def test_bias_is_replicated_and_its_gradient_summed(implementation, mesh_type):
     result, found = run(gradient, put(mesh, x, "data"), put(mesh, blocks), put(mesh, bias))
     assert_trees_close(result, gradient_with_bias_on_one_device())
     assert "all-gather" not in found
-    if implementation != "dense":  # that one sums the dense gradient
-        assert found == {"all-reduce": sorted(["f32[12]", *SUM_OF_GRADIENTS["all-reduce"]])}
+    assert found == {"all-reduce": sorted(["f32[12]", *SUM_OF_GRADIENTS["all-reduce"]])}
 
 
 @eight_devices

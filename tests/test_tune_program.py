@@ -22,7 +22,10 @@ from dsb_jax.training.build import build
 from dsb_jax.training.config import Config
 from experiments import tune, tune_layer
 from pallas_kernels import REFERENCE, ConvGeometry, Kernels, matmul_geometry
+from pallas_kernels.interface import Passes
+from pallas_kernels.kernel_index import derive
 from pallas_kernels.tiles import KernelTiles, Tiles
+from tests.conftest import make_layout
 from tests.test_programs import call_here
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +74,7 @@ def test_the_table_is_what_auto_reads_and_the_program_goes_on(tmp_path, monkeypa
 
     # The layer of a model finds its measurement, whatever it says.
     (key, _), *_ = table.entries.items()
-    told = table._replace(entries={key: (Result("xla", 0.125), Result("dense", 1.0))})
+    told = table._replace(entries={key: (Result("xla", Passes(*[0.125] * 3)), Result("dense", Passes(*[1.0] * 3)))})
     tuned.write(path, told)
     monkeypatch.setenv(tuned.VARIABLE, str(path))
     layer = SparseConv(16, (3, 3), density=0.5, block_shape=(4, 2))
@@ -138,16 +141,16 @@ def test_only_a_table_of_its_own_kind_is_gone_on_with(tmp_path):
 def test_candidates_agree_on_linear_layers():
     linear = LayerCall.of(8, matmul_geometry(36), input_size=(1, 1), **SIZES)
     example = tune_layer.Example(linear, 1)
-    assert tune_layer.error_of(example.training_pass("xla", None)(), example.training_pass("dense", None)()) < 1e-5
+    dense = example.passes("dense", None)
+    for name, call in example.passes("xla", None).items():
+        assert tune_layer.error_of(call(), dense[name]()) < 1e-5
 
 
 def test_repeats_compute_the_same_as_once():
-    once, thrice = tune_layer.Example(LAYER, 1), tune_layer.Example(LAYER, 3)
-    calls = [lambda example: example.training_pass("dense", None)]
-    calls += [functools.partial(tune_layer.Example.one_pass, name=name, kernels=REFERENCE) for name in Kernels._fields]
-    for call in calls:
-        results = [call(example)() for example in (once, thrice)]
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
+    for implementation in ("dense", "reference"):
+        once, thrice = (tune_layer.Example(LAYER, n).passes(implementation, None) for n in (1, 3))
+        for name, call in once.items():
+            np.testing.assert_allclose(call(), thrice[name](), rtol=1e-5, atol=1e-5)
 
 
 def test_repeats_are_repeated():
@@ -156,9 +159,10 @@ def test_repeats_are_repeated():
 
     def counted(x, index):
         jax.debug.callback(lambda: count.append(1))
-        return x / 0, index[1] * 1.0
+        return x / 0 + index.out_idx[0, 0]
 
-    index = (jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32), jnp.zeros(2, jnp.int32))
+    layout = make_layout(0, (4, 4), (2, 2), (1, 1))
+    index = layout.index._replace(derived=derive(layout.index, 4, ["row_place"]))
     jax.block_until_ready(tune_layer.repeated(counted, 5)(jnp.zeros(3), index))
     jax.effects_barrier()
     assert len(count) == 5
@@ -184,10 +188,10 @@ def test_tiles_are_tuned_pass_by_pass():
         return Kernels(*map(slow, Kernels._fields))
 
     example = tune_layer.Example(LAYER, 1)
-    candidates = [Tiles(size) for size in (128, 64, 32, 16)]
+    candidates = Passes(*[[Tiles(size) for size in (128, 64, 32, 16)]] * 3)
     assert tune_layer.tune_tiles(example, factory, 1, candidates) == best
     with pytest.raises(tune_layer.Untunable, match=r"^no tiles serve its forward: RuntimeError: out of shared memory$"):
-        tune_layer.tune_tiles(example, factory, 1, candidates[:1])
+        tune_layer.tune_tiles(example, factory, 1, Passes(*[[Tiles(128)]] * 3))
 
 
 def test_what_fails_or_is_wrong_is_left_out_and_said(monkeypatch):
@@ -199,17 +203,18 @@ def test_what_fails_or_is_wrong_is_left_out_and_said(monkeypatch):
     assert [text.split(": ", 1)[1] for text in said] == [
         "pallas left out: it needs a GPU and this process computes on the cpu; use auto, xla or dense"
     ]
-    assert list(measured) == sorted(measured, key=lambda result: result.seconds)
+    assert list(measured) == sorted(measured, key=lambda result: sum(result.seconds))
 
-    right = tune_layer.Example.training_pass
+    right = tune_layer.Example.passes
 
     def wrong(self, implementation, tiles):
-        run = right(self, implementation, tiles)
-        if implementation != "xla":
-            return run
-        return functools.partial(jax.jit(lambda *args: jax.tree.map(lambda a: a * 1.1, run.func(*args))), *run.args)
+        calls = right(self, implementation, tiles)
+        if implementation == "xla":
+            run = calls["input_gradient"]
+            calls["input_gradient"] = functools.partial(jax.jit(lambda *args: run.func(*args) * 1.1), *run.args)
+        return calls
 
-    monkeypatch.setattr(tune_layer.Example, "training_pass", wrong)
+    monkeypatch.setattr(tune_layer.Example, "passes", wrong)
     measured = tune_layer.measure(LAYER, "cpu", **options)
     assert {result.implementation for result in measured} == {"dense", "reference"}
-    assert said[1].endswith("xla left out: its results are off by 0.1 of their norm")
+    assert said[1].endswith("xla left out: its input_gradient is off by 0.1 of its norm")

@@ -4,8 +4,8 @@ Each is one call of the array-level product (`dsb_jax.ops.vjp`) of an implementa
 """
 
 import functools
-import importlib
 import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -13,32 +13,19 @@ from jaxtyping import Array, Float
 
 from dsb_jax.layout import BlockLayout, check_arrays, validate
 from dsb_jax.ops import primitive
-from dsb_jax.ops.dense import dense_kernels
 from dsb_jax.ops.dispatch import Choice, choose, record
+from dsb_jax.ops.implementations import kernels_of
 from dsb_jax.ops.partitioning import Product
-from dsb_jax.ops.xla import XLA
 from pallas_kernels.interface import ConvGeometry, Kernels, Passes, matmul_geometry
 from pallas_kernels.kernel_index import KernelIndex
 from pallas_kernels.tiles import KernelTiles
 
 
 @functools.lru_cache(maxsize=256)  # equal arguments give the same object, so nothing recompiles
-def _kernels_of(passes: Passes, tiles: KernelTiles | None, feature_major: bool) -> Kernels:
+def _kernels_by_pass(passes: Passes, tiles: KernelTiles | None, feature_major: bool) -> Kernels:
     """The kernels of each pass, of the implementations named."""
-    named = {name: _implementation(name, tiles, feature_major) for name in passes}
+    named = {name: kernels_of(name, tiles, feature_major=feature_major) for name in passes}
     return Kernels(*(getattr(named[name], of) for of, name in passes._asdict().items()))
-
-
-def _implementation(name: str, tiles: KernelTiles | None, feature_major: bool) -> Kernels:
-    """Those of a GPU, and the specification, are imported when they are first asked for."""
-    if name == "xla":
-        return XLA
-    if name == "dense":
-        return dense_kernels(feature_major=feature_major)
-    if name == "reference":
-        return importlib.import_module("pallas_kernels.reference").REFERENCE
-    module = importlib.import_module(f"pallas_kernels.{name}_gpu")
-    return getattr(module, f"{name}_kernels")(**({} if tiles is None else {"tiles": tiles}))
 
 
 def _check(
@@ -134,7 +121,7 @@ def sparse_conv(
         record(path, choice, 0 if (height, width) == (1, 1) else x.size + layout.shape[0] * out_positions)
     passes = choice.passes if batch > 0 else Passes("dense", "dense", "dense")  # nothing to tile
     is_dense = set(passes) == {"dense"}  # which takes either order of activations
-    kernels = _kernels_of(passes, choice.tiles, feature_major or not is_dense)
+    kernels = _kernels_by_pass(passes, choice.tiles, feature_major or not is_dense)
     product = Product(
         kernels, geometry, layout.shape[0], (height, width), precision, feature_major=feature_major or not is_dense
     )
@@ -161,7 +148,7 @@ def sparse_matmul(
     Arguments, derivatives and errors as in `sparse_conv`.
     """
     geometry = matmul_geometry(layout.shape[1])
-    options = {
+    options: dict[str, Any] = {
         "geometry": geometry, "bias": bias, "implementation": implementation, "feature_major": feature_major,
         "precision": precision, "kernel_index": kernel_index, "path": path,
     }  # fmt: skip

@@ -65,12 +65,14 @@ class DeviceFacts:
       tf32: tensor-core peak of float32 operands at default precision.
       cache: bandwidth of the L2 cache; an estimate, vendors do not tell it.
       memory: bandwidth of device memory that a copy reaches; an estimate from the vendor's peak.
+      conv_share: of the peak that XLA's dense convolutions of CIFAR size reach; an estimate, and every ratio hangs on it.
     """
 
     half: float
     tf32: float
     cache: float
     memory: float
+    conv_share: float = 0.6
 
 
 GENERIC = DeviceFacts(half=200e12, tf32=100e12, cache=2.5e12, memory=1.0e12)  # an estimate for any other GPU
@@ -78,16 +80,14 @@ _DEVICES = (
     (r"\bA100\b", DeviceFacts(half=312e12, tf32=156e12, cache=4.0e12, memory=1.6e12)),
     (r"\bL4\b", DeviceFacts(half=121e12, tf32=60e12, cache=1.3e12, memory=0.3e12)),
     (r"\bRTX 4090\b", DeviceFacts(half=165e12, tf32=83e12, cache=4.5e12, memory=1.0e12)),
-    (r"\bH100\b", DeviceFacts(half=989e12, tf32=495e12, cache=5.5e12, memory=3.0e12)),
-    (r"\bH200\b", DeviceFacts(half=989e12, tf32=495e12, cache=5.5e12, memory=4.3e12)),
+    (r"\bH100\b", DeviceFacts(half=989e12, tf32=495e12, cache=5.5e12, memory=3.0e12, conv_share=0.43)),
+    (r"\bH200\b", DeviceFacts(half=989e12, tf32=495e12, cache=5.5e12, memory=4.3e12, conv_share=0.43)),
 )
 # Without tensor cores that take bfloat16, and without asynchronous copies, the kernels have nothing to offer.
 _BEFORE_AMPERE = r"\b(V100|P100|P40|P4|T4|GTX|TITAN|RTX 20[678]0|Quadro RTX)\b"
 
-# Estimates, all of them. The peak's shares that products reach; what XLA's dense convolutions of CIFAR size reach is the
-# one on which every ratio hangs.
+# Estimates, all of them: shares of the peak that products reach.
 _DENSE_MATMUL_SHARE = 0.8
-_DENSE_CONV_SHARE = 0.43
 _SPARSE_SHARE = 0.62  # mma.sync
 _OF_BOUND = 0.85  # what a kernel reaches of the rate that bounds it
 _LAUNCH = 2e-6  # seconds
@@ -133,7 +133,7 @@ def gpu_dense_seconds(layer: LayerCall, facts: DeviceFacts) -> Passes:
     """Predicted seconds of each pass of unpack-then-dense: those of the dense product, and what unpacking adds."""
     itemsize = jnp.dtype(layer.dtype).itemsize
     peak = facts.half if itemsize == 2 else facts.tf32
-    share = _DENSE_MATMUL_SHARE if layer.is_linear else _DENSE_CONV_SHARE
+    share = _DENSE_MATMUL_SHARE if layer.is_linear else facts.conv_share
     product = 2 * layer.spec.size * layer.positions / (share * peak)
     memory = _activations(layer) * itemsize / facts.memory / _OF_BOUND
     unpack = _UNPACK_PASSES * layer.spec.size * itemsize / facts.memory + _UNPACK_LAUNCHES * _LAUNCH

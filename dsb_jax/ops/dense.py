@@ -36,7 +36,8 @@ class _Order(NamedTuple):
 
 def _row_starts(index: Index) -> jax.Array:
     """int32[num_blocks, C, 2]: where the R weights of each block column begin in `[in, num_groups * R]`."""
-    first = jnp.broadcast_to(block_group(index)[:, None] * index.out_idx.shape[1], index.in_idx.shape)
+    first = block_group(index).astype(jnp.int32) * index.out_idx.shape[1]
+    first = jnp.broadcast_to(first[:, None], index.in_idx.shape)
     return jnp.stack([index.in_idx.astype(jnp.int32), first], axis=-1)
 
 
@@ -108,8 +109,8 @@ def dense_kernels(*, feature_major: bool) -> Kernels:
     """
     order = _Order(feature_major)
 
-    def count(size: tuple[int, int], geometry: ConvGeometry, activations: jax.Array) -> int:
-        return activations.shape[order.batch] * math.prod(geometry.output_size(*size))
+    def count(size: tuple[int, ...], geometry: ConvGeometry, activations: jax.Array) -> int:
+        return activations.shape[order.batch] * math.prod(geometry.output_size(size[0], size[1]))
 
     def forward(
         x: jax.Array,

@@ -46,15 +46,13 @@ class Choice:
     """What computes a layer.
 
     Attributes:
-      forward, input_gradient, weight_gradient: names of implementations, never "auto".
+      passes: the name of each pass' implementation, never "auto".
       reason: in a few words.
       tiles: tile sizes of the GPU kernels; None for their defaults, and for all other implementations.
       elements: of the layer's input and output, filled in by what records the choice.
     """
 
-    forward: str
-    input_gradient: str
-    weight_gradient: str
+    passes: Passes
     reason: str
     tiles: KernelTiles | None = None
     elements: int = dataclasses.field(default=0, compare=False)
@@ -68,19 +66,13 @@ class Choice:
     @classmethod
     def all(cls, implementation: str, reason: str, tiles: KernelTiles | None = None) -> "Choice":
         """One implementation for the three passes."""
-        return cls(implementation, implementation, implementation, reason, tiles)
-
-    @property
-    def passes(self) -> Passes:
-        """The name of each pass' implementation."""
-        return Passes(self.forward, self.input_gradient, self.weight_gradient)
+        return cls(Passes(implementation, implementation, implementation), reason, tiles)
 
     @property
     def implementation(self) -> str:
         """One name if it is the same for all passes, else such as "pallas, dense input gradient"."""
-        passes = self.passes
-        first = next((name for name in passes if name != "dense"), "dense")
-        others = [f"{name} {of.replace('_', ' ')}" for of, name in passes._asdict().items() if name != first]
+        first = next((name for name in self.passes if name != "dense"), "dense")
+        others = [f"{name} {of.replace('_', ' ')}" for of, name in self.passes._asdict().items() if name != first]
         return ", ".join([first, *others])
 
 
@@ -102,8 +94,8 @@ _target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target"
 def compiling_for(backend: str, device_kind: str) -> Iterator[None]:
     """Inside, "auto" chooses for a device that need not be here; its kernels cannot be checked and are believed.
 
-        with compiling_for("gpu", "NVIDIA H200"):
-            compiled = compile_for("H200", train_step, ...)
+    with compiling_for("gpu", "NVIDIA H200"):
+        compiled = compile_for("H200", train_step, ...)
     """
     token = _target.set(Target(backend, device_kind))
     try:
@@ -248,9 +240,9 @@ def _checked(choice: Choice, layer: LayerCall, target: Target, precision: lax.Pr
     }  # fmt: skip
     if not failed:
         return choice
-    passes = ("dense" if name in failed else name for name in choice.passes)
+    passes = Passes(*("dense" if name in failed else name for name in choice.passes))
     wrong = "; ".join(f"{name} failed its check here: {failure}" for name, failure in failed.items())
-    return Choice(*passes, wrong, choice.tiles)
+    return Choice(passes, wrong, choice.tiles)
 
 
 def _choose(layer: LayerCall, target: Target, precision: lax.PrecisionLike) -> Choice:
@@ -269,13 +261,13 @@ def _choose(layer: LayerCall, target: Target, precision: lax.PrecisionLike) -> C
         why = unsupported_reason(implementation, layer, backend, precision, (name,)) if ratio < CLEAR_WIN else None
         unsupported = unsupported or why
         taken.append(implementation if ratio < CLEAR_WIN and why is None else "dense")
-    return Choice(*taken, reason if unsupported is None else unsupported.split(";")[0])
+    return Choice(Passes(*taken), reason if unsupported is None else unsupported.split(";")[0])
 
 
 def _ratios_text(ratios: Passes) -> str:
     """One number if the passes share it, else those of forward / input gradient / weight gradient."""
-    return " / ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in ratios) if len({*ratios}) == 1 else
-                      [f"{ratio:.2f}" for ratio in ratios])  # fmt: skip
+    texts = [f"{ratio:.2f}" for ratio in ratios]
+    return texts[0] if len({*ratios}) == 1 else " / ".join(texts)
 
 
 def _from_table(
@@ -294,7 +286,7 @@ def _from_table(
         margin, how = CLEAR_WIN, "tuned on a layer nearby"
     dense = next(result.seconds for result in found.results if result.implementation == "dense")
     sparse = [r for r in found.results if r.implementation in IMPLEMENTATIONS[1:] and r.implementation != "dense"]
-    names, ratios, tiles, skipped = [], [], {}, ""
+    names, fastest, ratios, tiles, skipped = [], [], [], {}, ""
     for i, name in enumerate(Passes._fields):
         best = None
         for result in sorted(sparse, key=lambda result: result.seconds[i]):
@@ -302,16 +294,18 @@ def _from_table(
                 skipped = skipped or f"; {result.implementation}: {reason.split(';')[0]}"
                 continue
             best = result
+            fastest.append(result.implementation)
             break
         ratios.append(1.0 if best is None else best.seconds[i] / dense[i] * scales[i])
         taken = best if best is not None and ratios[-1] < margin else None
         names.append("dense" if taken is None else taken.implementation)
         if taken is not None and taken.tiles is not None:
             tiles[name] = getattr(taken.tiles, name)
-    if not sparse or (skipped and set(names) == {"dense"}):
+    if not fastest:
         return Choice.all("dense", f"{how}: nothing that serves is faster on {device_kind}{skipped}")
-    reason = f"{how}: {_ratios_text(Passes(*ratios))} of dense on {device_kind}"
-    return Choice(*names, reason, KernelTiles(**tiles) if tiles else None)
+    takes = "" if set(names) != {"dense"} else f"{', '.join(dict.fromkeys(fastest))} takes "
+    reason = f"{how}: {takes}{_ratios_text(Passes(*ratios))} of dense on {device_kind}"
+    return Choice(Passes(*names), reason, KernelTiles(**tiles) if tiles else None)
 
 
 def _tuned_tiles(implementation: str, layer: LayerCall, device_kind: str) -> KernelTiles | None:

@@ -10,8 +10,9 @@ batch, V stands for axes that `vmap` has put in front:
     weight_gradient   x, dy                           V, N (one all-reduce over N)        dblocks[V, num_blocks, R, C]
 
 Everything else is replicated, and a weight gradient is packed into blocks before it is summed over devices, whatever
-computes it. On one device nothing of this is left in the compiled program. Where mesh axes are manual already (`jax.shard_map`), the kernel is called as it is, and the caller sums the weight gradients; loops that
-start from zeros need `check_vma=False` there.
+computes it. On one device nothing of this is left in the compiled program. Where mesh axes are manual already
+(`jax.shard_map`), the kernel is called as it is, and the caller sums the weight gradients; loops that start from zeros
+need `check_vma=False` there.
 
 The partitioner learns the mesh from the program's arguments or constraints. If none of them names one (arguments on
 one device under `jax.set_mesh`), it gathers: right, but no scaling.
@@ -42,6 +43,9 @@ _RANKS = {  # of the first two and of the result, without mapped axes
     "input_gradient": (4, 3, 4),
     "weight_gradient": (4, 4, 3),
 }
+
+
+Pass = Literal["forward", "input_gradient", "weight_gradient"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Operation:
     """
 
     product: Product
-    name: Literal["forward", "input_gradient", "weight_gradient"]
+    name: Pass
     index_structure: Any
     index_ranks: tuple[int, ...]
     dtype: Any = None

@@ -25,15 +25,17 @@ from typing import Any
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+from jax import lax
 from jax.interpreters import ad, batching, mlir
 
-from dsb_jax.ops.partitioning import Operation, Product, join_batch, on_devices
+from dsb_jax.ops.partitioning import Operation, Pass, Product, join_batch, on_devices
 from pallas_kernels.interface import Index, accumulator_dtype
 
-_TRANSPOSED = {  # of a pass: for each of its operands the pass, and which of its operands are the other one and d
-    "forward": (("input_gradient", "d", 1), ("weight_gradient", 0, "d")),
-    "input_gradient": (("forward", "d", 1), ("weight_gradient", "d", 0)),
-    "weight_gradient": (("input_gradient", 1, "d"), ("forward", 0, "d")),
+# With respect to each operand of a pass: the pass that it is, and which of the operands it takes (None: d).
+_TRANSPOSED: dict[str, tuple[tuple[Pass, tuple[int | None, ...]], ...]] = {
+    "forward": (("input_gradient", (None, 1)), ("weight_gradient", (0, None))),
+    "input_gradient": (("forward", (None, 1)), ("weight_gradient", (None, 0))),
+    "weight_gradient": (("input_gradient", (1, None)), ("forward", (0, None))),
 }
 
 product_p = jax.extend.core.Primitive("shuffled_block_product")
@@ -76,9 +78,11 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, operation: Operatio
         bias = tangents[-1].astype(accumulator_dtype(result.dtype))
         missing = [level for level, mapped in enumerate(operation.mapped) if not mapped[-1]]
         bias = jnp.expand_dims(bias, [*missing, *operation.axes_beside_features])
-        terms.append(jnp.broadcast_to(bias, result.shape).astype(result.dtype))
-    if not terms:
-        return result, ad.Zero.from_primal_value(result)
+        sharding = jax.typeof(result).sharding
+        spread = lax.broadcast_in_dim(
+            bias, result.shape, range(result.ndim), out_sharding=sharding if sharding.mesh.explicit_axes else None
+        )
+        terms.append(spread.astype(result.dtype))
     return result, functools.reduce(ad.add_jaxvals, terms)
 
 
@@ -89,11 +93,11 @@ def _transpose(d: Any, *operands: Any, operation: Operation, callees: Any) -> li
     if isinstance(d, ad.Zero):
         cotangents[at] = ad.Zero(wanted)
         return cotangents
-    name, *sources = _TRANSPOSED[operation.name][at]
-    given = [d if source == "d" else operands[source] for source in sources]
+    name, sources = _TRANSPOSED[operation.name][at]
+    given = [d if source is None else operands[source] for source in sources]
     levels = []  # what each level of `vmap` maps of the operands of the new pass: d is mapped at all of them
     for mapped in operation.mapped:
-        of_given = tuple(source == "d" or mapped[source] for source in sources)
+        of_given = tuple(source is None or mapped[source] for source in sources)
         levels.append((*of_given, *mapped[2 : 2 + len(operation.index_ranks)]))
     lost = [level for level, mapped in enumerate(operation.mapped) if not mapped[at]]
     if name == "weight_gradient":
@@ -102,7 +106,7 @@ def _transpose(d: Any, *operands: Any, operation: Operation, callees: Any) -> li
             if all(levels[level][:2]):
                 given = [join_batch(a, sum(m[i] for m in levels[:level]), operation) for i, a in enumerate(given)]
             else:
-                given = [a.sum(level) if source == "d" else a for source, a in zip(sources, given, strict=True)]
+                given = [a.sum(level) if source is None else a for source, a in zip(sources, given, strict=True)]
             del levels[level]
             lost = [other - (other > level) for other in lost if other != level]
     dtype = wanted.dtype if name == "weight_gradient" else None

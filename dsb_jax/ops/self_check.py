@@ -23,6 +23,7 @@ import numpy as np
 
 from dsb_jax.layout import random_layout
 from dsb_jax.ops import tuning
+from dsb_jax.ops.implementations import kernels_of
 from pallas_kernels.interface import ConvGeometry, Kernels, Passes, matmul_geometry
 
 FORMAT = "dsb_jax checks 1"
@@ -61,20 +62,13 @@ def failure(implementation: str, rows: int, dtype: str, exact: bool, device_kind
                 _remember(device_kind, what, outcome)
             if outcome != PASSED:
                 warnings.warn(
-                    f"the {implementation} kernels for {rows} rows of {dtype} are wrong on {device_kind} ({outcome}), so "
-                    f'implementation="auto" takes the dense product for them. Report it, please; to check again, delete '
-                    f"{_path(device_kind)}.",
+                    f"the {implementation} kernels for {rows} rows of {dtype} are wrong on {device_kind} ({outcome}): "
+                    f'"auto" takes the dense product. Please report it; to check again, delete {_path(device_kind)}.',
                     stacklevel=2,
                 )
             _found[device_kind, what] = outcome
         outcome = _found[device_kind, what]
     return None if outcome == PASSED else outcome
-
-
-def kernels_of(implementation: str) -> Kernels:
-    """The kernels with their default tiles."""
-    module = importlib.import_module(f"pallas_kernels.{implementation}_gpu")
-    return getattr(module, f"{implementation}_kernels")()
 
 
 def check(kernels: Kernels, rows: int, dtype: str, exact: bool) -> str:
@@ -172,4 +166,3 @@ def _remember(device_kind: str, what: str, outcome: str) -> None:
         tuning.write_text(path, json.dumps(body, indent=1) + "\n")
     except OSError as error:  # a home that cannot be written: each process finds out for itself
         warnings.warn(f"what was checked on {device_kind} is not remembered: {path}: {error.strerror}.", stacklevel=2)
-

@@ -274,8 +274,10 @@ def _result_fields(result: Result) -> dict[str, Any]:
 def _result(fields: dict[str, Any]) -> Result:
     tiles = fields["tiles"]
     if tiles is not None:
-        tiles = KernelTiles(
-            **{name: Tiles(**{k: _count(v) for k, v in sizes.items()}) for name, sizes in tiles.items()}
-        )
+        read: dict[str, Any] = {
+            name: None if sizes is None else Tiles(**{k: _count(v) for k, v in sizes.items()})
+            for name, sizes in tiles.items()
+        }
+        tiles = KernelTiles(**read)
     seconds = Passes(**{name: _positive(value) for name, value in fields["seconds"].items()})
     return Result(_text(fields["implementation"]), seconds, tiles)

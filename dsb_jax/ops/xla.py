@@ -251,10 +251,10 @@ def input_gradient(
         def step(i: jax.Array, dx: jax.Array) -> jax.Array:
             panel = lax.dynamic_index_in_dim(d_rows, cut.pieces.group[i], keepdims=False, allow_negative_indices=False)
             partial = jnp.dot(weights[i], panel, precision=precision, preferred_element_type=wide)
-            partial = partial.reshape(-1, *tiling.positions)
+            partial, s = partial.reshape(-1, *tiling.positions), cut.starts
 
             def add(j: jax.Array, dx: jax.Array) -> jax.Array:
-                start = (at.batch, cut.starts[i, j, 0], cut.starts[i, j, 1], at.row + cut.starts[i, j, 2], cut.starts[i, j, 3])
+                start = (at.batch, s[i, j, 0], s[i, j, 1], at.row + s[i, j, 2], s[i, j, 3])
                 old = lax.dynamic_slice(dx, start, (1, 1, 1, *tiling.positions), allow_negative_indices=False)
                 new = lax.dynamic_slice(partial, (j, ZERO, ZERO), (1, *tiling.positions), allow_negative_indices=False)
                 return lax.dynamic_update_slice(dx, old + new[None, None], start, allow_negative_indices=False)
@@ -290,7 +290,8 @@ def weight_gradient(
             d_pieces, buffer = carry
             buffer = _copy_columns(buffer, tiles, at, cut.starts[i], cut.counts[i], tiling)
             panel = buffer.reshape(buffer.shape[0], -1)
-            d_panel = lax.dynamic_index_in_dim(d_rows, cut.pieces.group[i], keepdims=False, allow_negative_indices=False)
+            group = cut.pieces.group[i]
+            d_panel = lax.dynamic_index_in_dim(d_rows, group, keepdims=False, allow_negative_indices=False)
             # The longer operand first: up to 1.8 times as fast as the other order.
             add = lax.dot_general(
                 panel, d_panel, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=wide
