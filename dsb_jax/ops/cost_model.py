@@ -65,7 +65,7 @@ class DeviceFacts:
       tf32: tensor-core peak of float32 operands at default precision.
       cache: bandwidth of the L2 cache; an estimate, vendors do not tell it.
       memory: bandwidth of device memory that a copy reaches; an estimate from the vendor's peak.
-      conv_share: of the peak that XLA's dense convolutions of CIFAR size reach; an estimate, and every ratio hangs on it.
+      conv_share: of the peak that XLA's dense convolutions of CIFAR size reach; an estimate that every ratio hangs on.
     """
 
     half: float
