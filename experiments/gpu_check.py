@@ -214,6 +214,9 @@ class Check:
         outcome = run_part(
             filled, limit_s, self.folder, variables, interrupted=lambda: self.interrupted, written=keep
         )  # fmt: skip
+        passed = any(line.get("outcome") == "passed" for line in outcome.get("results") or [] if part.name == "tests")
+        if part.name == "tests" and outcome["error"] is None and not passed and not self.rehearse:
+            outcome |= {"end": "failed", "error": "no test passed: all were skipped or not selected"}
         for kind in ("ptx", "sanitizer", "tuned"):
             if any(f"{{{kind}}}" in argument for argument in part.arguments):
                 tidy_file(self.folder.file(kind), self.folder)

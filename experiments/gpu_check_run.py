@@ -219,7 +219,8 @@ def run_part(
         process.wait()
     printed = _tidy_log(log, start_of_log, folder)
     # Rows of tables stay in the log: the results have their numbers.
-    tail = [line for line in printed.splitlines() if re.search(r"\w", line) and "│" not in line][-KEPT_LINES:]
+    tail = [line for line in printed.splitlines() if re.search(r"\w", line) and not re.search("[│┃]", line)]
+    tail = tail[-KEPT_LINES:]
     if error is not None and tail:
         error += f": {tail[-1].strip()[:200]}"
     return {**outcome(), "tail": tail if error is not None else tail[-1:]}

@@ -50,6 +50,7 @@ def dump_ptx(cases: list[Case], target: Path, rehearse: bool) -> str:
         dumping = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_emitter_re=ptx"
         # A program out of the cache would not be compiled, and nothing would be written.
         variables = {**os.environ, "XLA_FLAGS": dumping, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        variables.pop("JAX_COMPILATION_CACHE_DIR", None)
         problem = ""
         try:
             code = subprocess.run(command, env=variables, stdin=subprocess.DEVNULL, timeout=COMPILE_S).returncode

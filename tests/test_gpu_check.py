@@ -14,12 +14,14 @@ from pathlib import Path
 import jax
 import pytest
 
+from dsb_jax.layout import validate
 from experiments import gpu_check, gpu_check_parts, gpu_check_report, gpu_predictions, gpu_smoke
 from experiments.gpu_check import Check
 from experiments.gpu_check_parts import HANGS, measured_parts, rehearsed_parts, select
 from experiments.gpu_check_report import compared, goals
 from experiments.gpu_check_run import MOST_FILE_BYTES, ROOT, Folder, Part, read_results, run_part, shortened
 from experiments.gpu_smoke import Case, failed, parse_case, read_lines, supervise
+from experiments.gpu_smoke_case import numpy_layout
 from tests.test_programs import call
 
 on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what happens without a GPU")
@@ -216,6 +218,15 @@ def test_smoke_cases():
     assert [parse_case(str(case)) for case in cases] == cases
     with pytest.raises(ValueError, match="'64x4 forward'"):
         parse_case("64x4 forward")
+    validate(numpy_layout((64, 40), (16, 4), 13))
+
+
+def test_tests_that_were_all_skipped_are_no_success(check):
+    line = '{"test": "t", "outcome": "%s"}'
+    for outcome, end in (("skipped", "failed"), ("passed", "done")):
+        part = Part("tests", ("-c", f"open('{{lines}}', 'w').write('{line % outcome}')"), 20)
+        check.run_all([part], 20, say=lambda text: None)
+        assert check.done["tests"]["end"] == end
 
 
 def test_the_plugin_writes_a_line_a_test(tmp_path):
