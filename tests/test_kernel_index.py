@@ -149,7 +149,7 @@ def test_layers_and_adaptations_make_it_and_none_stays_none(net):
 
 
 def test_with_and_without_it_all_is_equal(net):
-    model, variables, x = net
+    _, variables, x = net
 
     @jax.jit
     def gradients(params, topology):
@@ -211,7 +211,7 @@ def index_operations(compiled):
 
 def test_a_training_step_makes_nothing_of_it(net):
     """No sort, no search, no loop that builds an index; without one, they are there."""
-    model, variables, x = net
+    _, variables, x = net
 
     def step(params, topology):
         value, gradient = jax.value_and_grad(lambda p: loss_fn({"params": p, "topology": topology}, x))(params)
@@ -219,7 +219,7 @@ def test_a_training_step_makes_nothing_of_it(net):
 
     params, topology = variables["params"], variables["topology"]
     assert index_operations(jax.jit(step).lower(params, topology).compile()) == (0, 0, [])
-    sorts, made, _ = index_operations(jax.jit(step).lower(params, dsb.without_index(topology)).compile())
+    _, made, _ = index_operations(jax.jit(step).lower(params, dsb.without_index(topology)).compile())
     assert made > 0
 
 

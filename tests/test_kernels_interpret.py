@@ -1,5 +1,6 @@
 """The Pallas and the Triton kernels against the reference, each in its interpreter: no GPU, the same code as on one."""
 
+import dataclasses
 import functools
 import importlib.util
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from dsb_jax.layout import BlockLayout, real_rows
-from pallas_kernels import REFERENCE, ConvGeometry, matmul_geometry
+from pallas_kernels import REFERENCE, ConvGeometry, Index, matmul_geometry
+from pallas_kernels.kernel_index import derive, entries_for
 from pallas_kernels.pallas_gpu import pallas_kernels
 from pallas_kernels.tiles import KernelTiles, Tiles
 from pallas_kernels.triton_gpu import triton_kernels
@@ -160,6 +162,34 @@ def test_the_batch_is_cut_into_parts_where_scratch_would_be_large(interpreted, c
     scratch = {"linear, long": 40 * 16 * 4}.get(case, 1)
     monkeypatch.setattr("pallas_kernels.over_rows.SCRATCH_BYTES", scratch)
     assert_same(all_three(interpreted(SMALL_TILES), *arrays)[1:2], (wanted,), 2e-5)
+
+
+@both_implementations
+def test_no_index_reads_or_writes_foreign_memory(interpreted):
+    """Wrong ones are clamped, in the layout and in what is derived from it: a wrong number, and no other harm."""
+    geometry, layout, x, blocks, dy = make("linear, long", "float32")
+    in_idx, start = np.array(layout.in_idx), np.array(layout.group_start)
+    in_idx[0, :3] = 24, 60_000, -1
+    clipped = dataclasses.replace(layout, in_idx=np.clip(in_idx, 0, 23))
+    kernels, wrong = interpreted(SMALL_TILES), dataclasses.replace(layout, in_idx=in_idx)
+    found, wanted = (all_three(kernels, geometry, one, x, blocks, dy) for one in (wrong, clipped))
+    for i in (0, 2):  # forward and weight gradient, which read the columns
+        np.testing.assert_array_equal(found[i], wanted[i])
+
+    @jax.jit
+    def run(index, x, blocks, dy):
+        return (
+            kernels.forward(x, blocks, index, out=32, geometry=geometry),
+            kernels.input_gradient(dy, blocks, index, geometry=geometry, input_size=(1, 1)),
+            kernels.weight_gradient(x, dy, index, geometry=geometry, dtype=jnp.float32),
+        )
+
+    start[1:] = 70_000
+    derived = derive(layout.index, 24, entries_for("gpu"))
+    huge = jax.tree.map(lambda leaf: np.full(leaf.shape, 65_000, leaf.dtype), derived)
+    index = Index(np.full_like(layout.out_idx, -5), in_idx, start, huge)
+    for result in run(index, x, blocks, dy):
+        assert not np.isinf(result).any()
 
 
 @both_implementations
