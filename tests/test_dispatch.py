@@ -120,8 +120,8 @@ def test_seconds_on_a_gpu_worked_by_hand():
 
     Forward: 1/16 + 1/128 bytes of L2 for each, 966 MB at 5.5 TB/s and 85 % of that: 207 us and a launch. Input
     gradient: the scratch of 104,858 panel columns, written and read, 1,718 MB, and 67 MB, at 4.3 TB/s. Weight
-    gradient: as forward with 128 columns. Dense: 1.374e11 operations at 80 % of the peak, and to unpack three passes over
-    33.6 MB.
+    gradient: as forward with 128 columns. Dense: 1.374e11 operations at 80 % of the peak, and to unpack three passes
+    over 33.6 MB.
     """
     layout = layout_of(0.1, (4096, 4096), (16, 16))
     layer = call_of(layout, geometry=matmul_geometry(4096), input_size=(1, 1), batch=4096, dtype="bfloat16")
