@@ -95,7 +95,9 @@ def compiling_for(backend: str, device_kind: str) -> Iterator[None]:
     """Inside, "auto" chooses for a device that need not be here; its kernels cannot be checked and are believed.
 
     with compiling_for("gpu", "NVIDIA H200"):
-        compiled = compile_for("H200", train_step, ...)
+        compiled = pallas_kernels.aot.compile_for("H200", step, params, dsb.with_index(topology, "gpu"))
+
+    The topology's index is made for the backend, too: what it lacks is derived in each step.
     """
     token = _target.set(Target(backend, device_kind))
     try:
