@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from dsb_jax.layout import BlockLayout
 from dsb_jax.spec import LayerSpec
+from dsb_jax.target import current_backend
 from pallas_kernels.kernel_index import KernelIndex, derive, entries_for
 
 
@@ -142,13 +143,13 @@ def by_layer(function: Callable[..., Any], node: LayerTopology, *trees: Any) -> 
 
 
 def kernel_index(layout: BlockLayout, spec: LayerSpec, backend: str | None = None) -> KernelIndex | None:
-    """What the products of one layer read beyond its layout, on a backend of jax (by default the process' own).
+    """What the products of one layer read beyond its layout, on a backend of jax (by default that of `target`).
 
     None for a layer that stores single weights: it would be as large as they are, and their product is dense.
     """
     if spec.storage != "blocks":
         return None
-    return derive(layout.index, spec.in_, entries_for(jax.default_backend() if backend is None else backend))
+    return derive(layout.index, spec.in_, entries_for(backend or current_backend()))
 
 
 def like_index(layout: BlockLayout, old: KernelIndex | None) -> KernelIndex | None:
@@ -163,11 +164,11 @@ def with_index(topology: Any, backend: str | None = None) -> Any:
 
     Args:
       topology: any tree with `LayerTopology` nodes.
-      backend: of jax, whose implementations are to find what they read; by default that of this process.
+      backend: of jax, whose implementations are to find what they read; by default that of `target`.
     """
+    entries = entries_for(backend or current_backend())
 
     def add(node: LayerTopology) -> LayerTopology:
-        entries = entries_for(jax.default_backend() if backend is None else backend)
         return _index_anew(node, entries) if node.spec.storage == "blocks" else node
 
     return _map_nodes(add, topology)

@@ -12,11 +12,14 @@ from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.ops import IMPLEMENTATIONS, Choice, choose, record_choices, sparse_matmul
 from dsb_jax.ops import tuning as tuned
 from dsb_jax.ops.cost_model import GENERIC, device_facts, gpu_dense_seconds, gpu_sparse_seconds, predicted_ratios
-from dsb_jax.ops.dispatch import compiling_for, record
+from dsb_jax.ops.dispatch import record
 from dsb_jax.ops.layer_call import LayerCall
 from dsb_jax.ops.tuning import Result
+from dsb_jax.paths import nodes
+from dsb_jax.target import compiling_for
 from pallas_kernels import ConvGeometry, matmul_geometry
 from pallas_kernels.interface import Passes
+from pallas_kernels.kernel_index import entries_for
 from pallas_kernels.tiles import KernelTiles, Tiles
 
 KIND = "NVIDIA H200"
@@ -291,8 +294,9 @@ def test_the_device_to_compile_for_can_be_given():
     x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
     for kind, wanted in ((KIND, "pallas"), ("Tesla T4", "dense")):
         with compiling_for("gpu", kind), record_choices() as choices:
-            jax.eval_shape(layer.init, jax.random.key(0), x)
+            variables = jax.eval_shape(layer.init, jax.random.key(0), x)
         assert choices[()].passes.forward == wanted
+        assert [node.index.entries for node in nodes(variables["topology"]).values()] == [entries_for("gpu")]
     with record_choices() as choices:
         jax.eval_shape(layer.init, jax.random.key(0), x)
     assert "pallas" not in choices[()].passes
@@ -336,6 +340,16 @@ class Model(nn.Module):
         x = SparseConv(16, (3, 3), name="stem")(x)
         x = SparseConv(32, (3, 3), density=0.2, implementation=self.implementation, name="conv")(x)
         return SparseDense(16, density=0.5, implementation="reference", name="head")(x)
+
+
+def test_a_layer_chooses_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr("dsb_jax.ops.api.choose", lambda *args, **sizes: asked.append(1) or choose(*args, **sizes))
+    model, x = Model("auto"), jnp.zeros((2, 4, 4, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    asked.clear()
+    jax.eval_shape(model.apply, variables, x)
+    assert len(asked) == 2  # of its sparse layers
 
 
 @pytest.mark.parametrize("implementation", ["xla", "auto"])

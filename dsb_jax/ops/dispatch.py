@@ -18,7 +18,7 @@ import contextvars
 import dataclasses
 import importlib.util
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 from jax import lax
@@ -27,6 +27,7 @@ from dsb_jax.layout import BlockLayout
 from dsb_jax.ops import self_check, tuning
 from dsb_jax.ops.cost_model import predicted_ratios
 from dsb_jax.ops.layer_call import LayerCall
+from dsb_jax.target import Target, given_target
 from pallas_kernels import limits
 from pallas_kernels.interface import ConvGeometry, Passes
 from pallas_kernels.tiles import KernelTiles
@@ -76,34 +77,10 @@ class Choice:
         return ", ".join([first, *others])
 
 
-class Target(NamedTuple):
-    """What a program is compiled for: a backend of jax and the name of a device."""
-
-    backend: str
-    device_kind: str
-
-
 _recorder: contextvars.ContextVar[dict[tuple[str, ...], Choice] | None] = contextvars.ContextVar(
     "recorder", default=None
 )
 _without_tables: contextvars.ContextVar[bool] = contextvars.ContextVar("without_tables", default=False)
-_target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
-
-
-@contextlib.contextmanager
-def compiling_for(backend: str, device_kind: str) -> Iterator[None]:
-    """Inside, "auto" chooses for a device that need not be here; its kernels cannot be checked and are believed.
-
-    with compiling_for("gpu", "NVIDIA H200"):
-        compiled = pallas_kernels.aot.compile_for("H200", step, params, dsb.with_index(topology, "gpu"))
-
-    The topology's index is made for the backend, too: what it lacks is derived in each step.
-    """
-    token = _target.set(Target(backend, device_kind))
-    try:
-        yield
-    finally:
-        _target.reset(token)
 
 
 @contextlib.contextmanager
@@ -189,7 +166,7 @@ def choose(
       batch: N.
       dtype: of activations and blocks.
       precision: of the products, as in `jax.lax.dot`.
-      backend: "cpu", "gpu", ...; by default that of `compiling_for`, else of this process.
+      backend: "cpu", "gpu", ...; by default that of `dsb_jax.target`.
       device_kind: the device's name, such as "NVIDIA H200"; by default likewise.
 
     Raises:
@@ -225,7 +202,7 @@ def _find_target(backend: str | None, device_kind: str | None) -> tuple[Target, 
     """What to choose for, and whether that is the device of this process."""
     if backend is not None:
         return Target(backend, device_kind or ("cpu" if backend == "cpu" else "an unknown device")), False
-    if (given := _target.get()) is not None:
+    if (given := given_target()) is not None:
         return given, False
     return Target(jax.default_backend(), device_kind or jax.local_devices()[0].device_kind), True
 
