@@ -39,7 +39,7 @@ def layouts(draw):
     return make_layout(draw(st.integers(0, 9)), (groups * rows, in_), (rows, cols), counts)
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(layouts())
 def test_what_every_entry_means(layout):
     index = jax.tree.map(np.asarray, derive(layout.index, layout.shape[1], ALL))
