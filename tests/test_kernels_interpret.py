@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,12 @@ def test_bias(interpreted, case, dtype, bias_dtype):
 
     got, wanted = both(x, blocks, bias)
     assert_same((got,), (wanted,), TOLERANCE[dtype])
+
+
+def test_without_jax_triton_its_kernels_are_refused_when_they_are_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    with pytest.raises(NotImplementedError, match=r"no Triton kernel: .*triton cannot be imported .*; pip install"):
+        triton_kernels(KernelTiles(Tiles(512)))  # tiles that no other test has made kernels of
 
 
 @both_implementations
