@@ -108,6 +108,14 @@ def compositions(loss, x, weights):
         "grad of vmap": jax.grad(lambda w: jax.vmap(loss, (0, None))(x, w).sum())(first),
         "vmap of grad, both mapped": jax.vmap(gradient)(x, weights),
         "vmap of grad, bias mapped": jax.vmap(lambda bias: gradient(x[0], (first[0], bias)))(weights[1]),
+        "grad of vmap, all mapped": jax.grad(lambda w: jax.vmap(loss)(x, w).sum())(weights),
+        "grad of vmap, weights mapped": jax.grad(lambda w: jax.vmap(loss, (None, 0))(x[0], w).sum())(weights),
+        "grad of vmap, bias mapped": jax.grad(
+            lambda w, bias: jax.vmap(lambda b: loss(x[0], (w, b)))(bias).sum(), (0, 1)
+        )(first[0], weights[1]),
+        "jvp of vmap": jax.jvp(
+            lambda x, w: jax.vmap(jax.vmap(loss, (None, 0)), (0, None))(x, w), (x, weights), (x, weights)
+        ),
         "vmap of vmap": jax.vmap(jax.vmap(gradient, (None, 0)), (0, None))(x, weights),
         "vmap of remat": jax.vmap(jax.grad(jax.checkpoint(loss), (0, 1)))(x, weights),
         "grad in scan": jax.lax.scan(lambda w, x: (w, gradient(x, w)), first, x)[1],

@@ -66,23 +66,32 @@ def _jitted(operation: Operation) -> Callable[..., jax.Array]:
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, operation: Operation, callees: Any) -> tuple[Any, Any]:
     result = _bind(operation, *primals)
     first, second, *rest = primals
-    unbiased = dataclasses.replace(operation, has_bias=False)
-    index = rest[: len(operation.index_ranks)]
+    count = 2 + len(operation.index_ranks)
+    index = rest[: count - 2]
+    # Without the bias, levels of `vmap` that map nothing else are gone: there the product is the same for all.
+    of_bias = [level for level, mapped in enumerate(operation.mapped) if not any(mapped[:count])]
+    levels = tuple(mapped[:count] for mapped in operation.mapped if any(mapped[:count]))
+    unbiased = dataclasses.replace(operation, has_bias=False, mapped=levels)
+    sharding = jax.typeof(result).sharding
+    sharding = sharding if sharding.mesh.explicit_axes else None
+
+    def spread(term: jax.Array, axes: Sequence[int]) -> jax.Array:
+        """A term of the sum that is the same along some axes of the result."""
+        if not axes:
+            return term
+        grown = jnp.expand_dims(term, axes)
+        return lax.broadcast_in_dim(grown, result.shape, range(result.ndim), out_sharding=sharding)
+
     terms = []
     if not isinstance(tangents[0], ad.Zero):
-        terms.append(_bind(unbiased, tangents[0], second, *index))
+        terms.append(spread(_bind(unbiased, tangents[0], second, *index), of_bias))
     if not isinstance(tangents[1], ad.Zero):
-        terms.append(_bind(unbiased, first, tangents[1], *index))
+        terms.append(spread(_bind(unbiased, first, tangents[1], *index), of_bias))
     if operation.has_bias and not isinstance(tangents[-1], ad.Zero):
         # In the dtype of sums, so that the transpose, a sum over positions and examples, is rounded once.
         bias = tangents[-1].astype(accumulator_dtype(result.dtype))
         missing = [level for level, mapped in enumerate(operation.mapped) if not mapped[-1]]
-        bias = jnp.expand_dims(bias, [*missing, *operation.axes_beside_features])
-        sharding = jax.typeof(result).sharding
-        spread = lax.broadcast_in_dim(
-            bias, result.shape, range(result.ndim), out_sharding=sharding if sharding.mesh.explicit_axes else None
-        )
-        terms.append(spread.astype(result.dtype))
+        terms.append(spread(bias, [*missing, *operation.axes_beside_features]).astype(result.dtype))
     return result, functools.reduce(ad.add_jaxvals, terms)
 
 
