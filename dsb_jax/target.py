@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import jax
 
+BACKENDS = ("cpu", "gpu", "tpu")
+
 
 class Target(NamedTuple):
     """What a program is compiled for: a backend of jax and the name of a device, such as "NVIDIA H200"."""
@@ -28,6 +30,7 @@ def compiling_for(backend: str, device_kind: str) -> Iterator[None]:
     "auto" chooses for it, and believes that its kernels are right there. What was traced before keeps what it was
     traced for: give functions to `jax.jit` inside.
     """
+    _check_backend(backend)
     token = _given.set(Target(backend, device_kind))
     try:
         yield
@@ -35,12 +38,26 @@ def compiling_for(backend: str, device_kind: str) -> Iterator[None]:
         _given.reset(token)
 
 
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend={backend!r} is none of jax's; give one of {', '.join(BACKENDS)} (a CUDA device: gpu)."
+        )
+
+
 def given_target() -> Target | None:
     """What `compiling_for` says, or None."""
     return _given.get()
 
 
-def current_backend() -> str:
-    """Of jax: that of `compiling_for`, else this process' own."""
+def current_backend(asked_for: str | None = None) -> str:
+    """Of jax: the one asked for, else that of `compiling_for`, else this process' own.
+
+    Raises:
+      ValueError: for a name that is none of `BACKENDS`.
+    """
+    if asked_for is not None:
+        _check_backend(asked_for)
+        return asked_for
     given = _given.get()
     return jax.default_backend() if given is None else given.backend

@@ -149,7 +149,7 @@ def kernel_index(layout: BlockLayout, spec: LayerSpec, backend: str | None = Non
     """
     if spec.storage != "blocks":
         return None
-    return derive(layout.index, spec.in_, entries_for(backend or current_backend()))
+    return derive(layout.index, spec.in_, entries_for(current_backend(backend)))
 
 
 def like_index(layout: BlockLayout, old: KernelIndex | None) -> KernelIndex | None:
@@ -166,7 +166,7 @@ def with_index(topology: Any, backend: str | None = None) -> Any:
       topology: any tree with `LayerTopology` nodes.
       backend: of jax, whose implementations are to find what they read; by default that of `target`.
     """
-    entries = entries_for(backend or current_backend())
+    entries = entries_for(current_backend(backend))
 
     def add(node: LayerTopology) -> LayerTopology:
         return _index_anew(node, entries) if node.spec.storage == "blocks" else node

@@ -59,7 +59,8 @@ class Inverse(NamedTuple):
 class KernelIndex:
     """Derived arrays of one layer, or of a stack of equal ones; each is None if nobody asked for it.
 
-    Numbers take 2 bytes where they fit (uint16), else 4 (int32): the index is a part of what a sparse layer costs.
+    Numbers take 2 bytes where they fit (uint16), else 4 (int32; so do the pieces): the index is a part of what a sparse
+    layer costs. Whoever replaces a layout replaces this, too (`dsb.with_index`), or sets it to None.
 
     Attributes:
       row_place: [num_groups * R], where each row is in the order of the groups.

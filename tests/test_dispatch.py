@@ -17,6 +17,7 @@ from dsb_jax.ops.layer_call import LayerCall
 from dsb_jax.ops.tuning import Result
 from dsb_jax.paths import nodes
 from dsb_jax.target import compiling_for
+from dsb_jax.topology import with_index
 from pallas_kernels import ConvGeometry, matmul_geometry
 from pallas_kernels.interface import Passes
 from pallas_kernels.kernel_index import entries_for
@@ -300,6 +301,13 @@ def test_the_device_to_compile_for_can_be_given():
     with record_choices() as choices:
         jax.eval_shape(layer.init, jax.random.key(0), x)
     assert "pallas" not in choices[()].passes
+    with (
+        pytest.raises(ValueError, match="backend='cuda' is none of jax's; give one of cpu, gpu, tpu"),
+        compiling_for("cuda", KIND),
+    ):
+        pass
+    with pytest.raises(ValueError, match="backend='cuda' is none of jax's"):
+        with_index(variables["topology"], "cuda")
 
 
 def test_a_layer_nearby_is_scaled_by_the_model(monkeypatch, tmp_path):

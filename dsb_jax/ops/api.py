@@ -1,6 +1,6 @@
 """Shuffled-block matmul and convolution, differentiable in activations, blocks and bias.
 
-Each is one call of the array-level product (`dsb_jax.ops.vjp`) of an implementation, or the dense product.
+Each is one call of the array-level product (`dsb_jax.ops.primitive`) of an implementation, or the dense product.
 """
 
 import functools
