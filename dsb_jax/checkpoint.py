@@ -151,7 +151,7 @@ class Checkpoints:
                 f"{self._directory} has a checkpoint of step {latest} already, so step {step} cannot be saved; "
                 "compare with latest_step() before saving."
             )
-        state = without_index(state)  # which is made anew where the state is restored, for that backend
+        state = without_index(state)  # made anew where the state is restored
         arrays, telemetry = _copy_to_host(state), _copy_to_host(dict(extra or {}))
         texts = {"config": self._config, "host": json.loads(json.dumps(dict(host or {}))), "keys": key_impls(state)}
         items = {
@@ -306,7 +306,7 @@ def restore(
     """
     directory = find_step(path, step=step, best=best)
     stored = read_step(directory, cure(directory))
-    return to_device(fill(without_index(like), stored, cure(directory)), directory, like), stored
+    return to_device(fill(like, stored, cure(directory)), directory, like), stored
 
 
 def to_device(state: Any, directory: Path, like: Any) -> Any:

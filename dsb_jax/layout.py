@@ -34,7 +34,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.interface import Index
-from pallas_kernels.kernel_index import groups_of_blocks
+from pallas_kernels.kernel_index import groups_of_blocks, narrow_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +84,7 @@ class BlockLayout:
 
 def column_dtype(num_columns: int) -> Any:
     """The dtype that column indices are stored in: 2 bytes where they serve, for they are most of a layout's bytes."""
-    return np.uint16 if num_columns <= 2**16 else np.int32
+    return narrow_dtype(num_columns - 1)
 
 
 def count_groups(out: int, rows_per_group: int) -> int:

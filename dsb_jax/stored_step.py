@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dsb_jax.paths import key_name, path_name
+from dsb_jax.topology import without_index
 from dsb_jax.train_state import TrainState
 
 JSON_FILE = "metadata"  # Orbax's name for the file of a JSON item
@@ -124,13 +125,14 @@ def fill(like: Any, stored: StoredStep, cure: str) -> Any:
     """The stored arrays in the structure of `like`, on the host, after names, shapes, dtypes and keys were compared.
 
     Args:
-      like: a tree of arrays or of `jax.ShapeDtypeStruct`.
+      like: a tree of arrays or of `jax.ShapeDtypeStruct`; the indexes of its nodes, which no step holds, are left out.
       stored: as `read_step` returns it.
       cure: the last sentence of every error.
 
     Raises:
       CheckpointError: for the first name that differs.
     """
+    like = without_index(like)
     wanted = by_name(like)
     data = by_name(jax.eval_shape(lambda tree: jax.tree.map(_key_data, tree), like))
     for name in data | stored.arrays:

@@ -138,6 +138,11 @@ def read_results(text: str, *, lines: bool) -> Any:
             return json.loads(text)
         except json.JSONDecodeError:
             return None
+    return parse_lines(text)
+
+
+def parse_lines(text: str) -> list[dict[str, Any]]:
+    """The values of JSON lines; one that is half written is left out."""
     found = []
     for line in text.splitlines():
         with contextlib.suppress(json.JSONDecodeError):
@@ -187,7 +192,7 @@ def run_part(
                 known["results"] = read_results(text, lines=name == "{lines}")
         return known
 
-    def size() -> int:
+    def last_written() -> int:
         return sum(path.stat().st_mtime_ns for path in paths.values() if path.exists())
 
     with log.open("ab") as printing:
@@ -198,8 +203,8 @@ def run_part(
         )  # fmt: skip
     try:
         while True:
-            if size() != seen:
-                seen = size()
+            if (now := last_written()) != seen:
+                seen = now
                 written({**outcome(), "end": "running"}, process.pid)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(timeout=POLL_S)

@@ -25,6 +25,7 @@ from typing import Any
 from absl import flags
 
 from experiments import program
+from experiments.gpu_check_run import parse_lines
 
 FLAGS = flags.FLAGS
 PASSES = ("forward", "input_gradient", "weight_gradient")
@@ -112,13 +113,7 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a file."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+    return parse_lines(path.read_text()) if path.exists() else []
 
 
 def supervise(

@@ -15,16 +15,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from dsb_jax.layout import BlockLayout
+from dsb_jax.layout import BlockLayout, column_dtype
 from experiments import program
 from experiments.gpu_smoke import SPARSITY, Case, append, parse_case
+from experiments.kernel_candidates import Call, Operands, kernel_calls
 from experiments.kernel_shapes import parse_layer
 from pallas_kernels import REFERENCE, Kernels
 from pallas_kernels.pallas_gpu import pallas_kernels
@@ -36,15 +37,6 @@ LEAST_SAMPLE_S = 2e-3
 MOST_CALLS = 200
 SAMPLES = 5
 DIES = 7  # exit code of a case that dies on purpose
-
-
-class Operands(NamedTuple):
-    """x[C, H, W, N], dy[out, OH, OW, N], blocks[num_blocks, R, C] and the index of the layout, in numpy."""
-
-    x: np.ndarray
-    dy: np.ndarray
-    blocks: np.ndarray
-    index: Any
 
 
 def define_flags() -> None:
@@ -75,7 +67,8 @@ def numpy_layout(shape: tuple[int, int], block_shape: tuple[int, int], num_block
     out_idx = rng.permutation(out).reshape(groups, rows)
     in_idx = np.concatenate([rng.permutation(in_)[: count * cols].reshape(count, cols) for count in counts])
     arrays: list[Any] = [out_idx, in_idx, np.append(0, np.cumsum(counts))]
-    out_idx, in_idx, group_start = (array.astype(np.int32) for array in arrays)
+    dtypes = np.int32, column_dtype(in_), np.int32  # as those of the library: the kernels differ with them
+    out_idx, in_idx, group_start = (array.astype(dtype) for array, dtype in zip(arrays, dtypes, strict=True))
     return BlockLayout(out_idx, in_idx, group_start, shape, block_shape)
 
 
@@ -92,37 +85,29 @@ def operands_of(dtype: str, rows: int, cols: int, layer_text: str) -> Operands:
     x = normal(0, layer.geometry.in_channels, *layer.input_size, layer.batch)
     dy = normal(x.size, layer.out, *layer.output_size, layer.batch)
     blocks = normal(x.size + dy.size, num_blocks, rows, cols)
-    return Operands(x, dy, blocks, jax.tree.map(np.asarray, layout.index))
+    return Operands(x, blocks, layout.index, dy)
 
 
-def call_of(case: Case, kernels: Kernels, operands: Operands) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
-    """The pass of a case as a function, and its arguments."""
-    layer = parse_layer(case.layer)
-    x, dy, blocks, index = operands
-    passes: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
-        "forward": ({"out": layer.out}, (x, blocks, index)),
-        "input_gradient": ({"input_size": layer.input_size}, (dy, blocks, index)),
-        "weight_gradient": ({"dtype": blocks.dtype}, (x, dy, index)),
-    }
-    options, arguments = passes[case.pass_name]
-    return functools.partial(getattr(kernels, case.pass_name), geometry=layer.geometry, **options), arguments
+def call_of(case: Case, kernels: Kernels, operands: Operands) -> Call:
+    """The pass of a case with its operands."""
+    return kernel_calls(kernels, parse_layer(case.layer), operands)[case.pass_name]
 
 
 def compile_case(case: Case, interpret: bool) -> Callable[[], jax.Array]:
     """The kernel of a case, compiled for the device, ready to be called on its arguments there."""
     kernels = pallas_kernels(interpret=interpret)
-    function, arguments = call_of(case, kernels, operands_of(case.dtype, case.rows, case.cols, case.layer))
-    placed = jax.device_put(arguments)
-    return functools.partial(jax.jit(function).lower(*placed).compile(), *placed)
+    call = call_of(case, kernels, operands_of(case.dtype, case.rows, case.cols, case.layer))
+    placed = jax.device_put(call.operands)
+    return functools.partial(jax.jit(call.function).lower(*placed).compile(), *placed)
 
 
 def wanted_result(case: Case) -> np.ndarray:
     """What the reference gives in float32."""
-    x, dy, blocks, index = operands_of(case.dtype, case.rows, case.cols, case.layer)
-    in_float32 = Operands(x.astype(np.float32), dy.astype(np.float32), blocks.astype(np.float32), index)
-    function, arguments = call_of(case, REFERENCE, in_float32)
+    given = operands_of(case.dtype, case.rows, case.cols, case.layer)
+    in_float32 = given._replace(**{name: getattr(given, name).astype(np.float32) for name in ("x", "blocks", "dy")})
+    call = call_of(case, REFERENCE, in_float32)
     with jax.default_device(jax.devices("cpu")[0]):
-        return np.asarray(jax.jit(functools.partial(function, precision="highest"))(*arguments))
+        return np.asarray(jax.jit(functools.partial(call.function, precision="highest"))(*call.operands))
 
 
 def seconds_of(call: Callable[[], jax.Array]) -> float:

@@ -38,15 +38,15 @@ Function = Callable[..., jax.Array]
 
 
 class Operands(NamedTuple):
-    """What the kernels take: x[C, H, W, N], blocks[num_blocks, R, C'], dy[out, OH, OW, N].
+    """What the kernels take: x[C, H, W, N], blocks[num_blocks, R, C'], dy[out, OH, OW, N]; arrays of jax or numpy.
 
     The index is that of the layout, with what products derive from it: a training step derives nothing.
     """
 
-    x: jax.Array
-    blocks: jax.Array
+    x: Any
+    blocks: Any
     index_arrays: Index
-    dy: jax.Array
+    dy: Any
 
 
 class Call(NamedTuple):

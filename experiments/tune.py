@@ -15,7 +15,6 @@ time.
 import itertools
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +92,7 @@ def wanted_layers() -> list[LayerCall]:
 
 def versions() -> dict[str, str]:
     """What a table depends on beside the device; packages that are not installed are left out."""
-    found = {}
-    for name in ("dsb-jax", "jax", "jaxlib", "jax-triton", "triton"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return tuned.installed_versions(("dsb-jax", "jax", "jaxlib", "jax-triton", "triton"))
 
 
 def open_table(path: Path, device_kind: str, command: str) -> tuned.Table:

@@ -156,6 +156,33 @@ def groups_of_blocks(group_start: jax.Array, num_blocks: int) -> jax.Array:
     return jnp.searchsorted(group_start, ids, side="right", method="compare_all").astype(jnp.int32) - 1
 
 
+class _Cut(NamedTuple):
+    """Every panel cut into parts of at most some width; parts never straddle two groups, and used ones come first.
+
+    Attributes:
+      group: int32[most].
+      begin, end: int32[most]; equal where a part is not used.
+      first: int32[num_groups], the number of each group's first part.
+    """
+
+    group: jax.Array
+    begin: jax.Array
+    end: jax.Array
+    first: jax.Array
+
+
+def _cut(starts: jax.Array, width: int, most: int) -> _Cut:
+    """Cuts panels that begin at starts[num_groups + 1], in the units of `width`."""
+    counts = -(-jnp.diff(starts) // width)
+    ends = jnp.cumsum(counts)
+    first = ends - counts
+    ids = jnp.arange(most, dtype=jnp.int32)
+    group = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
+    used, group = group < counts.size, jnp.minimum(group, counts.size - 1)
+    begin = starts[group] + (ids - first[group]) * width
+    return _Cut(group, begin, jnp.where(used, jnp.minimum(begin + width, starts[group + 1]), begin), first)
+
+
 def cut_pieces(index: Index) -> Pieces:
     """The panels in pieces of some `PIECE_COLUMNS` columns, a whole number of blocks.
 
@@ -165,18 +192,12 @@ def cut_pieces(index: Index) -> Pieces:
     group_start = jnp.asarray(index.group_start)
     mean = num_blocks / num_groups
     piece = max(1, math.ceil(mean / max(1, round(mean * columns / PIECE_COLUMNS))))
-    counts = -(-jnp.diff(group_start) // piece)
-    ends = jnp.cumsum(counts)
-    firsts = ends - counts
-    most = (num_blocks + num_groups * (piece - 1)) // piece
-    ids = jnp.arange(most, dtype=jnp.int32)
-    group = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
-    group = jnp.minimum(group, num_groups - 1)
-    block = (group_start[group] + (ids - firsts[group]) * piece)[:, None] + jnp.arange(piece, dtype=jnp.int32)[None]
-    is_used = (block < group_start[group + 1][:, None]) & (ids < ends[-1])[:, None]
+    cut = _cut(group_start, piece, (num_blocks + num_groups * (piece - 1)) // piece)
+    block = cut.begin[:, None] + jnp.arange(piece, dtype=jnp.int32)[None]
     of = groups_of_blocks(group_start, num_blocks)
-    place = firsts[of] * piece + jnp.arange(num_blocks, dtype=jnp.int32) - group_start[of]
-    return Pieces(group, jnp.where(is_used, block, -1).astype(jnp.int32), place.astype(jnp.int32))
+    place = cut.first[of] * piece + jnp.arange(num_blocks, dtype=jnp.int32) - group_start[of]
+    blocks = jnp.where(block < cut.end[:, None], block, -1)
+    return Pieces(cut.group, blocks.astype(jnp.int32), place.astype(jnp.int32))
 
 
 def invert(in_idx: jax.Array, in_features: int) -> Inverse:
@@ -197,16 +218,9 @@ def cut_panels(group_start: jax.Array, num_entries: int, cols: int, columns: int
     and the last ones may be empty (`end == begin`). Panels of 6, 0 and 3 columns in chunks of 4: (0, 0, 4), (0, 4, 6),
     (2, 6, 9), and two empty ones.
     """
-    num_groups = group_start.shape[0] - 1
-    starts = jnp.asarray(group_start) * cols
-    counts = -(-jnp.diff(starts) // columns)
-    ends = jnp.cumsum(counts)
-    ids = jnp.arange(min(num_entries, num_entries // columns + num_groups), dtype=jnp.int32)
-    group = jnp.searchsorted(ends, ids, side="right", method="compare_all").astype(jnp.int32)
-    used, group = group < num_groups, jnp.minimum(group, num_groups - 1)
-    begin = starts[group] + (ids - (ends - counts)[group]) * columns
-    end = jnp.where(used, jnp.minimum(begin + columns, starts[group + 1]), begin)
-    return jnp.stack([group, begin, end], axis=1).astype(narrow_dtype(num_entries))
+    most = min(num_entries, num_entries // columns + group_start.shape[0] - 1)
+    cut = _cut(jnp.asarray(group_start) * cols, columns, most)
+    return jnp.stack(cut[:3], axis=1).astype(narrow_dtype(num_entries))
 
 
 def narrow_dtype(largest: int) -> type:

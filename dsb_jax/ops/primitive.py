@@ -64,7 +64,7 @@ def _jitted(operation: Operation) -> Callable[..., jax.Array]:
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, operation: Operation, callees: Any) -> tuple[Any, Any]:
-    result = _bind(operation, *primals)
+    result = product_p.bind(*primals, operation=operation, callees=callees)
     first, second, *rest = primals
     count = 2 + len(operation.index_ranks)
     index = rest[: count - 2]

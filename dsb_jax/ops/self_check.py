@@ -14,7 +14,6 @@ import os
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -124,13 +123,9 @@ def _errors(
 
 def _versions() -> dict[str, str]:
     """What the kernels depend on beside the device."""
-    found = {}
-    for name in ("dsb-jax", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-triton", "triton"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return tuning.installed_versions(
+        ("dsb-jax", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-triton", "triton")
+    )
 
 
 def _path(device_kind: str) -> Path | None:

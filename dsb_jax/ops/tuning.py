@@ -24,6 +24,7 @@ Files are searched in this order: the one that the environment variable DSB_JAX_
 over, and so is a home that does not exist or cannot be read.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -31,7 +32,8 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +90,15 @@ def user_folder() -> Path | None:
         return Path.home() / ".cache" / "dsb_jax"
     except RuntimeError:  # no HOME, and no entry for the user: a container with a bare user id
         return None
+
+
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """The versions of these packages; those that are not installed are left out."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def load(path: str | os.PathLike[str]) -> Table:

@@ -21,7 +21,6 @@ from dsb_jax.checkpoint import (
 )
 from dsb_jax.ops.dispatch import check_implementation
 from dsb_jax.stored_step import JSON_FILE, brief, config_item, fill, read_json, read_step
-from dsb_jax.topology import without_index
 from dsb_jax.train_state import TrainState, create_train_state
 from dsb_jax.training import old_checkpoints
 from dsb_jax.training.build import KEY_IMPL, Components, build, decide_feature_major
@@ -116,7 +115,7 @@ def restore(
         abstract = abstract_state(config, components, key_impl=stored.key_impls.get("key", KEY_IMPL))
     except (ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise CheckpointError(f"{file} makes no model ({brief(error)}). {cure(directory)}") from error
-    state = to_device(fill(without_index(abstract), stored, cure(directory)), directory, abstract)
+    state = to_device(fill(abstract, stored, cure(directory)), directory, abstract)
     return Restored(config, components, state, stored.extra, stored.host, int(state.step))
 
 
