@@ -41,9 +41,9 @@ from dsb_jax.ops import sparse_matmul as sparse_matmul
 from dsb_jax.optimizer_states import check_optimizer as check_optimizer
 from dsb_jax.paths import validate_topology as validate_topology
 from dsb_jax.plan import SparsityPlan as SparsityPlan
-from dsb_jax.plan import find_layers as find_layers
 from dsb_jax.plan import make_plan as make_plan
 from dsb_jax.reblocking import reblock as reblock
+from dsb_jax.rules import Rule as Rule
 from dsb_jax.spec import LayerSpec as LayerSpec
 from dsb_jax.stages import restage as restage
 from dsb_jax.topology import KernelIndex as KernelIndex
@@ -64,6 +64,7 @@ __all__ = [
     "LayerSpec",
     "LayerTopology",
     "ModelReport",
+    "Rule",
     "SparsityPlan",
     "TrainState",
     "adapt_step",
@@ -72,7 +73,6 @@ __all__ = [
     "check_optimizer",
     "create_train_state",
     "eval_step",
-    "find_layers",
     "from_dense",
     "make_plan",
     "masks",

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from dsb_jax.initialization import initialize
 from dsb_jax.layout import BlockLayout, pack, to_mask, unpack
 from dsb_jax.methods import Static
 from dsb_jax.methods.base import Method, check_method
-from dsb_jax.paths import Path, by_path, layer_path, nodes, path_name, weights_at
+from dsb_jax.paths import Path, by_path, dense_path, layer_path, nested, nodes, path_name, weights_at
 from dsb_jax.plan import SparsityPlan, check_plan
-from dsb_jax.spec import LayerSpec
 from dsb_jax.step_and_key import check_key
-from dsb_jax.topology import LayerTopology, by_layer, join_stack, kernel_index, split_stack
+from dsb_jax.topology import LayerTopology, by_layer
 
 WEIGHTS, KERNEL = "blocks", "kernel"
 
@@ -92,34 +92,10 @@ def from_dense(
     check_method(method)
     plan = check_plan(plan)
     key = jax.random.key(0) if key is None else check_key(key)
-    packed, found = {}, {}
-    for i, (layer, planned) in enumerate(plan.sparse.items()):
-        spec = method.stored(planned)
-        kernel = _kernel_at(leaves, (*layer, KERNEL), spec.kernel_shape)
-        blocks, node = _init(method, jax.random.fold_in(key, i), kernel, spec, score)
-        path = (*layer, WEIGHTS)
-        packed[(*layer, KERNEL)] = (path, blocks)
-        found[path] = node
-    return _renamed(dense_params, packed), _nested(found)
-
-
-def _init(
-    method: Method, key: jax.Array, kernel: Array, spec: LayerSpec, score: Callable[[Array], Array]
-) -> tuple[Array, LayerTopology]:
-    """Every layer of a stack by its own scores."""
-
-    def one(key: jax.Array, kernel: Array) -> Any:
-        weights = spec.to_matrix(kernel)
-        state = method.init(key, weights, spec, score=score(weights))
-        return *state, kernel_index(state.layout, spec)
-
-    if not spec.stack_axes:
-        blocks, layout, aux, index = jax.jit(one)(key, kernel)
-        return blocks, LayerTopology(layout, aux, spec, index)
-    sizes = tuple(spec.kernel_shape[axis] for axis in spec.stack_axes)
-    states = jax.jit(jax.vmap(one))(jax.random.split(key, spec.num_layers), split_stack(kernel, spec.stack_axes))
-    blocks, layout, aux, index = join_stack(states, spec.stack_axes, sizes)
-    return blocks, LayerTopology(layout, aux, spec, index)
+    kernels = {layer: _kernel_at(leaves, (*layer, KERNEL), spec.kernel_shape) for layer, spec in plan.sparse.items()}
+    states = initialize(method, key, kernels, plan.sparse, score)
+    packed = {(*layer, KERNEL): ((*layer, WEIGHTS), blocks) for layer, (blocks, _) in states.items()}
+    return _renamed(dense_params, packed), nested({(*layer, WEIGHTS): node for layer, (_, node) in states.items()})
 
 
 def masks(topology: Any) -> Any:
@@ -133,7 +109,7 @@ def masks(topology: Any) -> Any:
 
         return by_layer(one, node)
 
-    return _nested({dense_path(path): mask(node) for path, node in nodes(topology).items()})
+    return nested({dense_path(path): mask(node) for path, node in nodes(topology).items()})
 
 
 def permutations(topology: Any) -> Any:
@@ -148,12 +124,7 @@ def permutations(topology: Any) -> Any:
         is_phantom = rows >= layout.shape[0]
         return rows[jnp.argsort(is_phantom, stable=True)][: layout.shape[0]]
 
-    return _nested({layer_path(path): by_layer(order, node) for path, node in nodes(topology).items()})
-
-
-def dense_path(path: Path) -> Path:
-    """The path of the dense kernel that the blocks at `path` stand for."""
-    return (*path[:-1], KERNEL) if path[-1] == WEIGHTS else path
+    return nested({layer_path(path): by_layer(order, node) for path, node in nodes(topology).items()})
 
 
 def _kernel_at(leaves: Mapping[Path, Any], path: Path, shape: tuple[int, ...]) -> Array:
@@ -180,13 +151,3 @@ def _renamed(tree: Any, replacements: Mapping[Path, tuple[Path, Any]]) -> Any:
         return renamed
 
     return walk(tree, ())
-
-
-def _nested(values: Mapping[Path, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in values.items():
-        inner = tree
-        for name in path[:-1]:
-            inner = inner.setdefault(name, {})
-        inner[path[-1]] = value
-    return tree

@@ -70,7 +70,7 @@ def erk(specs: Sequence[LayerSpec], sparsity: float) -> tuple[float, ...]:
 def to_blocks(
     specs: Sequence[LayerSpec],
     densities: Sequence[float],
-    block_shape: tuple[int, int],
+    block_shapes: Sequence[tuple[int, int]],
     *,
     min_group_blocks: int = 0,
 ) -> tuple[int, ...]:
@@ -84,7 +84,7 @@ def to_blocks(
     Args:
       specs: the sparse layers; what blocks they hold already does not matter.
       densities: the density wanted of each, in [0, 1].
-      block_shape: `(R, C)`.
+      block_shapes: `(R, C)` of each.
       min_group_blocks: a layer's least are so many blocks for each of its row groups, or all that fit, so that no
         output is without weights: a 1x1 convolution of 32 channels has no 16 columns to spare at 0.9. If the total is
         too small for that, the least are fewer for each group, and without any, as with 0, one block a layer.
@@ -100,26 +100,38 @@ def to_blocks(
         raise ValueError(f"min_group_blocks={min_group_blocks} is negative; give 0 or more.")
     if len(specs) != len(densities):
         raise ValueError(f"{len(densities)} densities for {len(specs)} layers; give one density per layer.")
-    for spec, density in zip(specs, densities, strict=True):
+    for spec, density, block_shape in zip(specs, densities, block_shapes, strict=True):
         check_sizes(spec.shape, block_shape, 1)
         if not 0 <= density <= 1:
             raise ValueError(f"density={density} of a {spec.out}x{spec.in_} layer is not a fraction; give 0 to 1.")
     wanted = [density * spec.size for spec, density in zip(specs, densities, strict=True)]
-    least = _least_blocks(specs, _total(specs, wanted), block_shape, min_group_blocks)
-    targets = _fit_between_bounds(specs, wanted, block_shape, least)
-    num_blocks = [_blocks_within(spec, target, block_shape) for spec, target in zip(specs, targets, strict=True)]
-    held = [num_active(spec.shape, block_shape, count) for spec, count in zip(specs, num_blocks, strict=True)]
-    growable = [i for i, spec in enumerate(specs) if num_blocks[i] < max_blocks(spec.shape, block_shape)]
-    gain = {i: num_active(specs[i].shape, block_shape, num_blocks[i] + 1) - held[i] for i in growable}
+    least = _least_blocks(specs, _total(specs, wanted), block_shapes, min_group_blocks)
+    targets = _fit_between_bounds(specs, wanted, block_shapes, least)
+    num_blocks = list(map(_blocks_within, specs, targets, block_shapes))
+    held = _held(specs, block_shapes, num_blocks)
+    more = _held(specs, block_shapes, [count + 1 for count in num_blocks])
+    growable = [i for i, count in enumerate(_most_blocks(specs, block_shapes)) if num_blocks[i] < count]
+    gain = {i: more[i] - held[i] for i in growable}
     # `missing` is the sum of all remainders, each below one block. Every block that brings the total closer is
     # taken, largest remainder first, so what is left at the end is at most half a block, too much or too little.
     missing = _total(specs, targets) - _total(specs, held)
     for i in sorted(growable, key=lambda i: ((held[i] - targets[i]) / gain[i], i)):
-        more = specs[i].num_layers * gain[i]
-        if missing >= more / 2:
-            missing -= more
+        of_stack = specs[i].num_layers * gain[i]
+        if missing >= of_stack / 2:
+            missing -= of_stack
             num_blocks[i] += 1
     return tuple(num_blocks)
+
+
+def at_density(dense: LayerSpec, density: float, block_shape: tuple[int, int], min_group_blocks: int) -> LayerSpec:
+    """A layer of a density of its own, or of more if that leaves less than `min_group_blocks` for each row group."""
+    check_sizes(dense.shape, block_shape, 1)
+    if min_group_blocks > 0:
+        most = dense.in_ // block_shape[1]
+        least = count_groups(dense.out, block_shape[0]) * min(min_group_blocks, most)
+        density = max(density, dense.with_blocks(block_shape, least).density)
+    (count,) = to_blocks([dense], [density], [block_shape], min_group_blocks=min_group_blocks)
+    return dense.with_blocks(block_shape, count)
 
 
 def _check_sparsity(sparsity: float) -> None:
@@ -132,16 +144,24 @@ def _total(specs: Sequence[LayerSpec], weights: Sequence[float]) -> float:
     return sum(spec.num_layers * each for spec, each in zip(specs, weights, strict=True))
 
 
+def _held(specs: Sequence[LayerSpec], block_shapes: Sequence[tuple[int, int]], num_blocks: Sequence[int]) -> list[int]:
+    """Real weights in so many blocks of each layer."""
+    return [num_active(*sizes) for sizes in zip((spec.shape for spec in specs), block_shapes, num_blocks, strict=True)]
+
+
+def _most_blocks(specs: Sequence[LayerSpec], block_shapes: Sequence[tuple[int, int]]) -> list[int]:
+    return [max_blocks(spec.shape, shape) for spec, shape in zip(specs, block_shapes, strict=True)]
+
+
 def _least_blocks(
-    specs: Sequence[LayerSpec], total: float, block_shape: tuple[int, int], min_group_blocks: int
+    specs: Sequence[LayerSpec], total: float, block_shapes: Sequence[tuple[int, int]], min_group_blocks: int
 ) -> list[int]:
     """`min_group_blocks` for each row group, or all that fit; if that is more than `total` weights, one less, ..."""
-    groups = [count_groups(spec.out, block_shape[0]) for spec in specs]
-    fit = [spec.in_ // block_shape[1] for spec in specs]
+    groups = [count_groups(spec.out, rows) for spec, (rows, _) in zip(specs, block_shapes, strict=True)]
+    fit = [spec.in_ // cols for spec, (_, cols) in zip(specs, block_shapes, strict=True)]
     for each in range(min(min_group_blocks, max(fit, default=0)), 0, -1):
         least = [min(each, most) * count for most, count in zip(fit, groups, strict=True)]
-        held = [num_active(spec.shape, block_shape, count) for spec, count in zip(specs, least, strict=True)]
-        if _total(specs, held) <= total:
+        if _total(specs, _held(specs, block_shapes, least)) <= total:
             return least
     return [1] * len(specs)
 
@@ -164,29 +184,31 @@ def _blocks_within(spec: LayerSpec, weights: float, block_shape: tuple[int, int]
 
 
 def _fit_between_bounds(
-    specs: Sequence[LayerSpec], wanted: Sequence[float], block_shape: tuple[int, int], least_blocks: Sequence[int]
+    specs: Sequence[LayerSpec],
+    wanted: Sequence[float],
+    block_shapes: Sequence[tuple[int, int]],
+    least_blocks: Sequence[int],
 ) -> list[float]:
     """Scales `wanted` by one factor, clipped to what each layer has to and can hold, so that its sum stays the same."""
     if not specs:
         return []
-    least = [float(num_active(s.shape, block_shape, count)) for s, count in zip(specs, least_blocks, strict=True)]
-    most = [float(num_active(s.shape, block_shape, max_blocks(s.shape, block_shape))) for s in specs]
+    least = list(map(float, _held(specs, block_shapes, least_blocks)))
+    most = list(map(float, _held(specs, block_shapes, _most_blocks(specs, block_shapes))))
     total, dense = _total(specs, wanted), _total(specs, [spec.size for spec in specs])
     total_least, total_most = _total(specs, least), _total(specs, most)
-    rows, cols = block_shape
-    layers = [spec.num_layers for spec in specs]
-    half_block = rows * cols / 2 * max(layers)
+    half_block = max(spec.num_layers * math.prod(shape) for spec, shape in zip(specs, block_shapes, strict=True)) / 2
+    shown = " or ".join(dict.fromkeys(f"{rows}x{cols}" for rows, cols in block_shapes))
     # Limits quoted in the errors are rounded to the safe side: they have to work when they are tried.
     if total_least > total + half_block:
         raise ValueError(
-            f"sparsity={1 - total / dense:.6g} leaves {total:.0f} weights, but one {rows}x{cols} block in each of "
-            f"{sum(layers)} layers takes {total_least:.0f}; use a sparsity of at most "
+            f"sparsity={1 - total / dense:.6g} leaves {total:.0f} weights, but one {shown} block in each of "
+            f"{sum(spec.num_layers for spec in specs)} layers takes {total_least:.0f}; use a sparsity of at most "
             f"{math.floor((1 - total_least / dense) * 1e4) / 1e4}, or smaller blocks."
         )
     if total_most < total - half_block:
         raise ValueError(
-            f"sparsity={1 - total / dense:.6g} asks for {total:.0f} weights, but whole {rows}x{cols} blocks hold at "
-            f"most {total_most:.0f}, because C={cols} does not divide `in` everywhere; use a sparsity of at least "
+            f"sparsity={1 - total / dense:.6g} asks for {total:.0f} weights, but whole {shown} blocks hold at "
+            f"most {total_most:.0f}, because C does not divide `in` everywhere; use a sparsity of at least "
             f"{math.ceil((1 - total_most / dense) * 1e4) / 1e4}, or a C that divides `in`."
         )
     # A layer that wants nothing still counts as its least, so that any total between the bounds is reached.

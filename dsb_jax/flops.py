@@ -30,9 +30,8 @@ from flax import linen as nn
 
 from dsb_jax.methods.base import Method
 from dsb_jax.ops.statistics import Statistic
-from dsb_jax.paths import Path, layer_path, nodes
-from dsb_jax.plan import find_layers
-from dsb_jax.spec import LayerSpec
+from dsb_jax.paths import Path, by_path, layer_path, nodes
+from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
 
 
 class LayerFlops(NamedTuple):
@@ -92,9 +91,16 @@ def find_calls(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[Path
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with nn.intercept_methods(watch):
         variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    specs = find_layers(variables["params"])
+    kernels = {path[:-1]: leaf for path, leaf in by_path(variables["params"]).items() if path[-1] == "kernel"}
+    specs = {path: _kernel_spec(kernel.shape) for path, kernel in kernels.items() if path in found}
     specs |= {layer_path(path): node.spec for path, node in nodes(variables.get("topology", {})).items()}
     return {path: (specs[path], positions) for path, positions in found.items()}
+
+
+def _kernel_spec(shape: tuple[int, ...]) -> LayerSpec:
+    """Of a linear layer or a convolution, one group."""
+    *kernel_size, c_in, out = shape
+    return conv_spec(tuple(kernel_size), c_in, out) if kernel_size else linear_spec(c_in, out)
 
 
 def count(

@@ -8,8 +8,11 @@ import jax
 import numpy as np
 import optax
 
+from dsb_jax.convert import to_dense
+from dsb_jax.optimizer_states import undecayed_layers
 from dsb_jax.paths import Path, by_path, layer_path, nodes, path_name, weights_at
 from dsb_jax.plan import SparsityPlan
+from dsb_jax.tables import Table
 from dsb_jax.telemetry import active_positions, layers_of
 from dsb_jax.topology import LayerTopology, without_index
 
@@ -54,11 +57,13 @@ class ModelReport:
       dense: `(path of the kernel, shape, reason)`.
       nbytes: "params", "topology", "index" (what the products derive from the topology), and "opt_state" if an
         optimizer was given.
+      undecayed: sparse layers that the optimizer's weight decay does not reach, but would if they were dense.
     """
 
     layers: tuple[SparseLayer, ...]
     dense: tuple[tuple[Path, tuple[int, ...], str], ...]
     nbytes: dict[str, int]
+    undecayed: tuple[Path, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -73,10 +78,10 @@ class ModelReport:
         size = sum(layer.size for layer in self.layers) + kernels
         return 1 - (sum(layer.num_active for layer in self.layers) + kernels) / size if size else 0.0
 
-    def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [
-            ("layer", "kernel", "density", "blocks", "dead outputs", "unread inputs", "bytes")
-        ]
+    @property
+    def table(self) -> Table:
+        """What `print`, rich and a notebook show."""
+        rows: list[tuple[str, ...]] = []
         for layer in self.layers:
             blocks = f"{layer.num_blocks} of {'x'.join(map(str, layer.block_shape))}"
             sizes = "x".join(map(str, layer.kernel_shape))
@@ -84,12 +89,25 @@ class ModelReport:
             rows.append((path_name(layer.path), sizes, f"{layer.density:.4f}", blocks, *map(str, numbers)))
         for path, shape, reason in self.dense:
             rows.append((path_name(path), "x".join(map(str, shape)), "1", reason or "dense", "", "", ""))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         totals = ", ".join(f"{name} {count:,} bytes" for name, count in self.nbytes.items())
-        return "\n".join(
-            [*lines, f"sparsity {self.sparsity:.2%} over the sparse layers, {self.sparsity_all:.2%} over all; {totals}"]
+        notes = [f"sparsity {self.sparsity:.2%} over the sparse layers, {self.sparsity_all:.2%} over all; {totals}"]
+        if self.undecayed:
+            notes.append(
+                f"weight decay does not reach the blocks of {len(self.undecayed)} layers (such as "
+                f"{path_name(self.undecayed[0])}), but would their kernel: name `blocks` in its mask, too"
+            )
+        return Table(
+            ("layer", "kernel", "density", "blocks", "dead outputs", "unread inputs", "bytes"), rows, tuple(notes)
         )
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
+
+    def __rich__(self) -> Any:
+        return self.table.rich()
 
 
 def report(
@@ -103,7 +121,7 @@ def report(
     Args:
       params, topology: concrete, of one model.
       plan: tells why layers stay dense.
-      optimizer: adds the bytes of its state.
+      optimizer: adds the bytes of its state, and what its weight decay does not reach.
     """
     found = nodes(topology)
     weights = weights_at(params, found)
@@ -115,9 +133,13 @@ def report(
             dense.append((path, tuple(np.shape(leaf)), reason if isinstance(reason, str) else ""))
     bare = _nbytes(without_index(topology))
     nbytes = {"params": _nbytes(params), "topology": bare, "index": _nbytes(topology) - bare}
+    undecayed: tuple[Path, ...] = ()
     if optimizer is not None:
         nbytes["opt_state"] = _nbytes(jax.eval_shape(optimizer.init, params))
-    return ModelReport(layers, tuple(dense), nbytes)
+        dense_params = jax.eval_shape(to_dense, params, topology)
+        paths = undecayed_layers(optimizer, params, dense_params, topology)
+        undecayed = tuple(layer_path(path) for path in found if path in paths)
+    return ModelReport(layers, tuple(dense), nbytes, undecayed)
 
 
 def _nbytes(tree: Any) -> int:

@@ -6,6 +6,8 @@ stacked moments) cannot follow, and is refused before training begins.
 """
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ import optax
 
 from dsb_jax.dataflow import dependencies
 from dsb_jax.methods.base import check_method
-from dsb_jax.paths import Path, layer_path, nodes, path_name, replace_at, weights_at
+from dsb_jax.paths import Path, dense_path, layer_path, nodes, path_name, replace_at, weights_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,20 +82,50 @@ def frozen_layers(optimizer: optax.GradientTransformation, params: Any, opt_stat
 
     By data flow, not by values. An optimizer that must be given more than gradients (a value, a key) freezes none.
     """
-    leaves, structure = jax.tree.flatten(params)
-    paths = list(nodes(topology))
-    numbers = weights_at(jax.tree.unflatten(structure, range(len(leaves))), dict.fromkeys(paths))
+    paths = dict.fromkeys(nodes(topology))
+    return {
+        path for path, (gradient, _) in _what_updates_use(optimizer, params, opt_state, paths).items() if not gradient
+    }
 
-    def update(gradients: list[Any], opt_state: Any, params: Any) -> list[Any]:
-        updates, _ = optimizer.update(jax.tree.unflatten(structure, gradients), opt_state, params)
+
+def undecayed_layers(
+    optimizer: optax.GradientTransformation, params: Any, dense_params: Any, topology: Any
+) -> set[Path]:
+    """Sparse layers that weight decay does not reach, but would if they were dense: its mask looks for `kernel`.
+
+    By data flow: the update of a weight that decays depends on the weight.
+
+    Args:
+      optimizer: any optax transformation.
+      params, topology: of the sparse model; abstract ones will do.
+      dense_params: of the dense model, as `to_dense` gives them.
+    """
+    used = []
+    for tree, paths in ((params, nodes(topology)), (dense_params, map(dense_path, nodes(topology)))):
+        state = jax.eval_shape(optimizer.init, tree)
+        used.append(_what_updates_use(optimizer, tree, state, dict.fromkeys(paths)))
+    sparse, dense = used
+    return {path for path, (_, weight) in sparse.items() if not weight and dense[dense_path(path)][1]}
+
+
+def _what_updates_use(
+    optimizer: optax.GradientTransformation, params: Any, opt_state: Any, paths: Mapping[Path, Any]
+) -> dict[Path, tuple[bool, bool]]:
+    """Whether the update of each weight depends on its own gradient, and on itself; both if nobody can tell."""
+    leaves, structure = jax.tree.flatten(params)
+    count = len(leaves)
+    numbers = weights_at(jax.tree.unflatten(structure, range(count)), paths)
+
+    def update(gradients: list[Any], params: list[Any], opt_state: Any) -> list[Any]:
+        unflatten = functools.partial(jax.tree.unflatten, structure)
+        updates, _ = optimizer.update(unflatten(gradients), opt_state, unflatten(params))
         return jax.tree.leaves(updates)
 
     try:
-        traced = jax.make_jaxpr(update)(leaves, opt_state, params)
+        reached = dependencies(jax.make_jaxpr(update)(leaves, leaves, opt_state))
     except TypeError:  # an argument is missing
-        return set()
-    reached = dependencies(traced)
-    return {path for path in paths if numbers[path] not in reached[numbers[path]]}
+        return dict.fromkeys(paths, (True, True))
+    return {path: (i in reached[i], count + i in reached[i]) for path, i in numbers.items()}
 
 
 def check_optimizer(optimizer: optax.GradientTransformation, params: Any, topology: Any, method: Any = None) -> None:

@@ -75,9 +75,25 @@ def replace_at(tree: Any, values: Mapping[Path, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(replaced, tree, is_leaf=lambda node: isinstance(node, LayerTopology))
 
 
+def nested(values: Mapping[Path, Any]) -> dict[str, Any]:
+    """Nested dictionaries with a value at each path."""
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        inner = tree
+        for name in path[:-1]:
+            inner = inner.setdefault(name, {})
+        inner[path[-1]] = value
+    return tree
+
+
 def layer_path(path: Path) -> Path:
     """The path of the layer whose weights are at `path`: without the name of the parameter."""
     return path[:-1] if path[-1:] == ("blocks",) else path
+
+
+def dense_path(path: Path) -> Path:
+    """The path of the dense kernel that the blocks at `path` stand for."""
+    return (*path[:-1], "kernel") if path[-1] == "blocks" else path
 
 
 def path_name(path: Path) -> str:

@@ -1,29 +1,60 @@
 """The sparsity plan: for every linear layer of a model, how many blocks it holds, or why it stays dense.
 
-A layer stays dense if its path matches one of the `keep_dense` patterns (by default the first convolution and
-the classifier of this library's models, `stem` and `head`), if it is smaller than one block, or if it can hold
-fewer than `min_blocks` blocks. The others are *eligible*: `sparsity` counts over their weights. An eligible
-layer that the distribution gives density 1 is computed and stored densely.
+A plan is made from what is found in a model (`dsb_jax.linen.plan`), by a target sparsity, a distribution and rules. A
+layer stays dense if a rule says so, if it has no sparse form, if it is smaller than one block, or if it can hold fewer
+than `min_blocks` blocks. The others are *eligible*: `sparsity` counts over their weights, but for those that a rule
+gives a sparsity of their own. An eligible layer that gets density 1 is computed and stored densely.
+
+No name is dense by default: `rules=(Rule("stem", dense=True), Rule("head", dense=True))` keeps two layers of a model
+that are called so.
 """
 
 import dataclasses
-import fnmatch
 import functools
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dsb_jax.distributions import erk, to_blocks, uniform
+from dsb_jax.distributions import at_density, erk, to_blocks, uniform
 from dsb_jax.layout import max_blocks
 from dsb_jax.paths import Path, by_path, path_name
-from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
+from dsb_jax.plan_table import plan_table
+from dsb_jax.rules import Rule, check_effects, check_rules
+from dsb_jax.spec import LayerSpec
+from dsb_jax.tables import Table
 
 DISTRIBUTIONS = {"uniform": uniform, "erk": erk}
-KEEP_DENSE = ("stem", "head")
 MIN_BLOCKS = 8
 MIN_GROUP_BLOCKS = 1
 
 DENSITY_1 = "density 1"  # the reason of an eligible layer that stays dense
+
+
+class FoundLayer(NamedTuple):
+    """A kernel of a model, as it is dense.
+
+    Attributes:
+      spec: its sizes.
+      reason: why it has no sparse form, or None.
+      dtype: of its parameters.
+    """
+
+    spec: LayerSpec
+    reason: str | None = None
+    dtype: str = "float32"
+
+
+class FoundModel(NamedTuple):
+    """All parameters of a model.
+
+    Attributes:
+      layers: its kernels, by the paths of their layers.
+      num_other: numbers in all other parameters: biases, scales, what belongs to no layer.
+      other_nbytes: bytes of those.
+    """
+
+    layers: Mapping[Path, FoundLayer]
+    num_other: int = 0
+    other_nbytes: int = 0
 
 
 class PlannedLayer(NamedTuple):
@@ -34,26 +65,43 @@ class PlannedLayer(NamedTuple):
       dense: the sizes of the dense layer.
       planned: the layer in blocks, or the reason why it stays dense.
       note: where its density comes from, or again the reason.
+      own: whether a rule gives it a sparsity of its own.
+      dtype: of its parameters.
     """
 
     path: Path
     dense: LayerSpec
     planned: LayerSpec | str
     note: str
+    own: bool = False
+    dtype: str = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
 class SparsityPlan(Mapping[Path, LayerSpec | str]):
     """The plan of a whole model: path -> `LayerSpec` in blocks, or the reason (a text) why the layer stays dense.
 
-    Hashable, so that it can be an attribute of Flax modules.
+    Hashable, so that it can be an attribute of Flax modules. `print(plan)` shows it as a table.
+
+    Attributes:
+      layers: every kernel, in the order of the model.
+      num_other, other_nbytes: of all other parameters, see `FoundModel`.
     """
 
     layers: tuple[PlannedLayer, ...]
+    num_other: int = 0
+    other_nbytes: int = 0
 
     @functools.cached_property
     def _by_path(self) -> dict[Path, PlannedLayer]:
         return {layer.path: layer for layer in self.layers}
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.layers, self.num_other, self.other_nbytes))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def _layer(self, path: Path) -> PlannedLayer:
         if path in self._by_path:
@@ -91,7 +139,7 @@ class SparsityPlan(Mapping[Path, LayerSpec | str]):
 
     @property
     def eligible(self) -> dict[Path, LayerSpec]:
-        """The layers that `sparsity` counts over, as they would be dense."""
+        """The layers that can be sparse, as they would be dense."""
         return {
             layer.path: layer.dense
             for layer in self.layers
@@ -99,54 +147,100 @@ class SparsityPlan(Mapping[Path, LayerSpec | str]):
         }
 
     def sparsity(self, *, eligible_only: bool = True) -> float:
-        """Fraction of zeros over the eligible layers, or over all linear layers and convolutions."""
+        """Fraction of zeros over the eligible layers, or over all kernels."""
         size = active = 0
         eligible = self.eligible
-        for path, dense, planned, _ in self.layers:
-            if path in eligible or not eligible_only:
-                size += dense.num_layers * dense.size
-                active += dense.num_layers * (planned if isinstance(planned, LayerSpec) else dense).num_active
+        for layer in self.layers:
+            if layer.path in eligible or not eligible_only:
+                size += layer.dense.num_layers * layer.dense.size
+                active += layer.dense.num_layers * _as_planned(layer).num_active
         return 1 - active / size if size else 0.0
 
+    @property
+    def num_params(self) -> int:
+        """Parameters of the sparse model, those that are computed with."""
+        return self.num_other + sum(_as_planned(layer).num_active * layer.dense.num_layers for layer in self.layers)
 
-def find_layers(params: Mapping[str, Any]) -> dict[Path, LayerSpec]:
-    """The linear layers and 2-D convolutions of a dense model: every `kernel` of rank 2 or 4 among its params."""
-    layers = {}
-    for path, leaf in by_path(params).items():
-        if path[-1] == "kernel" and len(leaf.shape) in (2, 4):
-            *kernel_size, c_in, out = leaf.shape
-            layers[path[:-1]] = conv_spec(tuple(kernel_size), c_in, out) if kernel_size else linear_spec(c_in, out)
-    return layers
+    @property
+    def num_dense_params(self) -> int:
+        """Parameters of the dense model."""
+        return self.num_other + sum(layer.dense.size * layer.dense.num_layers for layer in self.layers)
+
+    def check(self, params: Any) -> None:
+        """Compares the parameters of a model with the plan, by their arrays.
+
+        Args:
+          params: nested dictionaries of arrays or shapes, as the sparse model has them.
+
+        Raises:
+          ValueError: if a planned layer is not sparse or has another number of weights, or if another is not dense.
+        """
+        leaves = {path[:-1] if path[-2:-1] == ("blocks",) else path: leaf for path, leaf in by_path(params).items()}
+        for layer in self.layers:
+            planned, blocks = layer.planned, leaves.get((*layer.path, "blocks"))
+            if isinstance(planned, str):
+                wrong = None if blocks is None else f"has blocks, but the plan keeps it dense ({planned})"
+            else:
+                have = "none" if blocks is None else f"those of {list(blocks.shape)}"
+                wrong = None if _holds(planned, blocks) else f"is planned with {planned.num_active} weights, not {have}"
+            if wrong:
+                raise ValueError(
+                    f"{path_name(layer.path)} {wrong}; pass the parameters of the model that `sparsify` made with this "
+                    "plan."
+                )
+        sparse = sum(path[-1:] == ("blocks",) for path in leaves)
+        if sparse > len(self.sparse):
+            raise ValueError(
+                f"{sparse} layers have blocks and the plan has {len(self.sparse)}; the plan is of another model."
+            )
+
+    @property
+    def table(self) -> Table:
+        """What `print`, rich and a notebook show."""
+        return plan_table(self)
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def __repr__(self) -> str:
+        kept = len(self.layers) - len(self.sparse)
+        return f"<SparsityPlan: {len(self.sparse)} layers sparse ({self.sparsity():.2%}), {kept} dense; print it>"
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
+
+    def __rich__(self) -> Any:
+        return self.table.rich()
 
 
-def _dense_reason(
-    path: Path, spec: LayerSpec, block_shape: tuple[int, int], keep_dense: tuple[str, ...], min_blocks: int
-) -> str | None:
-    for pattern in keep_dense:
-        if any(fnmatch.fnmatchcase(text, pattern) for text in (path_name(path), *path)):
-            return f"kept dense by {pattern!r}"
-    rows, cols = block_shape
-    if rows > spec.out or cols > spec.in_:
-        return f"smaller than a {rows}x{cols} block"
-    if (most := max_blocks(spec.shape, block_shape)) < min_blocks:
-        return f"holds {most} blocks at the most"
-    return None
+def _holds(spec: LayerSpec, blocks: Any) -> bool:
+    """Whether an array is what a layer stores: its blocks, or at least as many single weights (Top-KAST has more)."""
+    if blocks is None:
+        return False
+    own = tuple(size for axis, size in enumerate(blocks.shape) if axis not in spec.stack_axes)
+    if own[1:] == (1, 1) != spec.block_shape:
+        return own[0] >= spec.num_active
+    return own == (spec.num_blocks, *spec.block_shape)
+
+
+def _as_planned(layer: PlannedLayer) -> LayerSpec:
+    return layer.planned if isinstance(layer.planned, LayerSpec) else layer.dense
 
 
 def check_plan(plan: Any) -> SparsityPlan:
     """The plan itself; raises ValueError for what is none."""
     if not isinstance(plan, SparsityPlan):
-        raise ValueError(f"plan={plan!r} is no SparsityPlan; make one with dsb_jax.make_plan.")
+        raise ValueError(f"plan={plan!r} is no SparsityPlan; make one with dsb_jax.linen.plan or dsb_jax.make_plan.")
     return plan
 
 
 def make_plan(
-    layers: Mapping[Path, LayerSpec],
+    model: FoundModel | Mapping[Path, LayerSpec],
     *,
     sparsity: float,
     distribution: str = "uniform",
     block_shape: tuple[int, int] = (16, 16),
-    keep_dense: tuple[str, ...] = KEEP_DENSE,
+    rules: Sequence[Rule] = (),
     min_blocks: int = MIN_BLOCKS,
     min_group_blocks: int = MIN_GROUP_BLOCKS,
 ) -> SparsityPlan:
@@ -157,47 +251,89 @@ def make_plan(
     outputs that have no weights. Only if `sparsity` leaves too few weights for that, some do.
 
     Args:
-      layers: path -> sizes of the dense layers, as `find_layers` gives them.
-      sparsity: fraction of zeros, in [0, 1).
+      model: what was found in it, or path -> sizes of its dense layers.
+      sparsity: fraction of zeros, in [0, 1), over the eligible layers without a sparsity of their own.
       distribution: "uniform" or "erk".
       block_shape: `(R, C)`.
-      keep_dense: patterns (as in a shell) matched against the path `a/b/c` and against each of its parts.
+      rules: exceptions; of those that match a layer's path, the first.
       min_blocks: layers that can hold fewer blocks stay dense.
       min_group_blocks: blocks for each row group; 0 takes the densities as they are.
 
     Raises:
-      TypeError: if `keep_dense` is one text, whose characters would be patterns.
-      ValueError: if the distribution is unknown, the sparsity impossible, or no layer can be sparse.
+      TypeError: if `rules` is a text or holds what is no rule.
+      ValueError: if the distribution is unknown, the sparsity impossible, a rule without effect, or no layer can be
+        sparse.
     """
-    if isinstance(keep_dense, str):
-        raise TypeError(f"keep_dense={keep_dense!r} is one text; give patterns, as in keep_dense=({keep_dense!r},).")
+    rules = check_rules(rules)
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution={distribution!r} is unknown; choose one of {', '.join(DISTRIBUTIONS)}.")
-    if not layers or not all(isinstance(spec, LayerSpec) for spec in layers.values()):
-        raise ValueError("there are no layers to plan; give dsb_jax.find_layers(params), of a model that has some.")
-    reasons = {path: _dense_reason(path, spec, block_shape, keep_dense, min_blocks) for path, spec in layers.items()}
+    layers, *other = _found(model)
+    rule_of = {path: next((rule for rule in rules if rule.matches(path)), None) for path in layers}
+    shapes = {path: (rule.block_shape if rule else None) or block_shape for path, rule in rule_of.items()}
+    reasons = {path: _dense_reason(found, rule_of[path], shapes[path], min_blocks) for path, found in layers.items()}
+    check_effects(rules, rule_of, reasons)
     eligible = [path for path, reason in reasons.items() if reason is None]
     if not eligible:
         raise ValueError(
             f"no layer can hold {block_shape[0]}x{block_shape[1]} blocks: "
             + "; ".join(f"{path_name(path)} {reason}" for path, reason in list(reasons.items())[:3])
-            + ". Use a smaller block_shape, a wider model, or method=dense."
+            + ". Use a smaller block_shape, a wider model, or train it dense."
         )
+    own = {path: rule.sparsity for path, rule in rule_of.items() if rule is not None and rule.sparsity is not None}
+    shared = [path for path in eligible if path not in own]
     densities = dict(
-        zip(eligible, DISTRIBUTIONS[distribution]([layers[path] for path in eligible], sparsity), strict=True)
+        zip(shared, DISTRIBUTIONS[distribution]([layers[path].spec for path in shared], sparsity), strict=True)
     )
-    sparse = [path for path in eligible if densities[path] < 1]
-    specs, wanted = [layers[path] for path in sparse], [densities[path] for path in sparse]
-    counts = dict(zip(sparse, to_blocks(specs, wanted, block_shape, min_group_blocks=min_group_blocks), strict=True))
-    planned = []
-    for path, spec in layers.items():
-        if path not in counts:
+    sparse = [path for path in shared if densities[path] < 1]
+    counts = to_blocks(
+        [layers[path].spec for path in sparse],
+        [densities[path] for path in sparse],
+        [shapes[path] for path in sparse],
+        min_group_blocks=min_group_blocks,
+    )
+    planned = {
+        path: layers[path].spec.with_blocks(shapes[path], count) for path, count in zip(sparse, counts, strict=True)
+    }
+    planned |= {
+        path: at_density(layers[path].spec, 1 - own[path], shapes[path], min_group_blocks)
+        for path in eligible
+        if own.get(path)
+    }
+    densities |= {path: 1 - value for path, value in own.items()}
+    result = []
+    for path, found in layers.items():
+        if path not in planned:
             reason = reasons[path] or DENSITY_1
-            planned.append(PlannedLayer(path, spec, reason, reason))
+            result.append(PlannedLayer(path, found.spec, reason, reason, path in own, found.dtype))
             continue
         # Wanting less is the cause; more than a block above it tells the raise from rounding.
-        wants_less = densities[path] * spec.in_ < min_group_blocks * block_shape[1]
-        raised = wants_less and counts[path] > densities[path] * spec.size / math.prod(block_shape) + 1
-        note = f"raised from {distribution} for the sake of every row group" if raised else distribution
-        planned.append(PlannedLayer(path, spec, spec.with_blocks(block_shape, counts[path]), note))
-    return SparsityPlan(tuple(planned))
+        spec, (rows, cols) = found.spec, shapes[path]
+        wants_less = densities[path] * spec.in_ < min_group_blocks * cols
+        raised = wants_less and planned[path].num_blocks > densities[path] * spec.size / (rows * cols) + 1
+        source = f"by the rule {rule_of[path].pattern!r}" if path in own else distribution  # type: ignore[union-attr]
+        note = f"{source}, raised for the sake of every row group" if raised else source
+        result.append(PlannedLayer(path, spec, planned[path], note, path in own, found.dtype))
+    return SparsityPlan(tuple(result), *other)
+
+
+def _found(model: Any) -> FoundModel:
+    if not isinstance(model, FoundModel):
+        model = FoundModel({path: FoundLayer(spec) for path, spec in dict(model).items()})
+    if not model.layers or not all(isinstance(found.spec, LayerSpec) for found in model.layers.values()):
+        raise ValueError(
+            "there are no layers to plan; give dsb_jax.linen.find_layers(model, x), of a model that has some."
+        )
+    return model
+
+
+def _dense_reason(found: FoundLayer, rule: Rule | None, block_shape: tuple[int, int], min_blocks: int) -> str | None:
+    if found.reason is not None:
+        return found.reason
+    if rule is not None and rule.dense:
+        return f"kept dense by {rule.pattern!r}"
+    rows, cols = block_shape
+    if rows > found.spec.out or cols > found.spec.in_:
+        return f"smaller than a {rows}x{cols} block"
+    if (most := max_blocks(found.spec.shape, block_shape)) < min_blocks:
+        return f"holds {most} blocks at the most"
+    return None

@@ -13,6 +13,7 @@ all go to the matrix and back:
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -131,6 +132,17 @@ class LayerSpec:
         return dataclasses.replace(
             self, block_shape=(1, 1), num_blocks=num_stored, num_active=num_computed or 0, storage=storage
         )
+
+    def stacked(self, axes: tuple[int, ...], sizes: tuple[int, ...]) -> "LayerSpec":
+        """A stack of such layers, whose kernels have `axes` more."""
+        rest = [axis for axis in range(len(self.kernel_shape) + len(axes)) if axis not in axes]
+        shape = dict(zip(axes, sizes, strict=True)) | dict(zip(rest, self.kernel_shape, strict=True))
+        moved: dict[str, Any] = {
+            name: tuple(rest[axis] for axis in getattr(self, name))
+            for name in ("out_axes", "in_axes", "spatial_axes", "stack_axes")
+        }
+        moved["stack_axes"] = tuple(sorted((*moved["stack_axes"], *axes)))
+        return dataclasses.replace(self, kernel_shape=tuple(shape[axis] for axis in sorted(shape)), **moved)
 
     def to_matrix(self, kernel: Float[Array, "..."]) -> Float[Array, "out in"]:
         """The matrix of one layer's kernel, which has no lifted axes."""

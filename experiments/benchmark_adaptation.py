@@ -55,7 +55,7 @@ def layer_calls(grow: str, granularity: str) -> dict[str, Any]:
         raise ValueError(f"layer={FLAGS.layer!r} is not out x channels x height x width, as in 512x512x3x3.") from None
     block_shape = parse_block_shape(FLAGS.block_shape)
     dense = conv_spec((height, width), channels, out)
-    (count,) = to_blocks([dense], [1 - FLAGS.sparsity], block_shape)
+    (count,) = to_blocks([dense], [1 - FLAGS.sparsity], [block_shape])
     key = jax.random.key(0)
     method = methods.DSB(update_end_step=10_000, grow=grow, granularity=granularity)
     spec = method.stored(dense.with_blocks(block_shape, count))

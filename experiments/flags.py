@@ -11,10 +11,11 @@ from absl import flags
 
 from dsb_jax.methods import GRANULARITIES, GROW
 from dsb_jax.ops import IMPLEMENTATIONS
-from dsb_jax.plan import DISTRIBUTIONS, KEEP_DENSE, MIN_GROUP_BLOCKS
+from dsb_jax.plan import DISTRIBUTIONS, MIN_GROUP_BLOCKS
 from dsb_jax.training.config import (
     DROP_SCHEDULES,
     DTYPES,
+    KEEP_DENSE,
     LEARNING_RATE_SCHEDULES,
     METHODS,
     OPTIMIZERS,

@@ -19,9 +19,9 @@ from flax import linen as nn
 
 from dsb_jax.distributions import to_blocks
 from dsb_jax.ops.layer_call import LayerCall
-from dsb_jax.plan import KEEP_DENSE
 from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
 from dsb_jax.training import models
+from dsb_jax.training.config import KEEP_DENSE
 from pallas_kernels import ConvGeometry, matmul_geometry
 
 IMAGE_SIZE = 32  # of the CIFAR models
@@ -85,7 +85,7 @@ class Layer:
         Raises:
           ValueError: if the block or the sparsity does not fit the layer.
         """
-        (count,) = to_blocks([self.spec], [1 - sparsity], block_shape)
+        (count,) = to_blocks([self.spec], [1 - sparsity], [block_shape])
         return count
 
     def call(self, sparsity: float, block_shape: tuple[int, int], dtype: str) -> LayerCall:

@@ -16,6 +16,11 @@ SPARSITIES = st.floats(0, 1)
 BLOCKS = st.sampled_from([(16, 16), (32, 8), (64, 4), (8, 1), (5, 3)])
 
 
+def to_blocks(specs, densities, block_shape, **options):
+    """All layers in blocks of one shape."""
+    return distributions.to_blocks(specs, densities, [block_shape] * len(specs), **options)
+
+
 @st.composite
 def layer_shapes(draw, min_out=1, min_c_in=1):
     kernel = draw(st.sampled_from([(), (1, 1), (3, 3), (3,)]))
@@ -71,7 +76,7 @@ def test_uniform_is_one_density(shapes, sparsity):
 def test_to_blocks_by_hand():
     # The example of the module docstring: 1.6 and 3.2 blocks are wanted, the missing one goes to the remainder 0.6.
     shapes = [make_spec(64, 64), make_spec(128, 64)]
-    assert distributions.to_blocks(shapes, (0.1, 0.1), (16, 16)) == (2, 3)
+    assert to_blocks(shapes, (0.1, 0.1), (16, 16)) == (2, 3)
 
 
 def test_to_blocks_counts_ragged_rows_by_hand():
@@ -79,7 +84,7 @@ def test_to_blocks_counts_ragged_rows_by_hand():
     # for the blocks of the last group, round(num_blocks / 2), which hold 4. Half of 48 weights are 24: 4 blocks.
     shape = make_spec(6, 8)
     assert layout.num_active((6, 8), (4, 2), 4) == 4 * 8 - 2 * 4 == 24
-    assert distributions.to_blocks([shape], (0.5,), (4, 2)) == (4,)
+    assert to_blocks([shape], (0.5,), (4, 2)) == (4,)
 
 
 @given(
@@ -95,7 +100,7 @@ def test_to_blocks_keeps_the_total_and_every_layer(shapes, block_shape, sparsity
     least_weights = active_weights(shapes, [1] * len(shapes), block_shape)
     most_weights = active_weights(shapes, most, block_shape)
     assume(sum(least_weights) <= sum(wanted) <= sum(most_weights))
-    num_blocks = distributions.to_blocks(shapes, densities, block_shape)
+    num_blocks = to_blocks(shapes, densities, block_shape)
     held = active_weights(shapes, num_blocks, block_shape)
     block = math.prod(block_shape)
     assert all(1 <= n <= m for n, m in zip(num_blocks, most, strict=True))
@@ -111,23 +116,23 @@ def test_to_blocks_returns_what_a_layout_of_that_density_holds(shapes, block_sha
     blocks = tuple(int(rng.integers(1, layout.max_blocks(s.shape, block_shape) + 1)) for s in shapes)
     held = active_weights(shapes, blocks, block_shape)
     densities = [h / (s.out * s.in_) for h, s in zip(held, shapes, strict=True)]
-    assert distributions.to_blocks(shapes, densities, block_shape) == blocks
+    assert to_blocks(shapes, densities, block_shape) == blocks
 
 
 def test_to_blocks_feeds_every_row_group_by_hand():
     # A shortcut of 32 to 64 channels has four row groups, a tenth of it is 0.8 blocks. The other layer wants 28.8; both
     # together 29.6, so that 25.6 are left beside the four.
     shapes = [make_spec(64, 32, (1, 1)), make_spec(128, 576, (3, 3))]
-    assert distributions.to_blocks(shapes, (0.1, 0.1), (16, 16)) == (1, 29)
-    assert distributions.to_blocks(shapes, (0.1, 0.1), (16, 16), min_group_blocks=1) == (4, 26)
+    assert to_blocks(shapes, (0.1, 0.1), (16, 16)) == (1, 29)
+    assert to_blocks(shapes, (0.1, 0.1), (16, 16), min_group_blocks=1) == (4, 26)
     # With two for each group the 8 of the first leave 21.6 to the second.
-    assert distributions.to_blocks(shapes, (0.1, 0.1), (16, 16), min_group_blocks=2) == (8, 22)
+    assert to_blocks(shapes, (0.1, 0.1), (16, 16), min_group_blocks=2) == (8, 22)
     # Three for each of the 8 groups of the second and the two that fit in the first are 32: it stays at two.
-    assert distributions.to_blocks(shapes, (0.1, 0.1), (16, 16), min_group_blocks=3) == (8, 22)
+    assert to_blocks(shapes, (0.1, 0.1), (16, 16), min_group_blocks=3) == (8, 22)
     # 16 columns hold one block for each group, not five; and of 9.6 blocks not each of the 12 groups can have one.
-    assert distributions.to_blocks([make_spec(64, 16)], (1.0,), (16, 16), min_group_blocks=5) == (4,)
+    assert to_blocks([make_spec(64, 16)], (1.0,), (16, 16), min_group_blocks=5) == (4,)
     shapes = [make_spec(64, 32, (1, 1)), make_spec(128, 32)]
-    assert distributions.to_blocks(shapes, (0.2, 0.2), (16, 16), min_group_blocks=1) == (2, 3)
+    assert to_blocks(shapes, (0.2, 0.2), (16, 16), min_group_blocks=1) == (2, 3)
 
 
 @given(
@@ -144,7 +149,7 @@ def test_to_blocks_feeds_every_row_group_if_it_can(shapes, block_shape, sparsity
     wanted = sum(d * s.size for d, s in zip(densities, shapes, strict=True))
     most = [layout.max_blocks(s.shape, block_shape) for s in shapes]
     assume(sum(active_weights(shapes, fed, block_shape)) <= wanted <= sum(active_weights(shapes, most, block_shape)))
-    num_blocks = distributions.to_blocks(shapes, densities, block_shape, min_group_blocks=least)
+    num_blocks = to_blocks(shapes, densities, block_shape, min_group_blocks=least)
     assert all(n >= f for n, f in zip(num_blocks, fed, strict=True))
     assert abs(sum(active_weights(shapes, num_blocks, block_shape)) - wanted) <= math.prod(block_shape) / 2 + 1e-3
 
@@ -153,7 +158,7 @@ def test_to_blocks_shares_what_a_layer_cannot_hold():
     # in = 27 holds one block of 16 columns, 16/27 of the dense 27 * 64 weights; the other layer takes the rest.
     shapes = [make_spec(64, 27, (3, 3)), make_spec(256, 256)]
     wanted = 64 * 27 + 0.1 * 256 * 256
-    num_blocks = distributions.to_blocks(shapes, (1.0, 0.1), (16, 16))
+    num_blocks = to_blocks(shapes, (1.0, 0.1), (16, 16))
     assert num_blocks[0] == layout.max_blocks((64, 27), (16, 16)) == 4
     assert abs(sum(num_blocks) * 256 - wanted) <= 128
 
@@ -174,21 +179,21 @@ def test_impossible_sparsities_are_named(rule, sparsity):
 )
 def test_the_limit_quoted_in_the_error_works(shapes, sparsity, quoted):
     with pytest.raises(ValueError, match=f"sparsity={sparsity:g}") as error:
-        distributions.to_blocks(shapes, distributions.uniform(shapes, sparsity), (16, 16))
+        to_blocks(shapes, distributions.uniform(shapes, sparsity), (16, 16))
     (limit,) = map(float, re.findall(quoted, str(error.value)))
-    distributions.to_blocks(shapes, distributions.uniform(shapes, limit), (16, 16))
+    to_blocks(shapes, distributions.uniform(shapes, limit), (16, 16))
 
 
 def test_other_errors_name_the_value():
     shape = make_spec(64, 64)
     with pytest.raises(ValueError, match="block_shape=128x4 is larger"):
-        distributions.to_blocks([shape], (0.5,), (128, 4))
+        to_blocks([shape], (0.5,), (128, 4))
     with pytest.raises(ValueError, match=r"density=1.5"):
-        distributions.to_blocks([shape], (1.5,), (16, 16))
+        to_blocks([shape], (1.5,), (16, 16))
     with pytest.raises(ValueError, match="min_group_blocks=-1 is negative"):
-        distributions.to_blocks([shape], (0.5,), (16, 16), min_group_blocks=-1)
+        to_blocks([shape], (0.5,), (16, 16), min_group_blocks=-1)
     with pytest.raises(ValueError, match="2 densities for 1 layers"):
-        distributions.to_blocks([shape], (0.5, 0.5), (16, 16))
+        to_blocks([shape], (0.5, 0.5), (16, 16))
 
 
 def stacked(spec, count):
@@ -213,7 +218,7 @@ def test_a_stack_counts_as_its_layers(specs, counts, block_shape, sparsity, rule
     wanted = sum(d * spec.size for d, spec in zip(of_each, apart, strict=True))
     most = active_weights(apart, [layout.max_blocks(s.shape, block_shape) for s in apart], block_shape)
     assume(sum(active_weights(apart, [1] * len(apart), block_shape)) <= wanted <= sum(most))
-    num_blocks = distributions.to_blocks(stacks, densities, block_shape)
+    num_blocks = to_blocks(stacks, densities, block_shape)
     held = active_weights(stacks, num_blocks, block_shape)
     total = sum(h * count for h, count in zip(held, counts, strict=False))
     assert abs(total - wanted) <= math.prod(block_shape) / 2 * max(counts[: len(specs)]) + 1e-3
@@ -224,15 +229,15 @@ def test_a_stack_by_hand():
     # missing. The largest remainder is the stack's, whose three more are nearer than none.
     stack, single = stacked(make_spec(64, 64), 3), make_spec(128, 64)
     assert stack.num_layers * stack.size == 3 * 4096
-    assert distributions.to_blocks([stack], (0.1,), (16, 16)) == (2,)
-    assert distributions.to_blocks([stack, single], (0.1, 0.1), (16, 16)) == (2, 3)
-    assert distributions.to_blocks([stack, stack], (0.03, 0.1), (16, 16), min_group_blocks=1) == (1, 1)
+    assert to_blocks([stack], (0.1,), (16, 16)) == (2,)
+    assert to_blocks([stack, single], (0.1, 0.1), (16, 16)) == (2, 3)
+    assert to_blocks([stack, stack], (0.03, 0.1), (16, 16), min_group_blocks=1) == (1, 1)
     with pytest.raises(
         ValueError, match=r"one 64x64 block in each of 3 layers takes 12288; use a sparsity of at most 0"
     ):
-        distributions.to_blocks([stack], (0.2,), (64, 64))
+        to_blocks([stack], (0.2,), (64, 64))
 
 
 def test_a_model_without_sparse_layers_has_none():
     assert distributions.uniform([], 0.9) == distributions.erk([], 0.9) == ()
-    assert distributions.to_blocks([], (), (16, 16)) == ()
+    assert to_blocks([], (), (16, 16)) == ()

@@ -12,7 +12,7 @@ import dsb_jax as dsb
 from dsb_jax.layout import BlockLayout, validate
 from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.methods import DSB, SET, RigL, Static, TopKAST
-from dsb_jax.plan import find_layers, make_plan
+from dsb_jax.plan import make_plan
 from dsb_jax.spec import conv_spec, linear_spec
 from dsb_jax.topology import LayerTopology
 from tests.classifiers import by_numpy
@@ -224,7 +224,10 @@ def test_what_has_no_sparse_form_is_refused_and_served_densely(name):
 
 @pytest.mark.parametrize(("layer", "args"), [(SparseDense, (8,)), (SparseConv, (8, (3, 3)))])
 def test_errors_name_the_layer_and_the_cure(layer, args):
-    plan = make_plan(find_layers(build(layer, *args)["params"]), sparsity=0.5, block_shape=(4, 4), min_blocks=1)
+    dense = linear_spec(8, 8) if layer is SparseDense else conv_spec((3, 3), 8, 8)
+    plan, other = (
+        make_plan({(name,): dense}, sparsity=0.5, block_shape=(4, 4), min_blocks=1) for name in ("conv", "body")
+    )
     for options, message in (
         ({"density": 0.5, "plan": plan}, "density and plan are both given for conv; give one of them"),
         ({"density": 0.5, "num_blocks": 1}, "density and num_blocks are both given for conv"),
@@ -239,14 +242,12 @@ def test_errors_name_the_layer_and_the_cure(layer, args):
             build(layer, *args, **options)
     with pytest.raises(ValueError, match=r"conv has a kernel of \(.*8, 12\), but its plan was made for \(.*8, 8\)"):
         build(layer, 12, *args[1:], plan=plan)
-    other = make_plan(find_layers({"body": build(layer, *args)["params"]["conv"]}), sparsity=0.5, block_shape=(4, 4),
-                      min_blocks=1)  # fmt: skip
     with pytest.raises(KeyError, match=r"no layer 'conv' in the plan, which has body, \.\.\.; make the plan from this"):
         build(layer, *args, plan=other)
 
 
 def test_a_foreign_product_cannot_replace_the_sparse_one():
-    with pytest.raises(NotImplementedError, match="dot_general cannot replace"):
+    with pytest.raises(NotImplementedError, match="dot_general=dot_general of conv has no sparse form"):
         build(SparseDense, 8, density=0.5, block_shape=(4, 4), dot_general=jax.lax.dot_general)
     with pytest.raises(NotImplementedError, match="conv_general_dilated="):
         build(SparseConv, 8, (3, 3), density=0.5, block_shape=(4, 4), conv_general_dilated=jax.lax.conv)

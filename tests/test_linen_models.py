@@ -9,7 +9,8 @@ from flax import linen as nn
 import dsb_jax as dsb
 from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.paths import nodes
-from dsb_jax.plan import SparsityPlan, find_layers, make_plan
+from dsb_jax.plan import SparsityPlan
+from dsb_jax.rules import Rule
 
 KEY = jax.random.key(0)
 
@@ -40,7 +41,8 @@ class UserModel(nn.Module):
 def test_a_plan_made_from_the_same_model_without_one():
     x = jax.random.normal(KEY, (2, 4, 4, 3))
     params = jax.eval_shape(UserModel().init, KEY, x)["params"]
-    plan = make_plan(find_layers(params), sparsity=0.5, block_shape=(8, 4), keep_dense=("Conv_0", "head"))
+    rules = [Rule("Conv_0|head", dense=True)]
+    plan = dsb.linen.plan(UserModel(), x, sparsity=0.5, block_shape=(8, 4), rules=rules)
     assert set(plan.sparse) == {("Block_0", "SparseConv_0"), ("Block_1", "SparseConv_0"), ("SparseDense_0",)}
     model = UserModel(plan)
     logits, variables = jax.jit(model.init_with_output)(KEY, x)

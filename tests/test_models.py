@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dsb_jax.linen import SparseConv, SparseDense
+from dsb_jax.linen import SparseConv, SparseDense, find_layers
 from dsb_jax.paths import nodes
-from dsb_jax.plan import find_layers, make_plan
+from dsb_jax.plan import make_plan
+from dsb_jax.rules import Rule
 from dsb_jax.training.models import create
 from dsb_jax.training.models.layers import max_pool
 
@@ -30,6 +31,11 @@ def shapes_of(name, **options):
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, *image)))
 
 
+def layers_of(name, image=(32, 32, 3), **options):
+    found = find_layers(create(name, num_classes=10, **options), jnp.zeros((1, *image)))
+    return {path: layer.spec for path, layer in found.layers.items()}
+
+
 def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
@@ -39,7 +45,7 @@ def test_known_sizes(name):
     variables = shapes_of(name)
     _, parameters, layers = SIZES[name]
     assert count(variables["params"]) == parameters
-    found = find_layers(variables["params"])
+    found = layers_of(name)
     assert len(found) == layers
     assert {("stem",), ("head",)} < set(found)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
@@ -60,15 +66,14 @@ def test_logits_are_float32_of_the_right_shape(name, dtype):
 
 
 def test_a_smaller_dense_model_is_narrower_everywhere_inside():
-    full, half = (find_layers(shapes_of("convnet", width_multiplier=w)["params"]) for w in (1.0, 0.5))
-    assert [layer.out for layer in full.values()] == [64, 128, 128, 10, 32]
-    assert [layer.out for layer in half.values()] == [32, 64, 64, 10, 16]
+    full, half = (layers_of("convnet", width_multiplier=w) for w in (1.0, 0.5))
+    assert [layer.out for layer in full.values()] == [32, 64, 128, 128, 10]
+    assert [layer.out for layer in half.values()] == [16, 32, 64, 64, 10]
 
 
 @pytest.mark.parametrize("depth", [10, 16, 22])
 def test_depth_counts_the_layers_of_a_wide_residual_network(depth):
-    model = create(f"wrn-{depth}-2", num_classes=10)
-    layers = find_layers(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"])
+    layers = layers_of(f"wrn-{depth}-2", (8, 8, 3))
     # depth = 6n + 4: 6n convolutions in the blocks; beside them the stem, the classifier and three projections.
     assert len(layers) == depth + 1
     assert sum(layer.kernel_size == (1, 1) for layer in layers.values()) == 3
@@ -112,7 +117,8 @@ def test_dropout_is_for_wide_residual_networks():
 @pytest.mark.parametrize("distribution", ["uniform", "erk"])
 def test_a_plan_over_each_model_makes_its_sparse_twin(name, distribution):
     dense = shapes_of(name)["params"]
-    plan = make_plan(find_layers(dense), sparsity=0.9, distribution=distribution, block_shape=(32, 8))
+    rules = [Rule("stem|head", dense=True)]
+    plan = make_plan(layers_of(name), sparsity=0.9, distribution=distribution, block_shape=(32, 8), rules=rules)
     sparse = {"plan": plan, "implementation": "xla"}
     variables = shapes_of(
         name, conv=functools.partial(SparseConv, **sparse), dense=functools.partial(SparseDense, **sparse)
@@ -125,7 +131,7 @@ def test_a_plan_over_each_model_makes_its_sparse_twin(name, distribution):
             assert params["blocks"].shape == (planned.num_blocks, 32, 8)
         else:
             assert params["kernel"].shape == plan.sizes[path].kernel_shape
-    assert (plan["stem",], plan["head",]) == ("kept dense by 'stem'", "kept dense by 'head'")
+    assert (plan["stem",], plan["head",]) == ("kept dense by 'stem|head'",) * 2
     assert {path[:-1]: node.spec for path, node in nodes(variables["topology"]).items()} == plan.sparse
     # Nothing but the sparse kernels has changed its size.
     removed = sum(spec.size - spec.num_active for spec in plan.sparse.values())

@@ -4,16 +4,14 @@ import math
 import pickle
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import pytest
-from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsb_jax.distributions import erk
-from dsb_jax.plan import SparsityPlan, find_layers, make_plan
-from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
+from dsb_jax.distributions import at_density, erk
+from dsb_jax.plan import SparsityPlan, make_plan
+from dsb_jax.rules import Rule
+from dsb_jax.spec import LayerSpec
 from tests.conftest import make_spec
 
 CONV = make_spec(64, 288, (3, 3))
@@ -28,8 +26,11 @@ LAYERS = {
 }
 
 
+ENDS = (Rule("stem", dense=True), Rule("head", dense=True))
+
+
 def test_what_stays_dense_and_why():
-    plan = make_plan(LAYERS, sparsity=0.9)
+    plan = make_plan(LAYERS, sparsity=0.9, rules=ENDS)
     assert isinstance(plan, SparsityPlan)
     assert tuple(plan) == tuple(LAYERS)  # in the order of the model
     assert len(plan) == len(LAYERS)
@@ -37,7 +38,7 @@ def test_what_stays_dense_and_why():
     assert {"/".join(path): plan.note(path) for path in plan} == {
         "stem": "kept dense by 'stem'",
         "stage_0/conv_0": "uniform",
-        "stage_0/skip": "raised from uniform for the sake of every row group",
+        "stage_0/skip": "uniform, raised for the sake of every row group",
         "stage_1/conv_0": "uniform",
         "stage_1/narrow": "smaller than a 16x16 block",
         "stage_1/short": "holds 4 blocks at the most",
@@ -55,7 +56,7 @@ def test_what_stays_dense_and_why():
 
 
 def test_the_densities_as_they_are():
-    plan = make_plan(LAYERS, sparsity=0.9, min_group_blocks=0)
+    plan = make_plan(LAYERS, sparsity=0.9, rules=ENDS, min_group_blocks=0)
     assert [spec.num_blocks for spec in plan.sparse.values()] == [7, 1, 29]
     assert plan.note(("stage_0", "skip")) == "uniform"
 
@@ -68,7 +69,7 @@ def test_a_layer_that_takes_over_what_another_cannot_hold_is_not_called_raised()
 
 
 def test_the_limits_can_be_moved():
-    plan = make_plan(LAYERS, sparsity=0.5, block_shape=(8, 4), keep_dense=(), min_blocks=1)
+    plan = make_plan(LAYERS, sparsity=0.5, block_shape=(8, 4), min_blocks=1)
     assert len(plan.sparse) == len(LAYERS)
     assert {spec.block_shape for spec in plan.sparse.values()} == {(8, 4)}
     # 4 blocks is fewer than 5, and not fewer than 4.
@@ -76,23 +77,73 @@ def test_the_limits_can_be_moved():
     assert make_plan(LAYERS, sparsity=0.5, min_blocks=5)["stage_1", "short"] == "holds 4 blocks at the most"
 
 
+def test_the_first_rule_that_matches_wins():
+    rules = (
+        Rule("stem|head", dense=True),
+        Rule("stage_0/.*", sparsity=0.5, block_shape=(8, 4)),
+        Rule(".*/conv_0", sparsity=0.875),
+    )
+    plan = make_plan(LAYERS, sparsity=0.75, rules=rules, min_blocks=1)
+    assert {"/".join(path): (spec.block_shape, spec.density) for path, spec in plan.sparse.items()} == {
+        "stage_0/conv_0": ((8, 4), 0.5),
+        "stage_0/skip": ((8, 4), 0.5),
+        "stage_1/conv_0": ((16, 16), 0.125),
+        "stage_1/short": ((16, 16), 0.25),  # one block of four
+    }
+    assert plan["stem",] == plan["head",] == "kept dense by 'stem|head'"
+    assert plan.note(("stage_0", "skip")) == "by the rule 'stage_0/.*'"
+    assert plan.note(("stage_1", "short")) == "uniform"
+
+
+def test_the_target_holds_over_the_layers_without_a_sparsity_of_their_own():
+    layers = {(f"layer_{i}",): make_spec(128, 128) for i in range(4)}
+    alone = make_plan(layers, sparsity=0.875)
+    plan = make_plan(layers, sparsity=0.875, rules=[Rule("layer_0", sparsity=0.5)])
+    assert [spec.density for spec in plan.sparse.values()] == [0.5, 0.125, 0.125, 0.125]
+    assert [spec.density for spec in alone.sparse.values()] == [0.125] * 4
+    shaped = make_plan(layers, sparsity=0.875, rules=[Rule("layer_0", block_shape=(8, 4))])  # but not a sparsity
+    assert [spec.density for spec in shaped.sparse.values()] == [0.125] * 4
+    assert make_plan(layers, sparsity=0.9, rules=[Rule("layer_0", sparsity=0.0)])["layer_0",] == "density 1"
+
+
+def test_a_sparsity_of_its_own_means_what_density_means():
+    """A 1x1 convolution of 32 channels at 0.9: less than a block for each of four row groups, so one each."""
+    layers = {("skip",): make_spec(64, 32, (1, 1)), ("body",): make_spec(64, 576, (3, 3))}
+    plan = make_plan(layers, sparsity=0.5, rules=[Rule("skip", sparsity=0.9)])
+    assert plan["skip",] == at_density(layers["skip",], 0.1, (16, 16), 1)
+    assert plan["skip",].num_blocks == 4
+    assert plan.note(("skip",)) == "by the rule 'skip', raised for the sake of every row group"
+
+
 @pytest.mark.parametrize(
-    ("pattern", "dense"),
+    ("rules", "error", "message"),
     [
-        ("conv_0", {"stage_0/conv_0", "stage_1/conv_0"}),  # any part of the path
-        ("stage_0", {"stage_0/conv_0", "stage_0/skip"}),
-        ("stage_0/*", {"stage_0/conv_0", "stage_0/skip"}),  # the whole path
-        ("*/conv_?", {"stage_0/conv_0", "stage_1/conv_0"}),
-        ("stage_1/conv_0", {"stage_1/conv_0"}),
-        ("conv", set()),  # a pattern, not a substring
-        ("SKIP", set()),  # case counts
-        ("s[kt][ie][pm]", {"stage_0/skip", "stem"}),
+        ([Rule("conv_0", dense=True)], ValueError, "the rule 'conv_0' matches no layer; it must match the whole path"),
+        ([Rule(".*", sparsity=0.5), Rule("head", dense=True)], ValueError, "'head' matches no layer that an earlier"),
+        ([Rule("stage_1/narrow", sparsity=0.5)], ValueError, "no effect: stage_1/narrow stays dense .*smaller than"),
+        ("stem", TypeError, "rules='stem' is no sequence of rules"),
+        (Rule("stem", dense=True), TypeError, "is no sequence of rules"),
+        (["stem"], TypeError, "is no sequence of rules"),
     ],
 )
-def test_keep_dense_patterns(pattern, dense):
-    plan = make_plan(LAYERS, sparsity=0.8, keep_dense=(pattern,), min_blocks=1)
-    kept = {"/".join(path) for path, planned in plan.items() if planned == f"kept dense by {pattern!r}"}
-    assert kept == dense
+def test_rules_without_effect_are_refused(rules, error, message):
+    with pytest.raises(error, match=message):
+        make_plan(LAYERS, sparsity=0.5, rules=rules)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"pattern": "(", "dense": True}, "is no regular expression"),
+        ({"pattern": "a"}, "says nothing, or both"),
+        ({"pattern": "a", "dense": True, "sparsity": 0.5}, "says nothing, or both"),
+        ({"pattern": "a", "sparsity": 1.0}, "sparsity=1.0 is not a fraction of zeros"),
+        ({"pattern": "a", "sparsity": -0.5}, "sparsity=-0.5"),
+    ],
+)
+def test_wrong_rules(how, message):
+    with pytest.raises(ValueError, match=message):
+        Rule(**how)
 
 
 @st.composite
@@ -117,7 +168,7 @@ def test_the_sparsity_is_met_within_one_block(layers, sparsity, distribution):
 
 
 def test_sparsity_says_over_which_weights():
-    plan = make_plan(LAYERS, sparsity=0.9)
+    plan = make_plan(LAYERS, sparsity=0.9, rules=ENDS)
     eligible = 18432 + 2048 + 73728
     dense = sum(shape.size for shape in LAYERS.values()) - eligible
     assert plan.sparsity() == 1 - 37 * 256 / eligible
@@ -165,7 +216,8 @@ def test_a_stack_counts_as_its_layers():
     assert [spec.num_blocks for spec in plan.sparse.values()] == [8, 16]
     assert plan["scan",].num_layers == 3
     assert plan.sparsity() == 0.75
-    dense = make_plan({("scan",): scanned, ("head",): make_spec(64, 64)}, sparsity=0.75, block_shape=(8, 8))
+    layers = {("scan",): scanned, ("head",): make_spec(64, 64)}
+    dense = make_plan(layers, sparsity=0.75, block_shape=(8, 8), rules=ENDS[1:])
     assert dense.sparsity(eligible_only=False) == 1 - (3 * 512 + 4096) / (3 * 2048 + 4096)
 
 
@@ -174,7 +226,6 @@ def test_paths_are_never_joined_and_taken_apart():
     layers = {("a/b", "c"): make_spec(64, 64), ("a", "b", "c"): make_spec(64, 128), ("a", "b/c"): make_spec(32, 64)}
     plan = make_plan(layers, sparsity=0.5)
     assert plan.sizes == layers
-    assert find_layers({"a/b": {"c": {"kernel": jnp.ones((64, 64))}}}) == {("a/b", "c"): make_spec(64, 64)}
     with pytest.raises(KeyError, match=r"no layer 'a%2Fb/d'"):
         plan["a/b", "d"]
     assert ("a", "b") not in plan
@@ -191,31 +242,10 @@ def test_errors_name_the_value_and_the_cure():
     with pytest.raises(
         ValueError, match=r"no layer can hold 512x16 blocks: stem kept dense by 'stem'; .* smaller .*Use a smaller"
     ):
-        make_plan(LAYERS, sparsity=0.9, block_shape=(512, 16))
+        make_plan(LAYERS, sparsity=0.9, block_shape=(512, 16), rules=ENDS)
     with pytest.raises(ValueError, match="there are no layers to plan; give dsb_jax"):
         make_plan({}, sparsity=0.9)
-    with pytest.raises(TypeError, match=r"keep_dense='stem' is one text; give patterns, as in keep_dense=\('stem',\)"):
-        make_plan(LAYERS, sparsity=0.9, keep_dense="stem")
     with pytest.raises(
         KeyError, match=r"no layer 'body' in the plan, which has stem, stage_0/conv_0, .* make the plan"
     ):
         make_plan(LAYERS, sparsity=0.9)["body",]
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(8, (3, 2))(x)
-        x = nn.BatchNorm(use_running_average=True)(x)
-        x = nn.Conv(8, (5,), name="one_d")(x.reshape(x.shape[0], -1, 8))
-        x = nn.Dense(5)(nn.Embed(3, 8)(jnp.zeros(1, jnp.int32)) + x.mean(axis=1))
-        return nn.DenseGeneral((2, 3), name="general")(x)
-
-
-def test_find_layers_by_their_kernels():
-    params = jax.eval_shape(Net().init, jax.random.key(0), jnp.zeros((2, 6, 6, 4)))["params"]
-    assert find_layers(params) == {
-        ("Conv_0",): conv_spec((3, 2), 4, 8),
-        ("Dense_0",): linear_spec(8, 5),
-    }
-    assert find_layers({}) == {}

@@ -13,6 +13,8 @@ import dsb_jax as dsb
 from dsb_jax.linen import SparseDense
 from dsb_jax.measuring import Measured
 from dsb_jax.methods import DSB, SET
+from dsb_jax.paths import layer_path, nodes
+from dsb_jax.spec import linear_spec
 from tests.topologies import DrawnByNumPy
 
 METHOD = DSB()
@@ -43,9 +45,9 @@ def trees():
 
 
 def plan():
-    return dsb.make_plan(
-        dsb.find_layers(dsb.to_dense(*trees())), sparsity=0.5, block_shape=(8, 4), min_blocks=1, keep_dense=()
-    )
+    _, topology = trees()
+    layers = {layer_path(path): linear_spec(12, node.spec.out) for path, node in nodes(topology).items()}
+    return dsb.make_plan(layers, sparsity=0.5, block_shape=(8, 4), min_blocks=1)
 
 
 def adapt(loss_fn=mean_loss, optimizer=ADAMW, *, topology=None, x=X, step=3, key=KEY, opt_state=None, **options):
@@ -102,7 +104,7 @@ WRONG = {
     "input": (lambda: adapt(x=X[:, :5]), "one holds a matrix of 16 outputs x 12 inputs, but .* make it 16 x 5"),
     "plan": (lambda: dsb.restage(*trees(), (), None, METHOD, ADAMW, None), "plan=None is no SparsityPlan; make one"),
     "other plan": (lambda: dsb.from_dense({}, "x"), "plan='x' is no SparsityPlan"),
-    "no layers": (lambda: dsb.make_plan({"fc": {}}, sparsity=0.5), r"give dsb_jax\.find_layers\(params\)"),
+    "no layers": (lambda: dsb.make_plan({"fc": {}}, sparsity=0.5), r"give dsb_jax\.linen\.find_layers\(model, x\)"),
     "other storage": (lambda: update({}, SET()), "SET adapts layers with storage 'single', but one has 'blocks'"),
 }
 

@@ -4,7 +4,9 @@
 """
 
 import dataclasses
+import fnmatch
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,12 +15,13 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from dsb_jax.linen import SparseConv, SparseDense
+from dsb_jax.linen import SparseConv, SparseDense, find_layers
 from dsb_jax.losses import Loss, smoothed_cross_entropy
 from dsb_jax.methods import METHODS, Method
 from dsb_jax.ops.convolution import conv_general_dilated
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, record_choices
-from dsb_jax.plan import SparsityPlan, find_layers, make_plan
+from dsb_jax.plan import FoundModel, SparsityPlan, make_plan
+from dsb_jax.rules import Rule
 from dsb_jax.spec import LayerSpec
 from dsb_jax.training import models
 from dsb_jax.training.config import DENSE_METHODS, Config, check_config
@@ -115,7 +118,8 @@ def equal_width(
     )
 
     def excess(width: float) -> int:
-        return sum(spec.size for spec in _layers(create(width_multiplier=width), image_shape).values()) - wanted
+        layers = _layers(create(width_multiplier=width), image_shape).layers
+        return sum(found.spec.size for found in layers.values()) - wanted
 
     low, high = 1 / 64, 1.0
     for _ in range(10):  # to a thousandth of the width
@@ -148,7 +152,7 @@ def _model(config: Config) -> tuple[nn.Module, SparsityPlan | None]:
         sparsity=config.sparsity,
         distribution=config.distribution,
         block_shape=config.block_shape,
-        keep_dense=config.keep_dense,
+        rules=dense_rules(config.keep_dense),
         min_blocks=config.min_blocks,
         min_group_blocks=config.min_group_blocks,
     )
@@ -167,6 +171,11 @@ def _model(config: Config) -> tuple[nn.Module, SparsityPlan | None]:
     return model, plan
 
 
-def _layers(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[tuple[str, ...], LayerSpec]:
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return find_layers(jax.eval_shape(model.init, make_key(0), images)["params"])
+def dense_rules(keep_dense: tuple[str, ...]) -> tuple[Rule, ...]:
+    """What keeps the layers dense whose path, or one part of it, matches a pattern as in a shell."""
+    texts = [re.sub(r"\\[Zz]$", "", fnmatch.translate(pattern)) for pattern in keep_dense]
+    return (Rule(f"(.*/)?({'|'.join(texts)})(/.*)?", dense=True),) if texts else ()
+
+
+def _layers(model: nn.Module, image_shape: tuple[int, int, int]) -> FoundModel:
+    return find_layers(model, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), rngs=make_key(0))

@@ -12,13 +12,14 @@ from typing import Any
 from dsb_jax import methods
 from dsb_jax.methods import schedule
 from dsb_jax.ops.dispatch import check_implementation
-from dsb_jax.plan import KEEP_DENSE, MIN_BLOCKS, MIN_GROUP_BLOCKS
+from dsb_jax.plan import MIN_BLOCKS, MIN_GROUP_BLOCKS
 
 DENSE_METHODS = ("dense", "small_dense")  # no methods of a layer, but models without sparse layers
 METHODS = (*methods.METHODS, *DENSE_METHODS)
 OPTIMIZERS = ("sgd", "adamw")
 LEARNING_RATE_SCHEDULES = ("cosine", "step", "constant")
 DTYPES = ("float32", "bfloat16")
+KEEP_DENSE = ("stem", "head")  # the first convolution and the classifier of our models
 
 # Fields by the name of a schedule of the drop fraction. The authors' own, scaled from their 62,560 steps to any number:
 # it ends while half of the drop fraction is left.
@@ -61,7 +62,7 @@ class Config:
         for where adapting ends.
       backward_factor: of Top-KAST, weights that have a gradient over active ones.
       adapt_batch_size: images of the batch that an adaptation measures its statistics on, at most.
-      keep_dense: patterns of paths that stay dense, see `dsb_jax.plan`.
+      keep_dense: patterns as in a shell; a layer whose path, or one part of it, matches stays dense.
       min_group_blocks: blocks that every row group has, in the plan and, with DSB, after every adaptation; 0 is the
         paper's rule, under which outputs can be without weights.
       keep_grouping: of DSB where rows change groups, see `dsb_jax.methods.DSB`.

@@ -1,0 +1,34 @@
+"""Parameters in boxes of Flax (`nn.with_partitioning`): what becomes of them when kernels become blocks, or back."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from dsb_jax.topology import insert_axes
+
+
+def is_box(leaf: Any) -> bool:
+    return isinstance(leaf, meta.AxisMetadata)
+
+
+def unboxed(leaf: Any) -> Any:
+    """The array in a box, or the leaf itself; no sharding constraint is applied."""
+    return unboxed(leaf.value) if is_box(leaf) and hasattr(leaf, "value") else meta.unbox(leaf)
+
+
+def boxed_as(box: Any, array: jax.Array, stack_axes: tuple[int, ...]) -> Any:
+    """An array in a box like another one, or as it is if that is no box.
+
+    Lifted axes keep their names. Those of the layer itself have none, for no axis of blocks is an input or an output:
+    what was sharded by such a name is replicated.
+    """
+    if not is_box(box):
+        return array
+    if hasattr(box, "names"):
+        names = tuple(box.names[axis] for axis in stack_axes)
+        own: tuple[Any, ...] = (None,) * (jnp.ndim(array) - len(stack_axes))
+        box = dataclasses.replace(box, names=insert_axes(own, stack_axes, names))
+    return box.replace_boxed(array)
