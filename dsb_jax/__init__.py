@@ -1,7 +1,8 @@
 """Dynamic shuffled-block sparse training in JAX: truly sparse from the first step to the last.
 
-    layers       linen.SparseDense, linen.SparseConv     drop-in for nn.Dense and nn.Conv
-    plans        find_layers, make_plan, SparsityPlan    how many blocks each layer of a model holds
+    your model   linen.plan, linen.sparsify, Rule        any Linen model made sparse, its code unchanged
+    layers       linen.SparseDense, linen.SparseConv     nn.Dense and nn.Conv with a density, to write models with
+    plans        make_plan, SparsityPlan                 how many blocks each layer of a model holds
     methods      methods.DSB() and others, methods.METHODS
     any model    adaptation, measure, update, restage, repack, check_optimizer
                  report, masks, permutations, to_dense, from_dense, validate_topology, with_index, without_index
@@ -10,7 +11,7 @@
                  reblock, block_aware_drop
     products     sparse_matmul, sparse_conv
 
-`linen` is loaded when it is touched. Checkpoints are in `dsb_jax.checkpoint`; data sets, models and whole trainings in
+`linen` is loaded when it is touched (`from dsb_jax import SparseDense` touches it). Checkpoints are in `dsb_jax.checkpoint`; data sets, models and whole trainings in
 `dsb_jax.training`.
 """
 
@@ -101,4 +102,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "linen":
         return importlib.import_module("dsb_jax.linen")
+    if name in ("SparseConv", "SparseDense"):
+        return getattr(importlib.import_module("dsb_jax.linen"), name)
     raise AttributeError(f"module 'dsb_jax' has no attribute {name!r}")

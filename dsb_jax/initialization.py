@@ -1,7 +1,7 @@
 """How sparse layers begin: kernels of a dense model become blocks and nodes, by the method of the layers.
 
-Layers of one signature (equal matrix, blocks and dtype) share one compiled function, in which they follow each other in
-a loop: a model of 50 equal layers compiles as fast as one layer, under `jit` and without.
+Equal layers share one compiled function. Under a `jit` of somebody's own, which would compile it again for each of
+them, layers of one signature (equal matrix, blocks and dtype) follow each other in a loop instead.
 """
 
 import dataclasses
@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from dsb_jax.methods.base import Method
 from dsb_jax.paths import Path, path_name
@@ -39,22 +40,25 @@ def initialize(
       specs: of the same layers, as they are planned, in blocks.
       score: of a kernel's values, elementwise, >= 0: the best pattern by it. None for the method's own first pattern.
     """
-    alike: dict[Any, list[Path]] = {}
+    is_traced = any(isinstance(kernel, jax.core.Tracer) for kernel in kernels.values())
+    together: dict[Any, list[Path]] = {}
     for path, kernel in kernels.items():
-        spec = method.stored(specs[path])
-        alike.setdefault((_matrix_spec(spec), jnp.dtype(kernel.dtype)), []).append(path)
+        signature = _matrix_spec(method.stored(specs[path])), jnp.dtype(kernel.dtype)
+        together.setdefault(signature if is_traced else path, []).append(path)
     result: dict[Path, tuple[jax.Array, LayerTopology]] = {}
-    for paths in alike.values():
+    for paths in together.values():
         stored = tuple(method.stored(specs[path]) for path in paths)
-        keys = tuple(layer_keys(key, path, spec.num_layers) for path, spec in zip(paths, stored, strict=True))
-        states = _initialize(method, stored, score, keys, tuple(jnp.asarray(kernels[path]) for path in paths))
+        numbers = np.concatenate([_layer_numbers(*layer) for layer in zip(paths, stored, strict=True)])
+        arrays = tuple(jnp.asarray(kernels[path]) for path in paths)
+        states = _initialize(method, stored, score, key, numbers, arrays)
         result.update(zip(paths, states, strict=True))
     return {path: result[path] for path in kernels}
 
 
-def layer_keys(key: jax.Array, path: Path, count: int) -> jax.Array:
-    """A key for each layer of a stack; the same whatever other layers there are."""
-    return jax.random.split(jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), count)
+def _layer_numbers(path: Path, spec: LayerSpec) -> Int[np.ndarray, "num_layers"]:
+    """What is folded into the key for each layer of a stack; the same whatever other layers there are."""
+    name = path_name(path)
+    return np.array([zlib.crc32(f"{name}[{i}]".encode()) for i in range(spec.num_layers)], np.uint32)
 
 
 def _matrix_spec(spec: LayerSpec) -> LayerSpec:
@@ -71,21 +75,23 @@ def _initialize(
     method: Method,
     specs: tuple[LayerSpec, ...],
     score: Score | None,
-    keys: tuple[jax.Array, ...],
+    key: jax.Array,
+    numbers: Int[np.ndarray, "num_layers"],
     kernels: tuple[jax.Array, ...],
 ) -> list[tuple[jax.Array, LayerTopology]]:
     spec = _matrix_spec(specs[0])
 
     def one(each: tuple[jax.Array, jax.Array]) -> Any:
-        weights = each[1]
-        state = method.init(each[0], weights, spec, score=None if score is None else score(weights))
+        number, weights = each
+        own = jax.random.fold_in(key, number)
+        state = method.init(own, weights, spec, score=None if score is None else score(weights))
         return state.blocks.astype(weights.dtype), *state[1:], kernel_index(state.layout, spec)
 
     matrices = [
         jax.vmap(spec.to_matrix)(split_stack(kernel, spec.stack_axes))
         for spec, kernel in zip(specs, kernels, strict=True)
     ]
-    states = lax.map(one, (jnp.concatenate(keys), jnp.concatenate(matrices)))
+    states = lax.map(one, (jnp.asarray(numbers), jnp.concatenate(matrices)))
     result, start = [], 0
     for spec in specs:
         mine = jax.tree.map(lambda leaf, a=start, b=start + spec.num_layers: leaf[a:b], states)

@@ -31,6 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.interface import Index
@@ -160,28 +161,33 @@ def random_layout(
     check_sizes(shape, block_shape, num_blocks)
     (out, in_), (rows, cols) = shape, block_shape
     groups = count_groups(out, rows)
-    row_key, col_key, group_key = jax.random.split(key, 3)
-    phantom = jnp.arange(out, groups * rows, dtype=jnp.int32)
-    out_idx = jnp.concatenate([jax.random.permutation(row_key, out).astype(jnp.int32), phantom])
     ragged = ragged_blocks(shape, block_shape, num_blocks)
     full = groups if ragged is None else groups - 1
     spread = num_blocks - (ragged or 0)
+    # All bits in one draw, and orders by sorting them: a draw takes long to compile, a sort does not.
+    bits = jax.random.bits(key, (out + full + groups * in_,), jnp.uint32)
+    phantom = jnp.arange(out, groups * rows, dtype=jnp.int32)
+    out_idx = jnp.concatenate([_order(bits[:out]), phantom])
     # Which groups get one block more than the others is random too.
-    counts = jax.random.permutation(
-        group_key, spread // max(full, 1) + (jnp.arange(full) < spread % max(full, 1)).astype(jnp.int32)
-    )
+    counts = spread // max(full, 1) + (_order(bits[out : out + full]) < spread % max(full, 1)).astype(jnp.int32)
     if ragged is not None:
         counts = jnp.concatenate([counts, jnp.array([ragged], counts.dtype)])
     group_start = jnp.concatenate([jnp.zeros(1, counts.dtype), jnp.cumsum(counts, dtype=counts.dtype)]).astype(
         jnp.int32
     )
     # Row g of `orders` is a permutation of the columns; block s of the group takes its s-th run of C.
-    orders = jax.vmap(lambda k: jax.random.permutation(k, in_))(jax.random.split(col_key, groups))
-    orders = orders[:, : in_ // cols * cols].reshape(groups, in_ // cols, cols).astype(jnp.int32)
+    orders = _order(bits[out + full :].reshape(groups, in_))
+    orders = orders[:, : in_ // cols * cols].reshape(groups, in_ // cols, cols)
     ids = jnp.arange(num_blocks, dtype=jnp.int32)
     group = groups_of_blocks(group_start, num_blocks)
     in_idx = orders[group, ids - group_start[group]].astype(column_dtype(in_))
     return BlockLayout(out_idx.reshape(groups, rows), in_idx, group_start, (out, in_), (rows, cols))
+
+
+def _order(bits: Int[Array, "... n"]) -> Int[Array, "... n"]:
+    """Random bits -> random permutations of the last axis, int32."""
+    positions = lax.broadcasted_iota(jnp.int32, bits.shape, bits.ndim - 1)
+    return lax.sort((bits, positions), num_keys=1)[1]
 
 
 def layout_of_positions(active: Bool[Array, "out in"], count: int) -> BlockLayout:

@@ -31,8 +31,8 @@ def shapes_of(name, **options):
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, *image)))
 
 
-def layers_of(name, image=(32, 32, 3), **options):
-    found = find_layers(create(name, num_classes=10, **options), jnp.zeros((1, *image)))
+def layers_of(name, image=None, **options):
+    found = find_layers(create(name, num_classes=10, **options), jnp.zeros((1, *(image or SIZES[name][0]))))
     return {path: layer.spec for path, layer in found.layers.items()}
 
 
