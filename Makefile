@@ -1,6 +1,7 @@
 # Each target does all of its own set-up: a virtual environment from Python 3.12 and what the project needs in it.
 #   make train [ARGS="--sparsity=0.95 --block_shape=32x8"]
 #   make test
+#   make test-foreign                  # models of `transformers` made sparse
 #   make test-oldest                   # the layers with the oldest versions that pyproject.toml allows
 #   make gpu-check [BIN=/usr/bin]      # on a machine with an NVIDIA GPU; with BIN, the python there, nothing is installed
 PYTHON ?= python3.12
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
-.PHONY: train test test-oldest lint gpu-check gpu-compiler clean
+.PHONY: train test test-foreign test-oldest lint gpu-check gpu-compiler clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m experiments.train $(ARGS)
@@ -16,6 +17,9 @@ train: $(VENV)/.installed
 # Tests of one file mostly stay together, and so does what they compile.
 test: $(VENV)/.installed-dev $(VENV)/.installed-gpu-compiler lint
 	$(BIN)/python -m pytest -n auto --dist=worksteal
+
+test-foreign: $(VENV)/.installed-foreign
+	$(BIN)/python -m pytest -n auto --dist=worksteal --durations=5 tests/foreign
 
 # Direct dependencies at their lower bounds, theirs at the newest (what an old environment looks like after an upgrade).
 test-oldest: $(OLDEST)/.installed
@@ -46,6 +50,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-foreign: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,foreign]'
+	touch $@
 
 $(VENV)/.installed-cuda: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,cuda]'

@@ -11,8 +11,8 @@
                  reblock, block_aware_drop
     products     sparse_matmul, sparse_conv
 
-`linen` is loaded when it is touched (`from dsb_jax import SparseDense` touches it). Checkpoints are in `dsb_jax.checkpoint`; data sets, models and whole trainings in
-`dsb_jax.training`.
+`linen` is loaded when it is touched (`from dsb_jax import SparseDense` touches it). Checkpoints are in
+`dsb_jax.checkpoint`; data sets, models and whole trainings in `dsb_jax.training`.
 """
 
 import importlib

@@ -274,9 +274,12 @@ def make_plan(
     check_effects(rules, rule_of, reasons)
     eligible = [path for path, reason in reasons.items() if reason is None]
     if not eligible:
+        examples: dict[str | None, Path] = {}
+        for path, reason in reasons.items():
+            examples.setdefault(reason, path)
         raise ValueError(
             f"no layer can hold {block_shape[0]}x{block_shape[1]} blocks: "
-            + "; ".join(f"{path_name(path)} {reason}" for path, reason in list(reasons.items())[:3])
+            + "; ".join(f"{path_name(path)} {reason}" for reason, path in examples.items())
             + ". Use a smaller block_shape, a wider model, or train it dense."
         )
     own = {path: rule.sparsity for path, rule in rule_of.items() if rule is not None and rule.sparsity is not None}
