@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import FrozenDict, meta
+from flax.core import DenyList, init, meta
 
 from dsb_jax.linen.layers import SparseConv, SparseDense
 from dsb_jax.linen.products import as_tuple, unserved
@@ -103,11 +103,17 @@ class _Watch:
     def _reason(self, module: Any) -> str | None:
         if isinstance(module, SparseDense | SparseConv) and module.has_weights_of_its_own:
             return "sparse by its own arguments"
-        for outer in reversed(self._inside[:-1]):
+        for outer in reversed(self._inside):
+            how = getattr(type(outer), "__sparsified__", None)
+            if how is not None:
+                is_sparse = module.path[len(outer.path) :] in how.plan.sparse
+                return f"{'sparse' if is_sparse else 'kept dense'} by a plan of its own"
             if isinstance(outer, nn.RNNCellBase):
                 return f"inside of {type(outer).__name__}, a recurrent cell"
             if isinstance(outer, _REWRITE_KERNELS):
                 return f"{type(outer).__name__} rewrites its kernel"
+        if any("map_variables(" in name for name in module.scope.debug_path):
+            return "nn.map_variables rewrites its kernel"
         why = unserved(module)
         return None if why is None else f"{why} has no sparse form"
 
@@ -162,17 +168,17 @@ def find_layers(
     rngs = jax.random.key(0) if rngs is None else rngs
     watch = _Watch()
 
-    def init(arrays: Mapping[int, Any]) -> Any:
+    def run(scope: Any, *args: Any, **kwargs: Any) -> Any:
+        return _method(model, call_method)(model.clone(parent=scope, _deep_clone=True), *args, **kwargs)
+
+    def params_of(arrays: Mapping[int, Any]) -> Any:
         args, kwargs = jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+        # The flag belongs to the cache key of `nn.jit`, whose trace of the unwatched model would not be watched.
+        begin = init(run, mutable=DenyList("intermediates"), flags={"dsb_jax": watch.flag})
         with nn.intercept_methods(watch):
-            return nn.init(run, model)(rngs, *args, **kwargs)
+            return begin(rngs, *args, **kwargs)[1].get("params", {})
 
-    def run(module: Any, *args: Any, **kwargs: Any) -> Any:
-        # The flags belong to the cache key of `nn.jit`, whose trace of the unwatched model would not be watched.
-        module.scope.flags = FrozenDict({**module.scope.flags, "dsb_jax": watch.flag})
-        return _method(model, call_method)(module, *args, **kwargs)
-
-    params = by_path(jax.eval_shape(init, arrays).get("params", {}), leaf=_Found)
+    params = by_path(jax.eval_shape(params_of, arrays), leaf=_Found)
     order = {path: i for i, path in enumerate(watch.kinds)}
     layers: dict[Path, FoundLayer] = {}
     num_other = other_nbytes = 0
@@ -200,7 +206,7 @@ def check_model(model: Any) -> None:
 
 def _method(model: nn.Module, method: str | Callable[..., Any] | None) -> Callable[..., Any]:
     if callable(method):
-        return method
+        return getattr(method, "__func__", method)  # of a bound one, `model.encode`
     return getattr(type(model), "__call__" if method is None else method)
 
 

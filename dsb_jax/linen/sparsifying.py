@@ -24,6 +24,7 @@ from dsb_jax.linen.products import convolution, general, linear
 from dsb_jax.methods import Static
 from dsb_jax.methods.base import Method, check_method
 from dsb_jax.ops.dispatch import check_implementation
+from dsb_jax.paths import Path
 from dsb_jax.plan import SparsityPlan, check_plan
 
 _PRODUCTS: Mapping[type, Callable[..., jax.Array]] = {
@@ -34,7 +35,7 @@ _PRODUCTS: Mapping[type, Callable[..., jax.Array]] = {
     SparseConv: lambda module, *args: convolution(module, *args, feature_major=module.feature_major),
 }
 _KEY = 0x5B  # folded into the module's PRNG key: the dense model draws what it would draw without us
-_RUNNING: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("dsb_jax_running", default=())
+_RUNNING: contextvars.ContextVar[tuple[tuple["_Sparsified", Path], ...]] = contextvars.ContextVar("dsb_jax_running", default=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,8 @@ def sparsify[Model: nn.Module](
     """The model with sparse weights where the plan says so; its code, its names and its methods stay.
 
     `init` gives what the dense model has, but for `blocks` where a planned `kernel` was, and the collection `topology`.
-    It draws the dense model first, and holds it until its last layer is sparse; nothing dense exists after that.
+    It runs the dense model first, and holds it until its last layer is sparse; nothing dense exists after that. So the
+    output that `init_with_output` gives is the dense model's, too.
 
     Args:
       model: the dense model that the plan was made of, not bound. Its lifts (`nn.scan`, `nn.vmap`, `nn.remat`,
@@ -120,9 +122,15 @@ def _with_method(function: Callable[..., Any], how: _Sparsified) -> Callable[...
 
     @functools.wraps(function)
     def call(self: nn.Module, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        if isinstance(method, str):
+            method = getattr(type(self), method, method)
         if callable(method):
-            method = _wrapped(method, how)
-        return function(self, *args, method=method, **kwargs)
+            method = _wrapped(getattr(method, "__func__", method), how)  # of a bound one, `model.encode`
+        token = _RUNNING.set(())  # also within a method of the same model, which then applies other variables
+        try:
+            return function(self, *args, method=method, **kwargs)
+        finally:
+            _RUNNING.reset(token)
 
     return call
 
@@ -132,10 +140,9 @@ def _wrapped(method: Callable[..., Any], how: _Sparsified) -> Callable[..., Any]
 
     @functools.wraps(method)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        running = (how, self.path) if self.scope is not None else None
-        if running is None or running in _RUNNING.get():  # unbound: Flax says so; or called by another method
+        if self.scope is None or _is_running(how, self.path):  # unbound: Flax says so; or called by another method
             return method(self, *args, **kwargs)
-        token = _RUNNING.set((*_RUNNING.get(), running))
+        token = _RUNNING.set((*_RUNNING.get(), (how, self.path)))
         try:
             mapped = _mapped(method, self, how)
             with nn.intercept_methods(_intercept):
@@ -146,16 +153,21 @@ def _wrapped(method: Callable[..., Any], how: _Sparsified) -> Callable[..., Any]
     return call
 
 
+def _is_running(how: _Sparsified, path: Path) -> bool:
+    """Whether the variables of this module are mapped already, by one of its methods or by a module around it."""
+    return any(other == how and path[: len(outer)] == outer for other, outer in _RUNNING.get())
+
+
 def _mapped(method: Callable[..., Any], module: nn.Module, how: _Sparsified) -> Callable[..., Any]:
     creates = module.is_mutable_collection("params")
 
     def into(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-        if not creates:
+        if not module.is_initializing():
             lifting.refuse_dense(variables, how.plan)
         return lifting.move_in(variables, how.implementation)
 
     def out_of(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-        return lifting.convert(lifting.move_out(variables), how.plan, how.method, lambda: _derived_key(module))
+        return lifting.convert(lifting.move_out(variables), how.plan, how.method, lambda: _key_of_new_layers(module))
 
     return nn.map_variables(
         lambda module, *args, **kwargs: method(module, *args, **kwargs),
@@ -163,15 +175,22 @@ def _mapped(method: Callable[..., Any], module: nn.Module, how: _Sparsified) -> 
     )  # fmt: skip
 
 
-def _derived_key(module: nn.Module) -> jax.Array:
+def _key_of_new_layers(module: nn.Module) -> jax.Array:
     """A key of its own that leaves the counters of `make_rng` alone."""
+    if not module.is_mutable_collection("topology"):
+        raise ValueError(
+            f"{type(module).__name__} makes the collection `topology` here, where it may not change; initialize with "
+            "mutable=True, or where a model around this one is lifted, lift `topology` as `params`."
+        )
     key: Any = module.scope.rngs["params"]  # type: ignore[union-attr]
     return jax.random.fold_in(key.as_jax_rng(), _KEY)
 
 
 def _intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
-    product = _PRODUCTS.get(type(module)) if context.method_name == "__call__" else None
+    how = getattr(type(module), "__sparsified__", None)
+    kind = type(module) if how is None else how.base
+    product = _PRODUCTS.get(kind) if context.method_name == "__call__" else None
     if product is None or (weights := lifting.weights_of(module)) is None:
         return call(*args, **kwargs)
     bias = nn.meta.unbox(module.get_variable("params", "bias")) if module.use_bias else None
