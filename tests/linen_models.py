@@ -68,6 +68,10 @@ def sparse(model, *args, plan=None, method=QUICK, implementation="dense", **opti
     return dsb.linen.sparsify(model, plan, method=method, implementation=implementation)
 
 
+PLAN = plan_of(WithSetup(), X)
+MODEL = sparse(WithSetup(), plan=PLAN)
+
+
 def squares(model, variables, *args):
     return sum(jnp.square(y).mean() for y in jax.tree.leaves(model.apply(variables, *args)))
 

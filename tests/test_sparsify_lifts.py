@@ -107,7 +107,6 @@ LIFTED = {
     "scan": (Scanned(), (3, 16, 16), (0,)),
     "scan along 1": (Scanned(axis=1), (16, 3, 16), (1,)),
     "scan of remat": (Scanned(nn.remat(Block)), (3, 16, 16), (0,)),
-    "scan of vmap": (Scanned(Ensemble), (3, 4, 16, 16), (0, 1)),
     "scan along 1 of vmap": (Scanned(Ensemble, axis=1), (4, 3, 16, 16), (0, 1)),
     "remat_scan": (Called(lambda: nn.remat_scan(Layer, lengths=(2, 3))()), (2, 3, 16, 16), (0, 1)),
     "broadcast scan": (Broadcast(), (16, 16), ()),

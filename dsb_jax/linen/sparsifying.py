@@ -35,7 +35,7 @@ _PRODUCTS: Mapping[type, Callable[..., jax.Array]] = {
     SparseConv: lambda module, *args: convolution(module, *args, feature_major=module.feature_major),
 }
 _KEY = 0x5B  # folded into the module's PRNG key: the dense model draws what it would draw without us
-_RUNNING: contextvars.ContextVar[tuple[tuple["_Sparsified", Path], ...]] = contextvars.ContextVar("dsb_jax_running", default=())
+_RUNNING: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("dsb_jax_running", default=())
 
 
 @dataclasses.dataclass(frozen=True)
