@@ -9,9 +9,11 @@ from flax.core import meta
 
 from dsb_jax.topology import insert_axes
 
+BOX = meta.AxisMetadata
+
 
 def is_box(leaf: Any) -> bool:
-    return isinstance(leaf, meta.AxisMetadata)
+    return isinstance(leaf, BOX)
 
 
 def unboxed(leaf: Any) -> Any:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from dsb_jax.boxes import BOX, boxed_as, unboxed
 from dsb_jax.initialization import initialize
 from dsb_jax.layout import BlockLayout, pack, to_mask, unpack
 from dsb_jax.methods import Static
@@ -46,7 +47,7 @@ def to_dense(params: Any, topology: Any) -> Any:
 
         return by_layer(one, node, weights[path])
 
-    return _renamed(params, {path: (dense_path(path), kernel(path)) for path in found})
+    return _renamed(params, {path: (dense_path(path), kernel(path), found[path].stack_axes) for path in found})
 
 
 def from_dense(
@@ -79,14 +80,14 @@ def from_dense(
         raise ValueError(
             "from_dense takes a plan, which chooses a pattern, or a topology, which is one; give one of them."
         )
-    leaves = by_path(dense_params)
+    leaves = by_path(dense_params, leaf=BOX)
     if topology is not None:
         found = nodes(topology)
         packed = {}
         for path, node in found.items():
             kernel = _kernel_at(leaves, dense_path(path), node.kernel_shape)
             blocks = by_layer(lambda layout, _, k, spec=node.spec: pack(spec.to_matrix(k), layout), node, kernel)
-            packed[dense_path(path)] = (path, blocks)
+            packed[dense_path(path)] = (path, blocks, node.stack_axes)
         return _renamed(dense_params, packed), topology
     method = Static() if method is None else method
     check_method(method)
@@ -94,7 +95,9 @@ def from_dense(
     key = jax.random.key(0) if key is None else check_key(key)
     kernels = {layer: _kernel_at(leaves, (*layer, KERNEL), spec.kernel_shape) for layer, spec in plan.sparse.items()}
     states = initialize(method, key, kernels, plan.sparse, score)
-    packed = {(*layer, KERNEL): ((*layer, WEIGHTS), blocks) for layer, (blocks, _) in states.items()}
+    packed = {
+        (*layer, KERNEL): ((*layer, WEIGHTS), blocks, node.stack_axes) for layer, (blocks, node) in states.items()
+    }
     return _renamed(dense_params, packed), nested({(*layer, WEIGHTS): node for layer, (_, node) in states.items()})
 
 
@@ -128,14 +131,15 @@ def permutations(topology: Any) -> Any:
 
 
 def _kernel_at(leaves: Mapping[Path, Any], path: Path, shape: tuple[int, ...]) -> Array:
-    if path not in leaves or jnp.shape(leaves[path]) != shape:
-        have = f"has shape {jnp.shape(leaves[path])}" if path in leaves else "is not among the parameters"
+    kernel = unboxed(leaves[path]) if path in leaves else None
+    if kernel is None or jnp.shape(kernel) != shape:
+        have = "is not among the parameters" if kernel is None else f"has shape {jnp.shape(kernel)}"
         raise ValueError(f"{path_name(path)} {have}, expected {shape}; give the dense model that this was made for.")
-    return jnp.asarray(leaves[path])
+    return jnp.asarray(kernel)
 
 
-def _renamed(tree: Any, replacements: Mapping[Path, tuple[Path, Any]]) -> Any:
-    """Nested dictionaries in which some leaves have another name and value."""
+def _renamed(tree: Any, replacements: Mapping[Path, tuple[Path, Array, tuple[int, ...]]]) -> Any:
+    """Nested dictionaries in which some leaves have another name and array (of such lifted axes), in the same box."""
 
     def walk(node: Any, path: Path) -> Any:
         if not isinstance(node, Mapping):
@@ -144,8 +148,8 @@ def _renamed(tree: Any, replacements: Mapping[Path, tuple[Path, Any]]) -> Any:
         for name, value in node.items():
             here = (*path, str(name))
             if here in replacements:
-                new_path, new_value = replacements[here]
-                renamed[new_path[-1]] = new_value
+                new_path, array, stack_axes = replacements[here]
+                renamed[new_path[-1]] = boxed_as(value, array, stack_axes)
             else:
                 renamed[name] = walk(value, here)
         return renamed

@@ -27,5 +27,7 @@ def check_key(key: Any) -> jax.Array:
 
 def shown(value: Any) -> str:
     """The value, or the type of an array that is long or not known yet."""
-    is_long = hasattr(value, "dtype") and (isinstance(value, jax.core.Tracer) or value.shape != ())
+    is_long = hasattr(value, "dtype") and (
+        isinstance(value, jax.core.Tracer) or value.shape != () or jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    )
     return f"{value.dtype}{list(value.shape)}" if is_long else repr(value)

@@ -17,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsb_jax.adapt import Adaptation, Report, Where, adaptation
+from dsb_jax.adapt import Report, Where, adaptation
 from dsb_jax.calling import call_model
 from dsb_jax.losses import Loss, cross_entropy, losses_of_labels
 from dsb_jax.methods.base import Method
 from dsb_jax.ops.statistics import AxisName
-from dsb_jax.placement import as_placed
 from dsb_jax.static_values import as_static, original
 from dsb_jax.train_state import TrainState, step_key
 
@@ -188,16 +187,18 @@ def adapt_step(
     adapt = adaptation(
         _BatchLoss(as_static(model), loss), method, optimizer, axis_name=axis_name, where=where, fill=fill
     )
-    trees = (state.params, state.topology, state.opt_state)
-    rest = (dataclasses.replace(state, params=None, topology=None, opt_state=None), inputs, labels)
-    params, topology, opt_state, report = as_placed(_adapt_step, adapt, trees, rest, donate=True)
+    rest = dataclasses.replace(state, params=None, topology=None, opt_state=None, collections={})
+    key, adapt_key = _adaptation_keys(rest)
+    *trees, report = adapt.adapted(
+        state.params, state.topology, state.opt_state, state.step, adapt_key, (inputs, labels, key), state.collections,
+        donate=True,
+    )  # fmt: skip
+    params, topology, opt_state = trees
     return dataclasses.replace(state, params=params, topology=topology, opt_state=opt_state), report
 
 
-def _adapt_step(adapt: Adaptation, trees: Any, rest: Any) -> tuple[Any, Report]:
-    (params, topology, opt_state), (state, inputs, labels) = trees, rest
+@jax.jit
+def _adaptation_keys(state: TrainState) -> tuple[jax.Array, jax.Array]:
+    """The key of the training step, and one apart from it."""
     key = step_key(state)
-    batch = (inputs, labels, key)
-    adapt_key = jax.random.fold_in(key, 1)  # apart from the key of the training step
-    *new, report = adapt.adapted(params, topology, opt_state, state.step, adapt_key, batch, state.collections)
-    return tuple(new), report
+    return key, jax.random.fold_in(key, 1)
