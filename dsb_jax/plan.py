@@ -188,7 +188,7 @@ class SparsityPlan(Mapping[Path, LayerSpec | str]):
                     f"{path_name(layer.path)} {wrong}; pass the parameters of the model that `sparsify` made with this "
                     "plan."
                 )
-        sparse = sum(path[-1:] == ("blocks",) for path in leaves)
+        sparse = sum(path[-1:] == ("blocks",) and path not in self for path in leaves)  # in: sparse on its own account
         if sparse > len(self.sparse):
             raise ValueError(
                 f"{sparse} layers have blocks and the plan has {len(self.sparse)}; the plan is of another model."

@@ -40,7 +40,9 @@ class Table(NamedTuple):
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(*self.columns, box=None, padding=(0, 2, 0, 0), header_style="bold")
+        table = RichTable(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for name in self.columns:
+            table.add_column(name, overflow="fold")
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))
         return Group(table, *(Text(note) for note in self.notes))

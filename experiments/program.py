@@ -7,8 +7,11 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
+import jax
 from absl import app, flags, logging
 from rich.console import Console
+
+from dsb_jax.ops.tuning import user_folder
 
 _WIDTH = 130  # columns of a table in a file
 
@@ -72,6 +75,18 @@ def outliving(stream: TextIO | None) -> TextIO:
     )
 
 
+def keep_compiled() -> None:
+    """What XLA compiled for this program is kept for the next, beside what else is known of this user's devices.
+
+    Variables of jax that are set already stand; without a home, nothing is kept.
+    """
+    folder = user_folder()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def start(main: Callable[[], None]) -> None:
     """Runs `main` after absl has parsed the flags; a mistake of the user ends the program with exit code 2.
 
@@ -83,6 +98,7 @@ def start(main: Callable[[], None]) -> None:
     def guarded(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # the libraries below tell of every backend they do not find
+        keep_compiled()
         try:
             if len(argv) > 1:
                 raise ValueError(f"unexpected argument {argv[1]!r}; flags are written --name=value.")

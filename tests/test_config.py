@@ -7,7 +7,7 @@ import pytest
 
 from dsb_jax.methods import DSB, SET, Static, schedule
 from dsb_jax.ops import tuning
-from dsb_jax.training.build import build, decide_feature_major, make_method
+from dsb_jax.training.build import build, decide_feature_major, dense_rules, make_method
 from dsb_jax.training.config import DROP_SCHEDULES, METHODS, Config, check_config
 
 
@@ -83,3 +83,23 @@ def test_what_was_tuned_on_this_machine_does_not_decide_the_order_of_activations
     assert not decide_feature_major(Config(method="dense"))
     with pytest.raises(AssertionError, match="looked up"):
         decide_feature_major(Config(), tuned=True)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dense"),
+    [
+        ("conv_0", {"stage_0/conv_0", "stage_1/conv_0"}),  # any part of the path
+        ("stage_0", {"stage_0/conv_0", "stage_0/skip"}),
+        ("stage_0/*", {"stage_0/conv_0", "stage_0/skip"}),  # the whole path
+        ("*/conv_?", {"stage_0/conv_0", "stage_1/conv_0"}),
+        ("stage_1/conv_0", {"stage_1/conv_0"}),
+        ("conv", set()),  # a pattern, not a substring
+        ("SKIP", set()),  # case counts
+        ("s[kt][ie][pm]", {"stage_0/skip", "stem"}),
+    ],
+)
+def test_keep_dense_patterns(pattern, dense):
+    paths = ("stem",), ("stage_0", "conv_0"), ("stage_0", "skip"), ("stage_1", "conv_0"), ("head",)
+    (rule,) = dense_rules(("nothing", pattern))
+    assert {"/".join(path) for path in paths if rule.matches(path)} == dense
+    assert dense_rules(()) == ()

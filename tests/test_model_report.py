@@ -95,6 +95,25 @@ def test_models_without_sparse_layers():
     assert "0.00% over the sparse layers" in str(nothing)
 
 
+def test_layers_that_weight_decay_no_longer_reaches():
+    """By a mask that looks for the name `kernel` (finding 19); not without a mask, a decay, or a name of ours in it."""
+
+    def decayed(*names):
+        def mask(tree):
+            return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, tree)
+
+        return optax.adamw(1e-3, weight_decay=0.1, mask=mask)
+
+    params, topology = {"a/b": PARAMS["a/b"], "head": PARAMS["head"]}, {"a/b": TOPOLOGY["a/b"]}
+    report = dsb.report(params, topology, optimizer=decayed("kernel"))
+    assert report.undecayed == (("a/b",),)
+    assert "weight decay does not reach the blocks of 1 layers (such as a%2Fb)" in str(report)
+    for optimizer in (decayed("kernel", "blocks"), optax.adamw(1e-3), optax.adam(1e-3), optax.sgd(0.1), None):
+        report = dsb.report(params, topology, optimizer=optimizer)
+        assert report.undecayed == ()
+        assert "decay" not in str(report)
+
+
 def test_the_host_and_a_device_say_the_same():
     node = make_node(make_layout(0, (8, 12), (4, 3), (2, 1)))
     trees = {"fc": {"blocks": np.ones((3, 4, 3), np.float32)}}, {"fc": {"blocks": node}}

@@ -17,7 +17,7 @@ from flax import linen as nn
 from flax.core import DenyList, init, meta
 
 from dsb_jax.linen.layers import SparseConv, SparseDense
-from dsb_jax.linen.products import as_tuple, unserved
+from dsb_jax.linen.products import REWRITE_KERNELS, as_tuple, unserved
 from dsb_jax.paths import Path, by_path
 from dsb_jax.plan import FoundLayer, FoundModel
 from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
@@ -26,7 +26,6 @@ LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv)
 _EXACTLY = (*LAYERS, SparseDense, SparseConv)  # any other subclass may compute anything
 
 _NOT_MULTIPLIED = {nn.Embed: "nn.Embed looks its rows up"}
-_REWRITE_KERNELS = (nn.WeightNorm, nn.SpectralNorm)
 _COUNTER = itertools.count()
 
 
@@ -110,7 +109,7 @@ class _Watch:
                 return f"{'sparse' if is_sparse else 'kept dense'} by a plan of its own"
             if isinstance(outer, nn.RNNCellBase):
                 return f"inside of {type(outer).__name__}, a recurrent cell"
-            if isinstance(outer, _REWRITE_KERNELS):
+            if isinstance(outer, REWRITE_KERNELS):
                 return f"{type(outer).__name__} rewrites its kernel"
         if any("map_variables(" in name for name in module.scope.debug_path):
             return "nn.map_variables rewrites its kernel"

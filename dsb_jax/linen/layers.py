@@ -31,6 +31,7 @@ from dsb_jax.linen.products import (
     convolution,
     layer_name,
     linear,
+    refuse_normalized,
     refuse_unserved,
     without_topology,
 )
@@ -83,6 +84,7 @@ def _weights(layer: Any, dense: LayerSpec) -> Weights | None:
     planned = _planned(layer, dense)
     if planned is None:
         return None
+    refuse_normalized(layer)
     check_method(layer.method)
     key, draw_key = jax.random.split(layer.make_rng("params"))
     kernel = layer.kernel_init(draw_key, dense.kernel_shape, layer.param_dtype)

@@ -7,6 +7,7 @@
 import math
 from typing import Any, NamedTuple
 
+import flax.linen.module
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -18,6 +19,7 @@ from dsb_jax.paths import path_name
 from dsb_jax.topology import LayerTopology
 from pallas_kernels import ConvGeometry, matmul_geometry
 
+REWRITE_KERNELS = (nn.WeightNorm, nn.SpectralNorm)
 WEIGHTS = "blocks"  # the name of the parameter, and of what belongs to it in other collections
 
 
@@ -146,6 +148,16 @@ def unserved(module: nn.Dense | nn.DenseGeneral | nn.Conv) -> str | None:
 
 def _shown(value: Any) -> str:
     return getattr(value, "__name__", None) or (f"an array {value.shape}" if hasattr(value, "shape") else str(value))
+
+
+def refuse_normalized(module: nn.Module) -> None:
+    """NotImplementedError inside of a wrapper that rewrites kernels: blocks are none, so it would do nothing."""
+    for outer in flax.linen.module._context.module_stack:
+        if isinstance(outer, REWRITE_KERNELS):
+            raise NotImplementedError(
+                f"{type(outer).__name__} cannot normalize {layer_name(module)}, whose weights are sparse; keep this "
+                "layer dense."
+            )
 
 
 def refuse_unserved(module: nn.Dense | nn.Conv) -> None:

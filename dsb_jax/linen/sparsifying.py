@@ -20,7 +20,7 @@ from flax import linen as nn
 from dsb_jax.linen import lifting
 from dsb_jax.linen.finding import check_model
 from dsb_jax.linen.layers import SparseConv, SparseDense
-from dsb_jax.linen.products import convolution, general, linear
+from dsb_jax.linen.products import convolution, general, linear, refuse_normalized
 from dsb_jax.methods import Static
 from dsb_jax.methods.base import Method, check_method
 from dsb_jax.ops.dispatch import check_implementation
@@ -159,6 +159,7 @@ def _is_running(how: _Sparsified, path: Path) -> bool:
 
 
 def _mapped(method: Callable[..., Any], module: nn.Module, how: _Sparsified) -> Callable[..., Any]:
+    refuse_normalized(module)
     creates = module.is_mutable_collection("params")
 
     def into(variables: Mapping[str, Any]) -> Mapping[str, Any]:
