@@ -311,3 +311,24 @@ def test_rules():
         plan_of(WithSetup(), X, rules=[Rule("decode", dense=True)])
     with pytest.raises(ValueError, match=r"the rule 'own' has no effect: own stays dense \(a parameter of Own"):
         plan_of(Everything(), IDS, IMAGE, TEXT, rules=[Rule("own", sparsity=0.5)])
+
+
+class OwnLayer(nn.Module):
+    """Somebody's linear layer, with a box around its kernel, and a second array beside it."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_partitioning(nn.initializers.ones, ("in", "out"))
+        kernel, table = self.param("kernel", init, (32, 16)), self.param("embedding", init, (16, 16))
+        return nn.Dense(32)(x @ kernel @ table)
+
+
+def test_boxed_parameters_of_other_layers_are_counted():
+    found = dsb.linen.find_layers(OwnLayer(), jnp.ones((2, 32)))
+    assert {path: layer.spec.size for path, layer in found.layers.items()} == {
+        ("Dense_0",): 512,
+        (): 256,
+        ("kernel",): 512,
+    }
+    assert found.num_other == 32
+    assert "none of Dense, DenseGeneral, Conv" in found.layers["kernel",].reason

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import DenyList, init, meta
 
+from dsb_jax.boxes import BOX, unboxed
 from dsb_jax.linen.layers import SparseConv, SparseDense
 from dsb_jax.linen.products import REWRITE_KERNELS, as_tuple, unserved
 from dsb_jax.paths import Path, by_path
@@ -177,17 +178,18 @@ def find_layers(
         with nn.intercept_methods(watch):
             return begin(rngs, *args, **kwargs)[1].get("params", {})
 
-    params = by_path(jax.eval_shape(params_of, arrays), leaf=_Found)
+    params = by_path(jax.eval_shape(params_of, arrays), leaf=BOX)
     order = {path: i for i, path in enumerate(watch.kinds)}
     layers: dict[Path, FoundLayer] = {}
     num_other = other_nbytes = 0
     for path, leaf in sorted(params.items(), key=lambda item: order.get(item[0][:-1], len(order))):
         found = _layer(path, leaf, watch)
+        leaf = unboxed(leaf)
         if found is None:
             num_other += leaf.size
             other_nbytes += leaf.size * leaf.dtype.itemsize
         else:
-            layers[found[0]] = found[1]
+            layers[path if found[0] in layers else found[0]] = found[1]
     return FoundModel(layers, num_other, other_nbytes)
 
 
@@ -219,7 +221,8 @@ def _layer(path: Path, leaf: Any, watch: _Watch) -> tuple[Path, FoundLayer] | No
         kernel = leaf.unbox()
         spec, reason = _lifted(leaf.spec, leaf.lifted, kernel.shape)
         return path[:-1], FoundLayer(spec, watch.reasons.get(path[:-1]) or reason, str(kernel.dtype))
-    if len(leaf.shape) < 2 or min(leaf.shape) < 1 or path[-1] in ("bias", "scale", "value"):
+    leaf = unboxed(leaf)
+    if len(leaf.shape) < 2 or min(leaf.shape) < 1 or path[-1] in ("bias", "scale"):
         return None
     is_kernel = path[-1] in ("kernel", "embedding")
     layer = path[:-1] if is_kernel else path
