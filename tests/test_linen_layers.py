@@ -253,25 +253,6 @@ def test_a_foreign_product_cannot_replace_the_sparse_one():
         build(SparseConv, 8, (3, 3), density=0.5, block_shape=(4, 4), conv_general_dilated=jax.lax.conv)
 
 
-@pytest.mark.parametrize("wrapper", [nn.WeightNorm, nn.SpectralNorm])
-def test_wrappers_that_rewrite_kernels_are_refused(wrapper):
-    """They would find no kernel, and do nothing or fail somewhere else (report 15)."""
-
-    options = {"update_stats": False} if wrapper is nn.SpectralNorm else {}
-
-    class Wrapped(nn.Module):
-        density: float | None
-
-        @nn.compact
-        def __call__(self, x):
-            layer = SparseDense(8, density=self.density, block_shape=(4, 4))
-            return wrapper(layer)(x, **options)
-
-    with pytest.raises(NotImplementedError, match=f"{wrapper.__name__} cannot normalize SparseDense_0"):
-        Wrapped(0.5).init(KEY, normal(2, 8))
-    assert "kernel" in Wrapped(None).init(KEY, normal(2, 8))["params"]["SparseDense_0"]
-
-
 @pytest.mark.parametrize("method", [Static(), DSB(), RigL(), SET(), TopKAST(backward_factor=1.5)], ids=lambda m: m.name)
 def test_a_layer_holds_what_its_method_stores(method):
     """As many weights computed with, in the method's own storage, without a word of the model about it."""

@@ -119,3 +119,22 @@ def test_vmap_makes_an_ensemble(split):
     for i in range(2):
         one = jax.tree.map(lambda leaf, i=i: leaf[i], variables) if split else variables
         np.testing.assert_allclose(y[i], Layer().apply(one, x, None)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrapper", [nn.WeightNorm, nn.SpectralNorm])
+def test_wrappers_that_rewrite_kernels_are_refused(wrapper):
+    """They would find no kernel, and do nothing or fail somewhere else (report 15)."""
+
+    options = {"update_stats": False} if wrapper is nn.SpectralNorm else {}
+
+    class Wrapped(nn.Module):
+        density: float | None
+
+        @nn.compact
+        def __call__(self, x):
+            layer = SparseDense(8, density=self.density, block_shape=(4, 4))
+            return wrapper(layer)(x, **options)
+
+    with pytest.raises(NotImplementedError, match=f"{wrapper.__name__} cannot normalize SparseDense_0"):
+        Wrapped(0.5).init(KEY, jnp.ones((2, 8)))
+    assert "kernel" in Wrapped(None).init(KEY, jnp.ones((2, 8)))["params"]["SparseDense_0"]
