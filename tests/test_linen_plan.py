@@ -242,7 +242,11 @@ def test_arguments_that_are_no_arrays_and_streams_of_randomness():
         paths(Strict(), batch, "text", False, **options)
 
 
-@pytest.mark.parametrize("method", ["other", Strict.other, Strict().other, lambda model, x: model.other(x)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    ["other", Strict.other, Strict().other, lambda model, x: model.other(x)],
+    ids=["name", "function", "bound", "lambda"],
+)
 def test_another_method(method):
     assert paths(Strict(), X, call_method=method) == ["other_layer"]
 

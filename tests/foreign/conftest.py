@@ -9,3 +9,4 @@ import jax
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its Flax models are deprecated, and each says so
 jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_rank_promotion", "allow")  # which our own code does without

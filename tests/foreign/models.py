@@ -57,7 +57,8 @@ def image(key):
 
 def translation(key):
     source, target = words(key), words(jax.random.fold_in(key, 1), 6)
-    return source, jnp.ones_like(source), target, jnp.ones_like(target)
+    positions = [jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape) for ids in (source, target)]
+    return source, jnp.ones_like(source), target, jnp.ones_like(target), *positions
 
 
 def bert():
@@ -76,9 +77,12 @@ def resnet():
     return transformers.FlaxResNetForImageClassification.module_class(config)
 
 
-def t5():
-    config = transformers.T5Config(vocab_size=WORDS, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
-    return transformers.FlaxT5ForConditionalGeneration.module_class(config)
+def bart():
+    config = transformers.BartConfig(
+        vocab_size=WORDS, max_position_embeddings=16, d_model=32, encoder_layers=1, decoder_layers=1,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, encoder_attention_heads=4, decoder_attention_heads=4,
+    )  # fmt: skip
+    return transformers.FlaxBartForConditionalGeneration.module_class(config)
 
 
 TRAIN = {"deterministic": False}
@@ -86,5 +90,5 @@ MODELS = {
     "bert": Foreign(bert, text, TRAIN, num_sparse=8),  # q, k, v, out, two of the MLP; pooler, classifier
     "vit": Foreign(vit, image, TRAIN, num_sparse=8),  # the same six; patches, classifier
     "resnet": Foreign(resnet, image, TRAIN, num_sparse=7, mutable=("batch_stats",)),
-    "t5": Foreign(t5, translation, TRAIN, num_sparse=16),  # encoder 4 + 2, decoder 8 + 2; the tied head stays dense
+    "bart": Foreign(bart, translation, TRAIN, num_sparse=16),  # encoder 4 + 2, decoder 8 + 2; the tied head is dense
 }

@@ -114,7 +114,9 @@ def test_trained_and_adapted_on_two_devices(name):
 
     rest = {"batch_stats": batch_stats} if batch_stats else {}
     inputs, key = MODELS[name].inputs(jax.random.key(5)), jax.random.key(6)
-    outputs = jax.jit(MODELS[name].outputs, static_argnums=0)
-    ours, _ = outputs(sparse, {"params": params, "topology": topology, **rest}, inputs, key)
-    theirs, _ = outputs(dense, {"params": dsb.to_dense(params, topology), **rest}, inputs, key)
+    dense_params = dsb.to_dense(params, topology)
+    ours, theirs = (
+        jax.jit(functools.partial(MODELS[name].outputs, model))({**variables, **rest}, inputs, key)[0]
+        for model, variables in ((sparse, {"params": params, "topology": topology}), (dense, {"params": dense_params}))
+    )
     np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5)
