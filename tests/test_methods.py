@@ -257,15 +257,16 @@ def test_without_the_grouping_of_before_more_is_grown():
     for keep in (True, False):
         method = DSB(granularity="block", grow="gradient", min_group_blocks=0, keep_grouping=keep)
         reports = []
-        for seed in range(4):
+        for seed in range(16):
             key, state, _ = arguments("gradient block", size, seed)
             rng = np.random.default_rng(seed)
             gradient = rng.standard_normal((32, 2)) @ rng.standard_normal((2, 24))
             new, report = compiled(method)(key, 0, state, gradient.astype(np.float32))
             check_layouts(state.layout, new.layout)
             reports.append(report.accepted / report.requested)
-        shares[keep] = np.mean(reports)
-    assert shares[False] > 1.25 * shares[True] > 0
+        shares[keep] = np.array(reports)
+    assert (shares[False] >= shares[True]).all()
+    assert shares[False].mean() > 1.1 * shares[True].mean() > 0
 
 
 def test_what_each_criterion_must_know():
