@@ -111,6 +111,8 @@ def adaptation(
         number or the key no PRNG key.
     """
     check_transformation(optimizer)
+    if where is not None and not callable(where):
+        raise ValueError(f"where={where!r} cannot be called; give a function (path of a layer) -> bool.")
     measurement = measure(loss_fn, method, axis_name=axis_name, has_aux=has_aux)
     return Adaptation(measurement, _Update(method, as_static(optimizer), as_static(where), fill_pairs(fill)))
 

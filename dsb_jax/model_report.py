@@ -11,7 +11,7 @@ import optax
 from dsb_jax.convert import to_dense
 from dsb_jax.optimizer_states import undecayed_layers
 from dsb_jax.paths import Path, by_path, layer_path, nodes, path_name, weights_at
-from dsb_jax.plan import SparsityPlan
+from dsb_jax.plan import SparsityPlan, check_plan
 from dsb_jax.tables import Table
 from dsb_jax.telemetry import active_positions, layers_of
 from dsb_jax.topology import LayerTopology, without_index
@@ -123,6 +123,7 @@ def report(
       plan: tells why layers stay dense.
       optimizer: adds the bytes of its state, and what its weight decay does not reach.
     """
+    plan = None if plan is None else check_plan(plan)
     found = nodes(topology)
     weights = weights_at(params, found)
     layers = tuple(_sparse_layer(path, node, weights[path]) for path, node in found.items())

@@ -18,7 +18,7 @@ from dsb_jax.distributions import at_density, erk, to_blocks, uniform
 from dsb_jax.layout import max_blocks
 from dsb_jax.paths import Path, by_path, path_name
 from dsb_jax.plan_table import plan_table
-from dsb_jax.rules import Rule, check_effects, check_rules
+from dsb_jax.rules import Rule, check_block_shape, check_effects, check_rules, check_sparsity, first_match
 from dsb_jax.spec import LayerSpec
 from dsb_jax.tables import Table
 
@@ -265,10 +265,15 @@ def make_plan(
         sparse.
     """
     rules = check_rules(rules)
+    check_sparsity(sparsity)
+    check_block_shape(block_shape)
+    for name, count in (("min_blocks", min_blocks), ("min_group_blocks", min_group_blocks)):
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"{name}={count!r} is no number of blocks; give 0 or more.")
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution={distribution!r} is unknown; choose one of {', '.join(DISTRIBUTIONS)}.")
     layers, *other = _found(model)
-    rule_of = {path: next((rule for rule in rules if rule.matches(path)), None) for path in layers}
+    rule_of = {path: first_match(rules, path) for path in layers}
     shapes = {path: (rule.block_shape if rule else None) or block_shape for path, rule in rule_of.items()}
     reasons = {path: _dense_reason(found, rule_of[path], shapes[path], min_blocks) for path, found in layers.items()}
     check_effects(rules, rule_of, reasons)
@@ -278,9 +283,9 @@ def make_plan(
         for path, reason in reasons.items():
             examples.setdefault(reason, path)
         raise ValueError(
-            f"no layer can hold {block_shape[0]}x{block_shape[1]} blocks: "
+            f"no layer can be sparse in {block_shape[0]}x{block_shape[1]} blocks: "
             + "; ".join(f"{path_name(path)} {reason}" for reason, path in examples.items())
-            + ". Use a smaller block_shape, a wider model, or train it dense."
+            + ". Use other rules, a smaller block_shape or a wider model, or train it dense."
         )
     own = {path: rule.sparsity for path, rule in rule_of.items() if rule is not None and rule.sparsity is not None}
     shared = [path for path in eligible if path not in own]
@@ -330,10 +335,10 @@ def _found(model: Any) -> FoundModel:
 
 
 def _dense_reason(found: FoundLayer, rule: Rule | None, block_shape: tuple[int, int], min_blocks: int) -> str | None:
-    if found.reason is not None:
-        return found.reason
     if rule is not None and rule.dense:
         return f"kept dense by {rule.pattern!r}"
+    if found.reason is not None:
+        return found.reason
     rows, cols = block_shape
     if rows > found.spec.out or cols > found.spec.in_:
         return f"smaller than a {rows}x{cols} block"

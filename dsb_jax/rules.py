@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from dsb_jax.paths import Path, path_name
 
 
@@ -35,8 +37,12 @@ class Rule:
         has_sizes = self.sparsity is not None or self.block_shape is not None
         if self.dense == has_sizes:
             raise ValueError(f"{self} says nothing, or both; give dense=True, or sparsity=, block_shape= or both.")
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity={self.sparsity} is not a fraction of zeros; give 0 to 1, such as 0.9.")
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
+            if self.sparsity == 1:
+                raise ValueError("sparsity=1 leaves no weights; give less, such as 0.9.")
+        if self.block_shape is not None:
+            check_block_shape(self.block_shape)
 
     def matches(self, path: Path) -> bool:
         return re.fullmatch(self.pattern, path_name(path)) is not None
@@ -47,6 +53,24 @@ def check_rules(rules: Any) -> tuple[Rule, ...]:
     if isinstance(rules, str | Rule) or not all(isinstance(rule, Rule) for rule in rules):
         raise TypeError(f"rules={rules!r} is no sequence of rules; give rules=(Rule('head', dense=True), ...).")
     return tuple(rules)
+
+
+def first_match(rules: tuple[Rule, ...], path: Path) -> Rule | None:
+    """The rule that holds for a layer."""
+    return next((rule for rule in rules if rule.matches(path)), None)
+
+
+def check_block_shape(block_shape: Any) -> None:
+    """Raises ValueError unless it is two whole numbers above 0."""
+    is_pair = isinstance(block_shape, tuple | list) and len(block_shape) == 2
+    if not is_pair or not all(isinstance(size, int | np.integer) and size > 0 for size in block_shape):
+        raise ValueError(f"block_shape={block_shape!r} is no pair of sizes above 0; give (R, C), such as (16, 16).")
+
+
+def check_sparsity(sparsity: Any) -> None:
+    """Raises ValueError unless it is a fraction."""
+    if not isinstance(sparsity, int | float | np.number) or not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity={sparsity!r} is not a fraction of zeros; give 0 to 1, such as 0.9.")
 
 
 def check_effects(

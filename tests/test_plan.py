@@ -137,7 +137,7 @@ def test_rules_without_effect_are_refused(rules, error, message):
         ({"pattern": "(", "dense": True}, "is no regular expression"),
         ({"pattern": "a"}, "says nothing, or both"),
         ({"pattern": "a", "dense": True, "sparsity": 0.5}, "says nothing, or both"),
-        ({"pattern": "a", "sparsity": 1.0}, "sparsity=1.0 is not a fraction of zeros"),
+        ({"pattern": "a", "sparsity": 1.0}, "sparsity=1 leaves no weights"),
         ({"pattern": "a", "sparsity": -0.5}, "sparsity=-0.5"),
     ],
 )
@@ -240,7 +240,8 @@ def test_errors_name_the_value_and_the_cure():
     with pytest.raises(ValueError, match=r"sparsity=0.9999 leaves 9 weights, but one 16x16 block .* at most 0\.9"):
         make_plan(LAYERS, sparsity=0.9999)
     with pytest.raises(
-        ValueError, match=r"no layer can hold 512x16 blocks: stem kept dense by 'stem'; .* smaller .*Use a smaller"
+        ValueError,
+        match=r"no layer can be sparse in 512x16 blocks: stem kept dense by 'stem'; .* Use other rules, a smaller",
     ):
         make_plan(LAYERS, sparsity=0.9, block_shape=(512, 16), rules=ENDS)
     with pytest.raises(ValueError, match="there are no layers to plan; give dsb_jax"):

@@ -23,6 +23,7 @@ from dsb_jax.paths import Path, by_path
 from dsb_jax.plan import FoundLayer, FoundModel
 from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
 
+KEPT_DENSE = "kept dense"
 LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv)
 _EXACTLY = (*LAYERS, SparseDense, SparseConv)  # any other subclass may compute anything
 
@@ -73,8 +74,9 @@ class _Watch:
       kinds: path of a module -> the name of its type.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep_dense: Callable[[Path], bool]) -> None:
         self.flag = next(_COUNTER)
+        self.keep_dense = keep_dense
         self.reasons: dict[Path, str] = {}
         self.kinds: dict[Path, str] = {}
         self._inside: list[nn.Module] = []
@@ -95,6 +97,9 @@ class _Watch:
             if type(module) not in _EXACTLY:  # a lifted one (nn.remat(nn.Dense)), inside of which the layer is called
                 return call(*args, **kwargs)
             self.kinds[module.path] = type(module).__name__
+            if self.keep_dense(module.path):
+                self.reasons.setdefault(module.path, KEPT_DENSE)
+                return call(*args, **kwargs)
             with _boxed_kernel(module, _spec(module, args[0] if args else kwargs["inputs"])):
                 return call(*args, **kwargs)
         finally:
@@ -148,6 +153,7 @@ def find_layers(
     kwargs: Mapping[str, Any] | None = None,
     rngs: Any = None,
     call_method: str | Callable[..., Any] | None = None,
+    keep_dense: Callable[[Path], bool] = lambda path: False,
 ) -> FoundModel:
     """Every kernel of a Linen model, with its sizes and, if it has no sparse form, the reason.
 
@@ -158,15 +164,17 @@ def find_layers(
       kwargs: likewise, by name.
       rngs: a PRNG key or a dictionary of them, for a model that insists on streams of its own.
       call_method: another method to initialize with than `__call__`.
+      keep_dense: whether the layer at a path stays dense in any case; the model's own code may read its kernel.
 
     Raises:
-      ValueError: for what is no Linen module, or one that is bound or sparse already.
+      ValueError: for what is no Linen module, or one that is bound or sparse already; if the model's own code reads the
+        kernel of a layer.
     """
     check_model(model)
     leaves, structure = jax.tree.flatten((args, dict(kwargs or {})))
     arrays = {i: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves) if _is_array(leaf)}
     rngs = jax.random.key(0) if rngs is None else rngs
-    watch = _Watch()
+    watch = _Watch(keep_dense)
 
     def run(scope: Any, *args: Any, **kwargs: Any) -> Any:
         return _method(model, call_method)(model.clone(parent=scope, _deep_clone=True), *args, **kwargs)
@@ -178,7 +186,15 @@ def find_layers(
         with nn.intercept_methods(watch):
             return begin(rngs, *args, **kwargs)[1].get("params", {})
 
-    params = by_path(jax.eval_shape(params_of, arrays), leaf=BOX)
+    try:
+        params = by_path(jax.eval_shape(params_of, arrays), leaf=BOX)
+    except (AttributeError, TypeError) as error:
+        if _Found.__name__ not in str(error):
+            raise
+        raise ValueError(
+            f"{type(model).__name__} reads the kernel of a layer in its own code, where a sparse layer has none; keep "
+            "that layer dense by a rule: rules=[Rule('path/of/the/layer', dense=True)]."
+        ) from error
     order = {path: i for i, path in enumerate(watch.kinds)}
     layers: dict[Path, FoundLayer] = {}
     num_other = other_nbytes = 0

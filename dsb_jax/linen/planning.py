@@ -6,8 +6,9 @@ from typing import Any
 from flax import linen as nn
 
 from dsb_jax.linen.finding import find_layers
+from dsb_jax.paths import Path
 from dsb_jax.plan import MIN_BLOCKS, MIN_GROUP_BLOCKS, SparsityPlan, make_plan
-from dsb_jax.rules import Rule
+from dsb_jax.rules import Rule, check_rules, first_match
 
 
 def plan(
@@ -46,7 +47,13 @@ def plan(
     Raises:
       TypeError, ValueError: as `find_layers` and `dsb_jax.make_plan`.
     """
-    found = find_layers(model, *args, kwargs=kwargs, rngs=rngs, call_method=call_method)
+    rules = check_rules(rules)
+
+    def keep_dense(path: Path) -> bool:
+        rule = first_match(rules, path)
+        return rule is not None and rule.dense
+
+    found = find_layers(model, *args, kwargs=kwargs, rngs=rngs, call_method=call_method, keep_dense=keep_dense)
     return make_plan(
         found, sparsity=sparsity, distribution=distribution, block_shape=block_shape, rules=rules,
         min_blocks=min_blocks, min_group_blocks=min_group_blocks,

@@ -54,6 +54,7 @@ def sparsify[Model: nn.Module](
     """The model with sparse weights where the plan says so; its code, its names and its methods stay.
 
     `init` gives what the dense model has, but for `blocks` where a planned `kernel` was, and the collection `topology`.
+    Values are those of the dense draw, scaled to the fan-in that is left to each output by all methods but Top-KAST.
     It runs the dense model first, and holds it until its last layer is sparse; nothing dense exists after that. So the
     output that `init_with_output` gives is the dense model's, too.
 
