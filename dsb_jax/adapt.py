@@ -49,6 +49,12 @@ class _Update:
     fill: tuple[tuple[str, Any], ...] = ()
 
 
+def _update_by(method: Method, optimizer: Any, where: Where | None, fill: Mapping[str, Any] | None) -> _Update:
+    if where is not None and not callable(where):
+        raise ValueError(f"where={where!r} cannot be called; give a function (path of a layer) -> bool.")
+    return _Update(method, as_static(optimizer), as_static(where), fill_pairs(fill))
+
+
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
     """`adaptation(...)`: a hashable value, compiled when it is called; equal ones compile once.
@@ -111,10 +117,8 @@ def adaptation(
         number or the key no PRNG key.
     """
     check_transformation(optimizer)
-    if where is not None and not callable(where):
-        raise ValueError(f"where={where!r} cannot be called; give a function (path of a layer) -> bool.")
     measurement = measure(loss_fn, method, axis_name=axis_name, has_aux=has_aux)
-    return Adaptation(measurement, _Update(method, as_static(optimizer), as_static(where), fill_pairs(fill)))
+    return Adaptation(measurement, _update_by(method, optimizer, where, fill))
 
 
 def update(
@@ -131,7 +135,7 @@ def update(
     fill: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, Any, Report]:
     """The second half of an adaptation, from `statistics` as `measure` gives them. Arguments as in `adaptation`."""
-    how = _Update(method, as_static(optimizer), as_static(where), fill_pairs(fill))
+    how = _update_by(method, optimizer, where, fill)
     return _updated(how, (params, topology, opt_state), step, key, statistics)
 
 
@@ -189,7 +193,6 @@ def _prepare(how: _Update, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, .
     check_fill(how.fill, {follower.field for follower in following.values()})
     flatten_state(opt_state, following, topology)
     frozen = frozen_layers(optimizer, params, opt_state, topology)
-    weights_at(params, old)
     measured = by_path(statistics, leaf=Measured) if method.statistic is not None else {}
     prepared = {}
     for path, node in old.items():

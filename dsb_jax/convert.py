@@ -18,12 +18,10 @@ from dsb_jax.initialization import initialize
 from dsb_jax.layout import BlockLayout, pack, to_mask, unpack
 from dsb_jax.methods import Static
 from dsb_jax.methods.base import Method, check_method
-from dsb_jax.paths import Path, by_path, dense_path, layer_path, nested, nodes, path_name, weights_at
+from dsb_jax.paths import KERNEL, WEIGHTS, Path, by_path, dense_path, layer_path, nested, nodes, path_name, weights_at
 from dsb_jax.plan import SparsityPlan, check_plan
 from dsb_jax.step_and_key import check_key
 from dsb_jax.topology import LayerTopology, by_layer
-
-WEIGHTS, KERNEL = "blocks", "kernel"
 
 
 def to_dense(params: Any, topology: Any) -> Any:

@@ -21,6 +21,9 @@ blocks), both at density 0.1:
 
 import math
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from dsb_jax.layout import check_sizes, count_groups, max_blocks, num_active
 from dsb_jax.spec import LayerSpec
@@ -32,7 +35,7 @@ def uniform(specs: Sequence[LayerSpec], sparsity: float) -> tuple[float, ...]:
     Raises:
       ValueError: if `sparsity` is not in [0, 1].
     """
-    _check_sparsity(sparsity)
+    check_sparsity(sparsity)
     return (1.0 - sparsity,) * len(specs)
 
 
@@ -50,7 +53,7 @@ def erk(specs: Sequence[LayerSpec], sparsity: float) -> tuple[float, ...]:
     Raises:
       ValueError: if `sparsity` is not in [0, 1].
     """
-    _check_sparsity(sparsity)
+    check_sparsity(sparsity)
     # density = eps * score / size, so that eps * score is the number of weights of a layer, one of a stack.
     scores = [spec.c_in + spec.out + sum(spec.kernel_size) for spec in specs]
     wanted = (1.0 - sparsity) * sum(spec.num_layers * spec.size for spec in specs)
@@ -134,9 +137,10 @@ def at_density(dense: LayerSpec, density: float, block_shape: tuple[int, int], m
     return dense.with_blocks(block_shape, count)
 
 
-def _check_sparsity(sparsity: float) -> None:
-    if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity={sparsity} is not a fraction of zeros; give 0 to 1, such as 0.9.")
+def check_sparsity(sparsity: Any) -> None:
+    """Raises ValueError unless it is a fraction."""
+    if not isinstance(sparsity, int | float | np.number) or not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity={sparsity!r} is not a fraction of zeros; give 0 to 1, such as 0.9.")
 
 
 def _total(specs: Sequence[LayerSpec], weights: Sequence[float]) -> float:

@@ -41,16 +41,16 @@ def initialize(
       score: of a kernel's values, elementwise, >= 0: the best pattern by it. None for the method's own first pattern.
     """
     is_traced = any(isinstance(kernel, jax.core.Tracer) for kernel in kernels.values())
+    stored = {path: method.stored(specs[path]) for path in kernels}
     together: dict[Any, list[Path]] = {}
     for path, kernel in kernels.items():
-        signature = _matrix_spec(method.stored(specs[path])), jnp.dtype(kernel.dtype)
+        signature = _matrix_spec(stored[path]), jnp.dtype(kernel.dtype)
         together.setdefault(signature if is_traced else path, []).append(path)
     result: dict[Path, tuple[jax.Array, LayerTopology]] = {}
     for paths in together.values():
-        stored = tuple(method.stored(specs[path]) for path in paths)
-        numbers = np.concatenate([_layer_numbers(*layer) for layer in zip(paths, stored, strict=True)])
+        numbers = np.concatenate([_layer_numbers(path, stored[path]) for path in paths])
         arrays = tuple(jnp.asarray(kernels[path]) for path in paths)
-        states = _initialize(method, stored, score, key, numbers, arrays)
+        states = _initialize(method, tuple(stored[path] for path in paths), score, key, numbers, arrays)
         result.update(zip(paths, states, strict=True))
     return {path: result[path] for path in kernels}
 

@@ -6,7 +6,7 @@ form, and values are moved without any.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,12 +121,8 @@ def update_nodes(
 def _update_together(static: tuple[Method, tuple[NodeUpdate, ...]], trees: Any, rest: Any) -> Any:
     """Some nodes, without their names: equal ones are the same program."""
     (method, updates_of), (keys, step, measured) = static, rest
-    layers: dict[Path, Layers] = {
-        (str(i),): layers_of(node, blocks, measured[i], updates_of[i].status)
-        for i, (blocks, node, _) in enumerate(trees)
-    }
-    updated = update_layers(method, dict(zip(layers, keys, strict=True)), step, layers)
-    updates = [updated[path] for path in layers]
+    layers = [layers_of(node, blocks, measured[i], updates_of[i].status) for i, (blocks, node, _) in enumerate(trees)]
+    updates = update_layers(method, keys, step, layers)
     results, reports = [], []
     for (_, old, moments), (_, fill), ((blocks, layout, aux), index, report) in zip(
         trees, updates_of, updates, strict=True
@@ -142,40 +138,38 @@ def _update_together(static: tuple[Method, tuple[NodeUpdate, ...]], trees: Any, 
     return tuple(results), reports
 
 
-def update_layers(
-    method: Method, keys: Mapping[Path, jax.Array], step: Any, layers: Mapping[Path, Layers]
-) -> dict[Path, Updated]:
-    """The new state and the report of every layer. Layers of one signature share one compiled loop."""
+def update_layers(method: Method, keys: Sequence[jax.Array], step: Any, layers: Sequence[Layers]) -> list[Updated]:
+    """The new state and the report of every node's layers. Layers of one signature share one compiled loop."""
 
     def update(key: jax.Array, state: LayerState, index: Any, value: Any, status: jax.Array) -> Updated:
         both = method.update(key, step, state, value), identity(state)
         new, report = jax.tree.map(lambda changed, same: jnp.where(status == 0, changed, same), *both)
         return Updated(new, like_index(new.layout, index), report)
 
-    same: dict[Any, list[Path]] = {}
-    results: dict[Path, Updated] = {}
-    for path, layer in layers.items():
-        same.setdefault(_signature(layer), []).append(path)
+    same: dict[Any, list[int]] = {}
+    results: dict[int, Updated] = {}
+    for node, layer in enumerate(layers):
+        same.setdefault(_signature(layer), []).append(node)
     zero = jnp.minimum(step.astype(jnp.int32), 0)
-    for paths in same.values():
-        counts = [layers[path].calls.size for path in paths]
+    for equal in same.values():
+        counts = [layers[node].calls.size for node in equal]
         args = [
-            (_keys(keys[path], count), *layers[path][:3], layers[path].status)
-            for path, count in zip(paths, counts, strict=True)
+            (_keys(keys[node], count), *layers[node][:3], layers[node].status)
+            for node, count in zip(equal, counts, strict=True)
         ]
         every = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *args)
-        if all(layers[path].is_fixed for path in paths):
+        if all(layers[node].is_fixed for node in equal):
             updated_layers = Updated(every[1], every[2], jax.vmap(lambda state: identity(state)[1])(every[1]))
         else:
             updated_layers = _one_by_one(update, every, zero)
             zero = jnp.minimum(updated_layers.state.layout.out_idx[0, 0, 0], 0)
         start = 0
-        for path, count in zip(paths, counts, strict=True):
+        for node, count in zip(equal, counts, strict=True):
             one = jax.tree.map(lambda leaf, a=start, b=start + count: leaf[a:b], updated_layers)
-            calls, status = layers[path].calls.astype(jnp.int32), layers[path].status
-            results[path] = one._replace(report=one.report._replace(calls=calls, status=status))
+            calls, status = layers[node].calls.astype(jnp.int32), layers[node].status
+            results[node] = one._replace(report=one.report._replace(calls=calls, status=status))
             start += count
-    return results
+    return [results[node] for node in range(len(layers))]
 
 
 def _keys(key: jax.Array, count: int) -> jax.Array:

@@ -15,6 +15,9 @@ from dsb_jax.topology import LayerTopology, index_as, split_stack
 
 Path = tuple[str, ...]
 
+# What the weights of a layer are called, sparse (with what belongs to them in other collections) and dense.
+WEIGHTS, KERNEL = "blocks", "kernel"
+
 
 def key_name(key: Any) -> str:
     """One step of a path of `jax.tree_util` as text."""
@@ -88,12 +91,12 @@ def nested(values: Mapping[Path, Any]) -> dict[str, Any]:
 
 def layer_path(path: Path) -> Path:
     """The path of the layer whose weights are at `path`: without the name of the parameter."""
-    return path[:-1] if path[-1:] == ("blocks",) else path
+    return path[:-1] if path[-1:] == (WEIGHTS,) else path
 
 
 def dense_path(path: Path) -> Path:
     """The path of the dense kernel that the blocks at `path` stand for."""
-    return (*path[:-1], "kernel") if path[-1] == "blocks" else path
+    return (*path[:-1], KERNEL) if path[-1] == WEIGHTS else path
 
 
 def path_name(path: Path) -> str:

@@ -14,11 +14,11 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dsb_jax.distributions import at_density, erk, to_blocks, uniform
+from dsb_jax.distributions import at_density, check_sparsity, erk, to_blocks, uniform
 from dsb_jax.layout import max_blocks
 from dsb_jax.paths import Path, by_path, path_name
 from dsb_jax.plan_table import plan_table
-from dsb_jax.rules import Rule, check_block_shape, check_effects, check_rules, check_sparsity, first_match
+from dsb_jax.rules import Rule, check_block_shape, check_effects, check_rules, first_match
 from dsb_jax.spec import LayerSpec
 from dsb_jax.tables import Table
 

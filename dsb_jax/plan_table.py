@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from dsb_jax.layout import column_dtype
@@ -11,11 +12,11 @@ from dsb_jax.tables import Table
 
 
 def plan_table(plan: Any) -> Table:
-    """The table of a `SparsityPlan`; the largest kernels that no rule can make sparse are among its rows."""
+    """The table of a `SparsityPlan`; its rows are all kernels, sparse or dense."""
     rows, weights, positions, dense = [], 0, 0, 0
     for layer in plan.layers:
         name, sizes = path_name(layer.path) or "(the model)", "x".join(map(str, layer.dense.kernel_shape))
-        item = np.dtype(layer.dtype).itemsize if layer.dtype != "bfloat16" else 2
+        item = jnp.dtype(layer.dtype).itemsize
         size = layer.dense.size * layer.dense.num_layers
         dense += size * item
         if isinstance(layer.planned, str):

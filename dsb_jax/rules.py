@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dsb_jax.distributions import check_sparsity
 from dsb_jax.paths import Path, path_name
 
 
@@ -65,12 +66,6 @@ def check_block_shape(block_shape: Any) -> None:
     is_pair = isinstance(block_shape, tuple | list) and len(block_shape) == 2
     if not is_pair or not all(isinstance(size, int | np.integer) and size > 0 for size in block_shape):
         raise ValueError(f"block_shape={block_shape!r} is no pair of sizes above 0; give (R, C), such as (16, 16).")
-
-
-def check_sparsity(sparsity: Any) -> None:
-    """Raises ValueError unless it is a fraction."""
-    if not isinstance(sparsity, int | float | np.number) or not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity={sparsity!r} is not a fraction of zeros; give 0 to 1, such as 0.9.")
 
 
 def check_effects(

@@ -169,9 +169,10 @@ def test_layers_of_one_loop_are_updated_each_by_itself():
     for path, each in states.items():
         every, count = jax.tree.map(lambda *leaves: np.stack(leaves), *each), len(each)
         layers[path] = (every, None, None, np.zeros(count, np.float32), np.zeros(count, np.int32))
-    layer_keys = dict(zip(old, jax.random.split(key, 4), strict=True))
     results = jax.jit(lambda layers: update_layers(
-        method, layer_keys, step, {path: Layers(*layer, False) for path, layer in layers.items()}))(layers)  # fmt: skip
+        method, list(jax.random.split(key, 4)), step, [Layers(*layer, False) for layer in layers])
+    )(list(layers.values()))  # fmt: skip
+    results = dict(zip(old, results, strict=True))
     update = jax.jit(method.update)
     assert set(results) == set(old)
     for path, layer_key in zip(old, jax.random.split(key, 4), strict=True):

@@ -24,7 +24,6 @@ from dsb_jax.boxes import boxed_as, unboxed
 from dsb_jax.distributions import at_density
 from dsb_jax.initialization import initialize
 from dsb_jax.linen.products import (
-    WEIGHTS,
     Weights,
     as_tuple,
     conv_geometry,
@@ -39,6 +38,7 @@ from dsb_jax.methods import Static
 from dsb_jax.methods.base import Method, check_method
 from dsb_jax.ops.convolution import add_bias, conv_general_dilated, convolve
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, Choice, check_implementation, record
+from dsb_jax.paths import WEIGHTS
 from dsb_jax.plan import SparsityPlan
 from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
 

@@ -17,13 +17,12 @@ from flax import linen as nn
 
 from dsb_jax.boxes import boxed_as, unboxed
 from dsb_jax.initialization import initialize
-from dsb_jax.linen.products import WEIGHTS, Weights, without_topology
+from dsb_jax.linen.products import Weights, without_topology
 from dsb_jax.methods.base import Method
-from dsb_jax.paths import Path, nested, path_name
+from dsb_jax.paths import KERNEL, WEIGHTS, Path, nested, path_name
 from dsb_jax.plan import SparsityPlan
 
 COLLECTIONS = ("params", "topology", "statistics")
-_KERNEL = "kernel"
 
 
 @jax.tree_util.register_dataclass
@@ -61,27 +60,22 @@ def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 def move_out(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `move_in`; other collections stay what they are."""
-    result: dict[str, Any] = {"params": {}, "topology": {}, "statistics": {}}
+    leaves: dict[str, dict[Path, Any]] = {name: {} for name in COLLECTIONS}
 
     def walk(tree: Mapping[str, Any], path: Path) -> None:
         for name, leaf in tree.items():
             if isinstance(leaf, _Beside):
                 own, _, collection = name.rpartition("@")
-                _put(result[collection], (*path, own), leaf.value)
+                leaves[collection][(*path, own)] = leaf.value
             elif isinstance(leaf, Mapping):
                 walk(leaf, (*path, name))
             else:
-                _put(result["params"], (*path, name), leaf)
+                leaves["params"][(*path, name)] = leaf
 
     walk(variables.get("params", {}), ())
-    merged = {name: _merged(variables.get(name, {}) if name != "params" else {}, tree) for name, tree in result.items()}
+    kept = {**variables, "params": {}}
+    merged = {name: _merged(kept.get(name, {}), nested(leaves[name])) for name in COLLECTIONS}
     return {name: tree for name, tree in merged.items() if tree}
-
-
-def _put(tree: dict[str, Any], path: Path, value: Any) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
 
 
 def weights_of(module: nn.Module) -> Weights | None:
@@ -107,7 +101,7 @@ def convert(
       key: makes the PRNG key that the method draws from.
     """
     params = variables.get("params", {})
-    kernels = {path: leaf for path in plan.sparse if (leaf := _at(params, (*path, _KERNEL))) is not None}
+    kernels = {path: leaf for path in plan.sparse if (leaf := _at(params, (*path, KERNEL))) is not None}
     if not kernels:
         return dict(variables)
     arrays = {path: unboxed(leaf) for path, leaf in kernels.items()}
@@ -119,7 +113,7 @@ def convert(
         for path, (blocks, node) in states.items()
     }
     topology = nested({(*path, WEIGHTS): node for path, (_, node) in states.items()})
-    rest = _without(params, {(*path, _KERNEL) for path in kernels})
+    rest = _without(params, {(*path, KERNEL) for path in kernels})
     return {
         **variables,
         "params": _merged(rest, nested(new)),
@@ -141,7 +135,7 @@ def refuse_dense(variables: Mapping[str, Any], plan: SparsityPlan) -> None:
     """Raises ValueError if parameters hold a dense kernel where the model is sparse."""
     params = variables.get("params", {})
     for path in plan.sparse:
-        if _at(params, (*path, _KERNEL)) is not None:
+        if _at(params, (*path, KERNEL)) is not None:
             raise ValueError(
                 f"{path_name(path)} is sparse in this model, but its parameters hold a dense kernel; make them sparse "
                 "by dsb_jax.from_dense(params, plan), or apply the dense model."

@@ -20,7 +20,6 @@ from dsb_jax.topology import LayerTopology
 from pallas_kernels import ConvGeometry, matmul_geometry
 
 REWRITE_KERNELS = (nn.WeightNorm, nn.SpectralNorm)
-WEIGHTS = "blocks"  # the name of the parameter, and of what belongs to it in other collections
 
 
 class Weights(NamedTuple):
