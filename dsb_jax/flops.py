@@ -25,7 +25,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from dsb_jax.methods.base import Method
@@ -64,16 +63,17 @@ class LayerFlops(NamedTuple):
         return self.forward / self.dense
 
 
-def find_calls(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[Path, tuple[LayerSpec, int]]:
+def find_calls(model: nn.Module, inputs: jax.ShapeDtypeStruct) -> dict[Path, tuple[LayerSpec, int]]:
     """The linear layers and convolutions of a model and where they are applied, seen while it is traced.
 
     Args:
-      model: `__call__(x[N, H, W, C])`, of any class of layers in any order of activations.
-      image_shape: `(H, W, C)`.
+      model: of any class of layers in any order of activations.
+      inputs: shape and dtype of one example, such as float32[1, H, W, C].
 
     Returns:
-      Path -> sizes of the layer as it is, and outputs of one image over output features: height * width of a
-      convolution's output, 1 for the classifier; summed if a layer is called more than once.
+      Path -> sizes of the layer as it is, and outputs of one example over output features: height * width of a
+      convolution's output, the tokens of a linear layer, 1 for the classifier of an image; summed if a layer is called
+      more than once.
     """
     found: dict[Path, int] = {}
     inside: set[Path] = set()  # a subclass that calls nn.Conv's own __call__ is one layer, not two
@@ -88,9 +88,8 @@ def find_calls(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[Path
         found[module.path] = found.get(module.path, 0) + y.size // module.features
         return y
 
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with nn.intercept_methods(watch):
-        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
     kernels = {path[:-1]: leaf for path, leaf in by_path(variables["params"]).items() if path[-1] == "kernel"}
     specs = {path: _kernel_spec(kernel.shape) for path, kernel in kernels.items() if path in found}
     specs |= {layer_path(path): node.spec for path, node in nodes(variables.get("topology", {})).items()}
@@ -132,12 +131,14 @@ def count(
     return counted
 
 
-def share_of_adaptations(method: Method | None, *, total_steps: int, batch_size: int, adapt_batch_size: int) -> float:
-    """Images that the adaptations of a training measure on, over the images it trains on."""
+def share_of_adaptations(
+    method: Method | None, *, total_steps: int, batch_size: int, adapt_batch_size: int | None = None
+) -> float:
+    """Examples that the adaptations of a training measure on, over those that it trains on; None is a whole batch."""
     if method is None:
         return 0.0
     due = sum(method.due(step) for step in range(total_steps))
-    return due / total_steps * min(adapt_batch_size, batch_size) / batch_size
+    return due / total_steps * min(adapt_batch_size or batch_size, batch_size) / batch_size
 
 
 def compare(own: Mapping[Path, LayerFlops], dense: Mapping[Path, LayerFlops]) -> dict[str, float]:
@@ -152,7 +153,7 @@ def compare(own: Mapping[Path, LayerFlops], dense: Mapping[Path, LayerFlops]) ->
 def measure(
     model: nn.Module,
     reference: nn.Module,
-    image_shape: tuple[int, int, int],
+    inputs: jax.ShapeDtypeStruct,
     *,
     statistic: Statistic | None = None,
     adapt_share: float = 0.0,
@@ -162,8 +163,8 @@ def measure(
     Args:
       model: may be narrower than the reference.
       reference: the dense model that 1 stands for.
-      image_shape: `(H, W, C)`.
+      inputs: of one example.
       statistic, adapt_share: as in `count`.
     """
-    own = count(find_calls(model, image_shape), statistic=statistic, adapt_share=adapt_share)
-    return compare(own, count(find_calls(reference, image_shape)))
+    own = count(find_calls(model, inputs), statistic=statistic, adapt_share=adapt_share)
+    return compare(own, count(find_calls(reference, inputs)))

@@ -84,12 +84,12 @@ def layer_calls(grow: str, granularity: str) -> dict[str, Any]:
 def model_calls(name: str, grow: str, granularity: str) -> dict[str, Any]:
     """Adaptation and training step of a whole model."""
     config = Config(
-        dataset="random", image_shape=(32, 32, 3), model=name, sparsity=FLAGS.sparsity, grow=grow,
+        dataset="random", input_shape=(32, 32, 3), model=name, sparsity=FLAGS.sparsity, grow=grow,
         granularity=granularity, block_shape=parse_block_shape(FLAGS.block_shape), batch_size=FLAGS.batch_size,
         total_steps=10_000,
     )  # fmt: skip
     components, state = create(config)
-    images = jax.random.normal(jax.random.key(0), (config.batch_size, *config.image_shape))
+    images = jax.random.normal(jax.random.key(0), (config.batch_size, *config.input_shape))
     labels = jax.random.randint(jax.random.key(1), (config.batch_size,), 0, config.num_classes)
     held = [state]
     method: Any = components.method

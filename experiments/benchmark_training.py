@@ -54,7 +54,7 @@ def main() -> None:
         if name not in DISTRIBUTIONS:
             raise ValueError(f"distributions: {name!r} is unknown; choose of {', '.join(DISTRIBUTIONS)}.")
     dense = Config(
-        dataset="random", image_shape=(FLAGS.image_size, FLAGS.image_size, 3), model=FLAGS.model, method="dense",
+        dataset="random", input_shape=(FLAGS.image_size, FLAGS.image_size, 3), model=FLAGS.model, method="dense",
         block_shape=parse_block_shape(FLAGS.block_shape), batch_size=FLAGS.batch_size, dtype=FLAGS.dtype,
         implementation=FLAGS.implementation,
     )  # fmt: skip

@@ -9,22 +9,26 @@ from typing import Any
 
 from absl import flags
 
+from dsb_jax.filling import FILLS
 from dsb_jax.methods import GRANULARITIES, GROW
 from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS, MIN_GROUP_BLOCKS
 from dsb_jax.training.config import (
-    DROP_SCHEDULES,
     DTYPES,
     KEEP_DENSE,
     LEARNING_RATE_SCHEDULES,
     METHODS,
     OPTIMIZERS,
+    PROTOCOLS,
     Config,
 )
+from dsb_jax.training.data import text
+from dsb_jax.training.models import MODELS
 
 FLAGS = flags.FLAGS
 
-# What differs from the config's defaults for photographs: the paper's CIFAR protocol (dsb_jax/training/config.py).
+# What differs from the config's defaults for photographs: the authors' protocol without dropout, at uniform densities,
+# and annealed to 0 where adapting stops.
 PHOTOGRAPHS: dict[str, Any] = {
     "model": "wrn-22-2",
     "epochs": 160,
@@ -33,6 +37,23 @@ PHOTOGRAPHS: dict[str, Any] = {
     "learning_rate_schedule": "step",
     "update_interval": 100,
     "update_end_fraction": 0.5,
+}
+# For photographs averaged down, and for text: proxies that tell methods apart in seconds (experiments/RESULTS.md).
+SMALL_PHOTOGRAPHS: dict[str, Any] = {
+    "model": "narrow_convnet",
+    "epochs": 3,
+    "batch_size": 128,
+    "learning_rate": 0.1,
+    "update_interval": 60,
+}
+TEXT: dict[str, Any] = {
+    "model": "transformer-2-128",
+    "epochs": 1,
+    "batch_size": 6,
+    "optimizer": "adamw",
+    "learning_rate": 0.012,
+    "warmup_fraction": 0.05,
+    "update_interval": 100,
 }
 
 
@@ -50,12 +71,15 @@ def parse_block_shape(text: str) -> tuple[int, int]:
 
 def define() -> None:
     """Defines one flag for each field of the config that a user sets. Unset flags take the data set's default."""
-    flags.DEFINE_string("dataset", "digits", "digits (bundled), or any tfds image classification set: cifar10, ...")
+    flags.DEFINE_string(
+        "dataset", "digits",
+        "digits or python_text (both bundled), any tfds image classification set such as cifar10, or cifar10@8x8.",
+    )  # fmt: skip
     flags.DEFINE_string("data_dir", None, "Where tfds finds or prepares data sets.")
-    flags.DEFINE_string("model", None, "convnet, resnet18, vgg16, or wrn-DEPTH-WIDTH such as wrn-22-2.")
+    flags.DEFINE_string("model", None, f"{', '.join(MODELS)}, such as wrn-22-2.")
     flags.DEFINE_enum("method", "dsb", METHODS, "How the topology is trained.")
     flags.DEFINE_float("sparsity", 0.9, "Fraction of zeros over the sparse layers, in [0, 1).")
-    flags.DEFINE_enum("distribution", "uniform", sorted(DISTRIBUTIONS), "Densities over the layers.")
+    flags.DEFINE_enum("distribution", None, sorted(DISTRIBUTIONS), "Densities over the layers.")
     flags.DEFINE_string("block_shape", "16x16", "Rows x columns of a block: 16x16, 32x8, 64x4, ...")
     flags.DEFINE_list("keep_dense", list(KEEP_DENSE), "Patterns of layer paths that stay dense.")
     flags.DEFINE_enum("grow", None, GROW, "Growth criterion of dsb.")
@@ -67,24 +91,29 @@ def define() -> None:
     flags.DEFINE_float("growth_score", 1.0, "Score of grown positions over the mean of the kept; 1 is the paper's.")
     flags.DEFINE_integer("regroup_interval", None, "Steps between regroupings of rows; 0 for never.")
     flags.DEFINE_bool("keep_grouping", True, "Whether groups stay unless new ones retain more; no is the paper's way.")
-    flags.DEFINE_enum(
-        "drop_schedule", None, sorted(DROP_SCHEDULES), "Sets the flags that say when and how much is dropped."
-    )
+    flags.DEFINE_enum("protocol", None, sorted(PROTOCOLS), "Sets the flags of a published training; others stand.")
+    flags.DEFINE_enum("fill", None, FILLS, "What second moments of new weights begin with.")
     flags.DEFINE_float("drop_fraction", None, "Share of the weights dropped at first, in [0, 1]; 0.3 by default.")
     flags.DEFINE_float("anneal_fraction", None, "Nothing is dropped from this fraction of all steps on.")
     flags.DEFINE_float("backward_factor", 2.0, "Of topkast: weights that have a gradient over active ones, at least 1.")
     flags.DEFINE_integer("update_interval", None, "Steps between adaptations; by default 100, fewer in a short run.")
-    flags.DEFINE_integer("adapt_batch_size", 32, "Images of a batch that an adaptation measures on, at most.")
+    flags.DEFINE_integer(
+        "adapt_batch_size", None, "Examples of a batch that an adaptation measures on; by default all of them."
+    )
     flags.DEFINE_float("update_end_fraction", None, "Adaptations end after this fraction of all steps.")
-    flags.DEFINE_integer("epochs", None, "Passes over the training images.")
+    flags.DEFINE_integer("epochs", None, "Passes over the training examples.")
+    flags.DEFINE_integer("steps", None, "Training steps, instead of epochs.")
     flags.DEFINE_integer("batch_size", None, "Images in a step.")
     flags.DEFINE_float("learning_rate", None, "Base learning rate.")
     flags.DEFINE_enum("learning_rate_schedule", None, LEARNING_RATE_SCHEDULES, "How the learning rate falls.")
-    flags.DEFINE_float("momentum", 0.9, "Of SGD.")
-    flags.DEFINE_float("weight_decay", 1e-4, "L2 for SGD, decoupled for AdamW.")
-    flags.DEFINE_enum("optimizer", "sgd", OPTIMIZERS, "Optimizer.")
+    flags.DEFINE_float("warmup_fraction", None, "Of all steps, in which the learning rate rises.")
+    flags.DEFINE_float("momentum", None, "Of SGD; 0.9 by default.")
+    flags.DEFINE_bool("nesterov", None, "Of SGD.")
+    flags.DEFINE_float("weight_decay", None, "L2 for SGD, decoupled for AdamW; 1e-4 by default.")
+    flags.DEFINE_bool("decay_kernels_only", None, "Whether weight decay spares biases and normalization.")
+    flags.DEFINE_enum("optimizer", None, OPTIMIZERS, "Optimizer.")
     flags.DEFINE_float("label_smoothing", 0.0, "In [0, 1).")
-    flags.DEFINE_float("dropout_rate", 0.0, "Inside the blocks of wrn models; the paper uses 0.3.")
+    flags.DEFINE_float("dropout_rate", None, "Inside the blocks of wrn models; the paper uses 0.3.")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the computation; parameters are float32.")
     flags.DEFINE_integer("seed", 0, "Of everything random.")
     flags.DEFINE_enum("implementation", "auto", IMPLEMENTATIONS, "Of the sparse products.")
@@ -92,26 +121,31 @@ def define() -> None:
 
 def with_default_interval(config: Config) -> Config:
     """The paper's 100 steps between adaptations are for 160 epochs: a short run adapts a dozen times all the same."""
-    given = FLAGS.update_interval is not None or FLAGS.drop_schedule is not None
-    if given or config.dataset == "digits":
+    if FLAGS.update_interval is not None or FLAGS.protocol is not None or not is_of_photographs(config.dataset):
         return config
     return dataclasses.replace(
         config, update_interval=max(1, min(config.update_interval, config.update_end_step // 12))
     )
 
 
+def is_of_photographs(dataset: str) -> bool:
+    """Whether a data set's defaults are `PHOTOGRAPHS`."""
+    return dataset not in ("digits", text.NAME) and "@" not in dataset
+
+
 @functools.cache
 def default_values(dataset: str) -> Mapping[str, Any]:
-    """Values of all fields of a config for a data set: those of `Config`, for photographs with `PHOTOGRAPHS`."""
-    own = {"dataset": dataset} | ({} if dataset == "digits" else PHOTOGRAPHS)
-    return types.MappingProxyType(dataclasses.asdict(Config()) | own)
+    """Values of all fields of a config for a data set: those of `Config` with those of its kind of data."""
+    small = {"digits": {}, text.NAME: TEXT}.get(dataset, SMALL_PHOTOGRAPHS)
+    own = PHOTOGRAPHS if is_of_photographs(dataset) else small
+    return types.MappingProxyType(dataclasses.asdict(Config()) | own | {"dataset": dataset})
 
 
 def config_from_flags() -> Config:
     """The config of the parsed flags; sizes that depend on the data set are filled in by `dsb_jax.training.loop`."""
     values = dict(default_values(FLAGS.dataset))
-    if FLAGS.drop_schedule is not None:
-        values |= DROP_SCHEDULES[FLAGS.drop_schedule]
+    if FLAGS.protocol is not None:
+        values |= PROTOCOLS[FLAGS.protocol]
     for name in values:
         if name in FLAGS and FLAGS[name].value is not None:
             values[name] = FLAGS[name].value

@@ -15,7 +15,7 @@ from typing import Any
 from dsb_jax.training import models
 from dsb_jax.training.build import make_method
 from dsb_jax.training.config import Config, check_config
-from experiments.flags import default_values, parse_block_shape
+from experiments.flags import default_values, is_of_photographs, parse_block_shape
 
 ALL_METHODS = ("dense", "small_dense", "ssb", "set", "rigl", "topkast", "dsb")
 SPARSITIES = (0.8, 0.9, 0.95)
@@ -68,10 +68,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # Filled in when a run begins, from the data set and for the device, hence not part of a cell.
-FROM_DATA = ("image_shape", "num_classes", "total_steps", "feature_major")
+FROM_DATA = ("input_shape", "num_classes", "total_steps", "feature_major")
 _FIRST = ("dataset", "model", "method", "sparsity", "block_shape")  # in names by their values alone
 _OF_SPARSITY = ("sparsity", "distribution", "block_shape", "keep_dense", "min_blocks", "min_group_blocks")
-_OF_ADAPTING = ("drop_fraction", "update_interval", "update_end_fraction", "anneal_fraction", "adapt_batch_size")
+_OF_ADAPTING = (
+    "drop_fraction", "update_interval", "update_end_fraction", "anneal_fraction", "adapt_batch_size", "fill",
+)  # fmt: skip
 _OF_DSB = ("grow", "granularity", "block_aware_drop", "growth_score", "regroup_interval", "keep_grouping")
 _OF_BLOCKS = ("block_aware_drop", "growth_score", "keep_grouping")  # of dsb where it moves blocks
 
@@ -132,8 +134,10 @@ class Run:
         except ValueError:
             return False
         unknown = set(FROM_DATA) | _without_effect(own)
-        if own["dataset"] != "digits" and "update_interval" not in dict(self.settings):
+        if is_of_photographs(own["dataset"]) and "update_interval" not in dict(self.settings):
             unknown.add("update_interval")  # shorter in a short run, see experiments/flags.py
+        if own["steps"] is not None:
+            unknown.add("epochs")
         return {k: v for k, v in own.items() if k not in unknown} == {
             k: v for k, v in config.items() if k not in unknown
         }

@@ -121,7 +121,7 @@ def main() -> None:
     path = timing.results_path(FLAGS.json)
     bases = [
         Config(
-            dataset="random", image_shape=(FLAGS.image_size, FLAGS.image_size, 3), model=model, method="dense",
+            dataset="random", input_shape=(FLAGS.image_size, FLAGS.image_size, 3), model=model, method="dense",
             num_classes=FLAGS.num_classes, block_shape=parse_block_shape(FLAGS.block_shape),
             batch_size=FLAGS.batch_size, dtype=FLAGS.dtype, implementation=FLAGS.implementation,
         )

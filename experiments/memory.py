@@ -64,7 +64,7 @@ def nbytes(tree: Any) -> int:
 def account(config: Config) -> list[dict[str, Any]]:
     """Bytes of one method on one model: an object for each phase."""
     components = build(config)
-    images = jax.ShapeDtypeStruct((config.batch_size, *config.image_shape), jnp.float32)
+    images = config.abstract_inputs()
     labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
     state = abstract_state(config, components)
     found = nodes(state.topology)
@@ -164,7 +164,7 @@ def main() -> None:
     console = program.console()
     path = timing.results_path(FLAGS.json)
     base = Config(
-        dataset="random", image_shape=(32, 32, 3), sparsity=FLAGS.sparsity, distribution=FLAGS.distribution,
+        dataset="random", input_shape=(32, 32, 3), sparsity=FLAGS.sparsity, distribution=FLAGS.distribution,
         block_shape=parse_block_shape(FLAGS.block_shape), grow=FLAGS.grow, optimizer=FLAGS.optimizer,
         batch_size=FLAGS.batch_size, adapt_batch_size=FLAGS.batch_size,
     ).to_json()  # fmt: skip

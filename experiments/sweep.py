@@ -54,7 +54,7 @@ AXES = {
     "block_aware_drop": "block_aware_drop",
 }
 
-Command = Callable[[Run], list[str]]
+Command = Callable[[Sequence[Run]], list[str]]  # runs of one cell -> the command that makes them
 
 
 def define_flags() -> None:
@@ -66,6 +66,10 @@ def define_flags() -> None:
     flags.DEFINE_list("seeds", None, "Seeds: of the grid (by default 0), or what to select from the preset.")
     flags.DEFINE_multi_string("set", [], "NAME=VALUE of the config for all runs, such as epochs=8; may be repeated.")
     flags.DEFINE_string("data_dir", None, "Where tfds finds data sets.")
+    flags.DEFINE_bool(
+        "together", None, "All seeds of a cell in one process, which compiles once; by default the preset says."
+    )
+    flags.DEFINE_string("against", None, "A cell of which the paired differences are printed; by default the first.")
     flags.DEFINE_bool("dry_run", False, "Print the commands of what is left instead of running them.")
 
 
@@ -99,12 +103,19 @@ def runs_from_flags() -> list[Run]:
 
 
 def train_command(root: Path, data_dir: str | None) -> Command:
-    """Run -> the command that makes it."""
+    """How runs are made."""
     where = [] if data_dir is None else [f"--data_dir={data_dir}"]
-    return lambda run: [
-        sys.executable, "-m", "experiments.train", *run.arguments(), *where, f"--workdir={workdir(root, run)}",
-        "--resume",
-    ]  # fmt: skip
+
+    def command(runs: Sequence[Run]) -> list[str]:
+        folder, seeds = workdir(root, runs[0]), ",".join(str(run.seed) for run in runs)
+        if len(runs) > 1:
+            folder = folder.with_name(f"{runs[0].cell}-seed{{seed}}")
+        return [
+            sys.executable, "-m", "experiments.train", *runs[0].arguments(), f"--seeds={seeds}", *where,
+            f"--workdir={folder}", "--resume",
+        ]  # fmt: skip
+
+    return command
 
 
 def cached_compilation(root: Path) -> dict[str, str]:
@@ -171,10 +182,13 @@ def format_seconds(seconds: float | None) -> str:
 
 
 class Sweep:
-    """Makes the runs that are left, one after another."""
+    """Makes the runs that are left, one after another; `together` those of a cell in one process."""
 
-    def __init__(self, root: Path, runs: Sequence[Run], command: Command, console: Console) -> None:
+    def __init__(
+        self, root: Path, runs: Sequence[Run], command: Command, console: Console, *, together: bool = False
+    ) -> None:
         self.root, self.runs, self.command, self.console = root, runs, command, console
+        self.together = together
         self.estimate = Estimate()
         self.left: list[Run] = []
         for run in runs:
@@ -195,54 +209,77 @@ class Sweep:
         self.task = self.bar.add_task("", total=len(self.runs), completed=done, left="?")
         with self.bar:
             for wait in (False, True):
-                for run in list(self.left):
-                    with _lock(self.root, run, wait=wait) as lock:
-                        if lock is not None:
-                            self._make_one(run, lock)
+                for runs in self.groups():
+                    with contextlib.ExitStack() as stack:
+                        # In the order of the seeds, as every other sweep does that waits for some of them.
+                        locks = {run: stack.enter_context(_lock(self.root, run, wait=wait)) for run in runs}
+                        self._make_group({run: lock for run, lock in locks.items() if lock is not None})
                 if self.left and not wait:
                     self.console.print(f"waiting for {len(self.left)} runs that other processes hold")
         return self.failed
 
-    def _make_one(self, run: Run, lock: IO[str]) -> None:
-        begin = time.perf_counter()
-        code, output = 0, ""
-        if finished(self.root, run) is None:  # another sweep may have made it since
-            code, output = self._train(run, lock)
-        seconds = time.perf_counter() - begin
-        self.left.remove(run)
-        summary = finished(self.root, run)
-        note = self.root / f"{run.name}.failure.txt"
-        if summary is not None:
-            note.unlink(missing_ok=True)
+    def groups(self) -> list[list[Run]]:
+        """What is left, by process."""
+        groups: dict[Any, list[Run]] = collections.defaultdict(list)
+        for run in sorted(self.left, key=lambda run: run.seed) if self.together else self.left:
+            groups[run.settings if self.together else run].append(run)
+        return list(groups.values())
+
+    def _make_group(self, locks: dict[Run, IO[str]]) -> None:
+        """Runs of one cell. One that fails ends its process: those behind it get another."""
+        todo = list(locks)
+        while todo := self._without_finished(todo):
+            code, output = self._train(todo, locks)
+            if todo := [run for run in todo if run in self.left]:
+                self._fail(todo.pop(0), code, output)
+
+    def _without_finished(self, runs: list[Run], begin: float | None = None) -> list[Run]:
+        """The runs that have no summary yet. The others are done; they began at `begin`, or elsewhere."""
+        done = [run for run in runs if (self.root / run.name / "summary.json").exists()]
+        done = [run for run in done if finished(self.root, run) is not None]  # perhaps by another sweep
+        for run in done:
+            summary = finished(self.root, run)
+            assert summary is not None
+            (self.root / f"{run.name}.failure.txt").unlink(missing_ok=True)
+            seconds = summary["train_time_s"] if begin is None else (time.perf_counter() - begin) / len(done)
             self.estimate.add(run, seconds)
-            outcome = f"{summary['test_accuracy']:.2%} in {format_seconds(seconds)}"
-        else:
-            self.failed.append(run)
-            cause = f"exit code {code}" if code else "it wrote no summary of this config"
-            write_atomically(note, f"{shlex.join(self.command(run))}\n{cause}\n\n{output}")
-            outcome = f"[red]failed[/red] ({cause}): {note}"
+            self._tell(run, f"{summary['test_accuracy']:.2%} in {format_seconds(seconds)}")
+        return [run for run in runs if run not in done]
+
+    def _fail(self, run: Run, code: int, output: str) -> None:
+        self.failed.append(run)
+        cause = f"exit code {code}" if code else "it wrote no summary of this config"
+        note = self.root / f"{run.name}.failure.txt"
+        write_atomically(note, f"{shlex.join(self.command([run]))}\n{cause}\n\n{output}")
+        self._tell(run, f"[red]failed[/red] ({cause}): {note}")
+
+    def _tell(self, run: Run, outcome: str) -> None:
+        self.left.remove(run)
         self.bar.advance(self.task)
         left = format_seconds(self.estimate.left(self.left))
         self.console.print(f"{run.name}: {outcome}; {len(self.left)} left, about {left}", soft_wrap=True)
 
-    def _train(self, run: Run, lock: IO[str]) -> tuple[int, str]:
-        """Exit code and end of the output of a run's process, which is ended if this one is."""
-        begin = time.perf_counter()
+    def _train(self, runs: list[Run], locks: dict[Run, IO[str]]) -> tuple[int, str]:
+        """Exit code and end of the output of the runs' process, which is ended if this one is."""
+        begin, pending = time.perf_counter(), runs
         with tempfile.TemporaryFile("w+", errors="replace") as output:
             # A group of its own: Ctrl-C reaches it through us, once, and not in the middle of its own clean-up.
             child = subprocess.Popen(
-                self.command(run), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                pass_fds=(lock.fileno(),), process_group=0, env=cached_compilation(self.root),
+                self.command(runs), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                pass_fds=tuple(locks[run].fileno() for run in runs), process_group=0,
+                env=cached_compilation(self.root),
             )  # fmt: skip
-            own, others = self.estimate.left([run]), self.estimate.left([r for r in self.left if r is not run])
             try:
                 while child.poll() is None:
-                    left = None
-                    if own is not None and others is not None:
-                        left = max(0.0, own - (time.perf_counter() - begin)) + others
-                    self.bar.update(self.task, description=run.name, left=format_seconds(left))
+                    left = self.estimate.left(self.left)
+                    if left is not None:
+                        left = max(0.0, left - (time.perf_counter() - begin))
+                    self.bar.update(self.task, description=(pending or runs)[0].name, left=format_seconds(left))
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         child.wait(timeout=1)
+                    if len(now := self._without_finished(pending, begin)) < len(pending):
+                        begin, pending = time.perf_counter(), now
+                self._without_finished(pending, begin)
             finally:
                 if child.poll() is None:
                     child.terminate()
@@ -264,14 +301,16 @@ def main() -> None:
     console = program.console()
     runs, root = runs_from_flags(), Path(FLAGS.root)
     command = train_command(root, FLAGS.data_dir)
-    sweep = Sweep(root, runs, command, console)
+    preset = grid.PRESETS.get(FLAGS.preset, {})
+    together = bool(preset.get("together")) if FLAGS.together is None else FLAGS.together
+    sweep = Sweep(root, runs, command, console, together=together)
     cells = len({run.settings for run in runs})
     left = format_seconds(sweep.estimate.left(sweep.left))
     console.print(f"{len(runs)} runs of {cells} cells: {len(runs) - len(sweep.left)} done, {len(sweep.left)} left, "
                   f"about {left}")  # fmt: skip
     if FLAGS.dry_run:
-        for run in sweep.left:
-            console.print(shlex.join(command(run)), soft_wrap=True, highlight=False, markup=False)
+        for group in sweep.groups():
+            console.print(shlex.join(command(group)), soft_wrap=True, highlight=False, markup=False)
         return
     root.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGTERM, signal.SIGHUP):

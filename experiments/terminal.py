@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -28,7 +27,7 @@ def format_bytes(count: int) -> str:
 
 def layer_table(config: Config, components: Components, state: TrainState) -> Table:
     """One row for each linear layer and convolution: shape, density, blocks, implementation, bytes."""
-    images = jax.ShapeDtypeStruct((config.batch_size, *config.image_shape), jnp.float32)
+    images = config.abstract_inputs()
     with record_choices() as choices:
         jax.eval_shape(lambda state, x: components.model.apply(state.variables, x, train=False), state, images)
     found = nodes(state.topology)

@@ -2,12 +2,15 @@
 
 python -m experiments.train                                   digits, DSB, sparsity 0.9: a minute on a CPU
 python -m experiments.train --dataset=cifar10 --data_dir=DIR --model=wrn-22-2 --distribution=erk
+python -m experiments.train --seeds=0,1,2                     one after another in one process: nothing compiles twice
 """
 
+import dataclasses
 import itertools
 from pathlib import Path
 
 from absl import flags
+from rich.console import Console
 
 from dsb_jax.training import data, loop
 from dsb_jax.training.build import make_method
@@ -22,6 +25,7 @@ def define_flags() -> None:
     """The config's flags and where the run lives."""
     config_flags.define()
     flags.adopt_module_key_flags(config_flags)  # so that --help shows them
+    flags.DEFINE_list("seeds", None, "Several runs instead of the one of --seed; --workdir then contains {seed}.")
     flags.DEFINE_string("workdir", None, "Where the run is written; by default a new folder in runs/.")
     flags.DEFINE_bool("resume", False, "Continue the run in workdir from its latest checkpoint.")
     flags.DEFINE_integer("keep_last", 2, "Checkpoints to keep, beside the best.")
@@ -37,15 +41,40 @@ def default_workdir(config: Config, resume: bool) -> Path:
     return Path("runs") / (name if not taken else f"{name}-{len(taken) + 1}")
 
 
+def configs_from_flags() -> list[tuple[Config, Path]]:
+    """The runs that the flags ask for, and where each is written.
+
+    Raises:
+      ValueError: if a flag is invalid.
+    """
+    config = config_flags.config_from_flags()
+    try:
+        seeds = [config.seed] if FLAGS.seeds is None else [int(text) for text in FLAGS.seeds]
+    except ValueError:
+        raise ValueError(f"seeds={','.join(FLAGS.seeds)} are not all integers; give such as 0,1,2.") from None
+    if len(seeds) > 1 and FLAGS.workdir is not None and "{seed}" not in FLAGS.workdir:
+        raise ValueError(f"workdir={FLAGS.workdir!r} is one folder for {len(seeds)} runs; write {{seed}} into it.")
+    runs = []
+    for seed in seeds:
+        config = dataclasses.replace(config, seed=seed)
+        check_config(config)
+        own = FLAGS.workdir and FLAGS.workdir.replace("{seed}", str(seed))
+        runs.append((config, Path(own) if own else default_workdir(config, FLAGS.resume)))
+    return runs
+
+
 def main() -> None:
     """Flags -> library calls."""
     console = program.console()
-    config = config_flags.config_from_flags()
-    workdir = Path(FLAGS.workdir) if FLAGS.workdir else default_workdir(config, FLAGS.resume)
-    check_config(config)
-    make_method(config)
-    dataset = data.load(config.dataset, data_dir=FLAGS.data_dir)
-    config = config_flags.with_default_interval(loop.for_dataset(config, dataset))
+    runs = configs_from_flags()
+    make_method(runs[0][0])
+    dataset = data.load(runs[0][0].dataset, data_dir=FLAGS.data_dir)
+    for config, workdir in runs:
+        train(config_flags.with_default_interval(loop.for_dataset(config, dataset)), dataset, workdir, console)
+
+
+def train(config: Config, dataset: data.Dataset, workdir: Path, console: Console) -> None:
+    """One run, its curves and its outcome."""
     progress = terminal.TerminalProgress(console)
     try:
         summary = loop.run(config, dataset, workdir, resume=FLAGS.resume, progress=progress, keep_last=FLAGS.keep_last)

@@ -84,7 +84,7 @@ def stepper(config: Config) -> Callable[[], Any]:
     """A call that makes one training step on fixed random images, carrying its state along."""
     components, state = create(config)
     image_key, label_key = jax.random.split(jax.random.key(config.seed))
-    images = jax.random.normal(image_key, (config.batch_size, *config.image_shape))
+    images = jax.random.normal(image_key, (config.batch_size, *config.input_shape))
     labels = jax.random.randint(label_key, (config.batch_size,), 0, config.num_classes)
     held = [state]
 
@@ -112,7 +112,7 @@ def find_inputs(config: Config, components: Components) -> dict[Path, tuple[nn.M
             seen.setdefault(context.module.path, (context.module, shape))
         return call(*args, **kwargs)
 
-    images = jax.ShapeDtypeStruct((config.batch_size, *config.image_shape), jnp.float32)
+    images = config.abstract_inputs()
     with nn.intercept_methods(watch):
         jax.eval_shape(components.model.init, jax.random.key(0), images)
     return seen

@@ -44,11 +44,11 @@ def test_cifar100_is_read_trained_and_evaluated(tmp_path):
     one_sparse_layer = ("stem", "head", "conv_1", "conv_2")  # compiles fastest
     config = Config(dataset="cifar100", method="ssb", epochs=1, batch_size=16, keep_dense=one_sparse_layer)
     config = loop.for_dataset(config, dataset)
-    assert (config.image_shape, config.num_classes, config.total_steps) == ((32, 32, 3), 100, 4)
+    assert (config.input_shape, config.num_classes, config.total_steps) == ((32, 32, 3), 100, 4)
     summary = loop.run(config, dataset, tmp_path / "run", resume=False, progress=Silent())
     assert np.isfinite(summary["test_loss"])
     restored = restore(tmp_path / "run")
     components, state = restored.components, restored.state
     assert state.params["head"]["kernel"].shape == (128, 100)
-    logits = jax.eval_shape(lambda s, x: components.model.apply(s.variables, x), state, dataset.test_images[:2] / 255)
+    logits = jax.eval_shape(lambda s, x: components.model.apply(s.variables, x), state, dataset.test_inputs[:2] / 255)
     assert logits.shape == (2, 100)

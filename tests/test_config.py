@@ -8,7 +8,7 @@ import pytest
 from dsb_jax.methods import DSB, SET, Static, schedule
 from dsb_jax.ops import tuning
 from dsb_jax.training.build import build, decide_feature_major, dense_rules, make_method
-from dsb_jax.training.config import DROP_SCHEDULES, METHODS, Config, check_config
+from dsb_jax.training.config import METHODS, PROTOCOLS, Config, check_config
 
 
 def test_json_and_back():
@@ -61,7 +61,7 @@ def test_methods_have_the_settings_of_the_config():
 
 
 def test_the_schedule_of_the_authors():
-    config = dataclasses.replace(Config(total_steps=62_560), **DROP_SCHEDULES["authors"])
+    config = dataclasses.replace(Config(total_steps=62_560), **PROTOCOLS["authors"])
     method = make_method(config)
     assert {name: getattr(method, name) for name in schedule.AUTHORS} == dict(schedule.AUTHORS)
     assert float(schedule.drop_fraction(method, 37_499)) == pytest.approx(0.15, abs=1e-4)  # where it stops

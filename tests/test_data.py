@@ -55,13 +55,13 @@ def random_images(shape, seed=0):
 
 def test_digits_split_is_fixed_and_stratified():
     digits, again = data.load("digits"), data.load("digits")
-    assert digits.train_images.shape == (1437, 8, 8, 1)
-    assert digits.test_images.shape == (360, 8, 8, 1)
-    assert digits.train_images.dtype == np.uint8
+    assert digits.train_inputs.shape == (1437, 8, 8, 1)
+    assert digits.test_inputs.shape == (360, 8, 8, 1)
+    assert digits.train_inputs.dtype == np.uint8
     assert digits.train_labels.dtype == np.int32
-    assert digits.train_images.min() == 0
-    assert digits.train_images.max() == 255
-    np.testing.assert_array_equal(digits.train_images, again.train_images)
+    assert digits.train_inputs.min() == 0
+    assert digits.train_inputs.max() == 255
+    np.testing.assert_array_equal(digits.train_inputs, again.train_inputs)
     np.testing.assert_array_equal(digits.test_labels, again.test_labels)
     train_share, test_share = (np.bincount(y) / len(y) for y in (digits.train_labels, digits.test_labels))
     np.testing.assert_allclose(train_share, test_share, atol=0.003)
@@ -70,9 +70,9 @@ def test_digits_split_is_fixed_and_stratified():
 
 def test_moments_are_those_of_the_training_images():
     digits = data.load("digits")
-    np.testing.assert_allclose(digits.mean, [(digits.train_images / 255).mean()], rtol=1e-12)
-    np.testing.assert_allclose(digits.std, [(digits.train_images / 255).std()], rtol=1e-12)
-    pixels = np.asarray(jax.jit(data.normalize)(digits.train_images, digits.mean, digits.std))
+    np.testing.assert_allclose(digits.mean, [(digits.train_inputs / 255).mean()], rtol=1e-12)
+    np.testing.assert_allclose(digits.std, [(digits.train_inputs / 255).std()], rtol=1e-12)
+    pixels = np.asarray(jax.jit(data.normalize)(digits.train_inputs, digits.mean, digits.std))
     assert pixels.mean() == pytest.approx(0, abs=1e-4)
     assert pixels.std() == pytest.approx(1, abs=1e-4)
 
@@ -91,9 +91,9 @@ def test_a_tfds_set_is_read_exactly_and_in_order(tmp_path, shape, augmentation):
     images, labels = random_images(shape)
     write_image_set(tmp_path, "tiny_set", images, labels, splits=("train", "validation"))
     loaded = data.load("tiny_set", data_dir=tmp_path)
-    np.testing.assert_array_equal(np.concatenate([loaded.train_images, loaded.test_images]), images)
+    np.testing.assert_array_equal(np.concatenate([loaded.train_inputs, loaded.test_inputs]), images)
     np.testing.assert_array_equal(np.concatenate([loaded.train_labels, loaded.test_labels]), labels)
-    assert loaded.train_images.shape[0] == 16  # two shards of 8: order holds across them
+    assert loaded.train_inputs.shape[0] == 16  # two shards of 8: order holds across them
     assert loaded.train_labels.dtype == np.int32
     assert (loaded.num_classes, loaded.augmentation) == (3, augmentation)
     assert "tensorflow" not in sys.modules

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 
+import jax
+import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
@@ -18,6 +20,10 @@ from dsb_jax.training.config import Config
 DENSE = {("conv",): (conv_spec((2, 2), 8, 16), 25), ("head",): (linear_spec(16, 10), 1)}
 CALLS = {**DENSE, ("conv",): (conv_spec((2, 2), 8, 16).with_blocks((4, 8), 4), 25)}
 CONV, HEAD = 16 * 32 * 25, 10 * 16
+
+
+def image(*shape):
+    return jax.ShapeDtypeStruct((1, *shape), jnp.float32)
 
 
 def conv_and_head(**how):
@@ -75,7 +81,7 @@ def test_an_impossible_share_is_refused():
 def test_positions_of_a_model_in_either_order(feature_major):
     components = build(Config(implementation="xla" if feature_major else "dense"))
     assert components.model.layers.feature_major == feature_major
-    positions = {path: n for path, (_, n) in flops.find_calls(components.model, (8, 8, 1)).items()}
+    positions = {path: n for path, (_, n) in flops.find_calls(components.model, image(8, 8, 1)).items()}
     names = ("stem", "conv_1", "conv_2", "conv_3", "head")
     assert positions == {(name,): n for name, n in zip(names, (64, 64, 16, 16, 1), strict=True)}
 
@@ -87,7 +93,7 @@ def test_a_layer_called_twice_counts_twice():
             layer = nn.Dense(4, name="layer")
             return layer(layer(x.reshape(x.shape[0], -1)))
 
-    assert flops.find_calls(Twice(), (2, 2, 1)) == {("layer",): (linear_spec(4, 4), 2)}
+    assert flops.find_calls(Twice(), image(2, 2, 1)) == {("layer",): (linear_spec(4, 4), 2)}
 
 
 def test_methods_against_dense():
@@ -96,7 +102,7 @@ def test_methods_against_dense():
 
     def ratios(method, **costs):
         components = build(dataclasses.replace(config, method=method))
-        return flops.measure(components.model, reference, config.image_shape, **costs)
+        return flops.measure(components.model, reference, config.abstract_inputs(1), **costs)
 
     assert ratios("dense") == {"train_ratio": 1, "inference_ratio": 1}
     # By hand: conv_1 holds 7, conv_2 29 and conv_3 58 blocks of 256 weights.

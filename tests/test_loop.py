@@ -52,9 +52,9 @@ def digits():
     full = data.load("digits")
     return dataclasses.replace(
         full,
-        train_images=full.train_images[:480],
+        train_inputs=full.train_inputs[:480],
         train_labels=full.train_labels[:480],
-        test_images=full.test_images[:100],
+        test_inputs=full.test_inputs[:100],
         test_labels=full.test_labels[:100],
     )
 
@@ -82,10 +82,10 @@ def test_the_summary_holds_what_is_promised(finished):
     rest, sparse, dense = 64 * (288 + 18432) + 16 * 73728 + 1280, 16 * 230 * 64, 16 * 128 * 1152
     inference = (rest + sparse) / (rest + dense)
     assert summary["flops"]["inference_ratio"] == pytest.approx(inference)
-    # Training costs more for 5 adaptations in 30 steps on 32 of 48 images, each forward, back to the inputs, and with
+    # Training costs more for 5 adaptations in 30 steps, each forward, back to the inputs, and with
     # one dense weight gradient.
     adaptation = (2 * inference + dense / (rest + dense)) / 3
-    assert summary["flops"]["train_ratio"] == pytest.approx(inference + 5 / 30 * 32 / 48 * adaptation)
+    assert summary["flops"]["train_ratio"] == pytest.approx(inference + 5 / 30 * adaptation)
     assert summary["adaptations"] == 5  # steps 4, 8, ..., 20 of 30, T_end = 24
     assert Config.from_json(summary["config"]) == dataclasses.replace(config, feature_major=True)
 

@@ -55,7 +55,7 @@ def test_table_three(results):
 
 
 def test_the_account_is_that_of_a_real_state(results):
-    _, state = create(Config(dataset="random", image_shape=(32, 32, 3), method="dsb"))
+    _, state = create(Config(dataset="random", input_shape=(32, 32, 3), method="dsb"))
     blocks = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params) if path[-1].key == "blocks"]
     row = results["dsb", "training"]
     assert row["weights_bytes"] == sum(leaf.nbytes for leaf in blocks)
@@ -66,7 +66,7 @@ def test_the_account_is_that_of_a_real_state(results):
 
 def test_xla_counts_too(define):
     config = Config(
-        dataset="random", image_shape=(8, 8, 3), method="dsb", batch_size=2, grow="random",
+        dataset="random", input_shape=(8, 8, 3), method="dsb", batch_size=2, grow="random",
         keep_dense=("stem", "head", "conv_1", "conv_2"),
     )  # fmt: skip
     with flagsaver.flagsaver(xla=True):

@@ -82,7 +82,7 @@ def test_depth_counts_the_layers_of_a_wide_residual_network(depth):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet", r"model='resnet' is unknown; choose one of convnet, resnet18, vgg16, wrn-DEPTH-WIDTH"),
+        ("resnet", r"model='resnet' is unknown; choose one of convnet, narrow_convnet, resnet18"),
         ("WRN-22-2", r"model='WRN-22-2' is unknown"),
         ("wrn-22", r"model='wrn-22' is unknown"),
         ("", r"model='' is unknown"),
@@ -139,7 +139,7 @@ def test_a_plan_over_each_model_makes_its_sparse_twin(name, distribution):
 
 
 @pytest.mark.parametrize("feature_major", [False, True])
-def test_images_too_small_for_vgg_are_refused_with_the_least_size(feature_major):
+def test_inputs_too_small_for_vgg_are_refused_with_the_least_size(feature_major):
     model = create("vgg16", num_classes=10, conv=SparseConv, feature_major=feature_major)
 
     def logits(height, width):

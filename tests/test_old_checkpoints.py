@@ -42,7 +42,7 @@ def expected(old):
 @pytest.fixture(scope="module")
 def batches():
     digits = data.load("digits")
-    images = data.normalize(digits.train_images[:96], digits.mean, digits.std).reshape(3, 32, 8, 8, 1)
+    images = data.normalize(digits.train_inputs[:96], digits.mean, digits.std).reshape(3, 32, 8, 8, 1)
     return images, jnp.asarray(digits.train_labels[:96]).reshape(3, 32)
 
 

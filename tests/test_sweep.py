@@ -42,7 +42,8 @@ folder.mkdir()
 
 
 def stand_in(root, code=lambda run: 0, calls=None):
-    def command(run):
+    def command(runs):
+        (run,) = runs
         summary = {"config": run.config.to_json(), "test_accuracy": 0.5 + run.seed / 10, "train_time_s": 1.0}
         return [sys.executable, "-c", STAND_IN, str(root / run.name), json.dumps(summary), str(code(run))]
 
@@ -88,7 +89,7 @@ def test_settings_without_effect_or_equal_to_the_default_make_no_new_run():
 
 def test_a_run_is_done_if_the_config_is_the_same(tmp_path):
     run = grid.make_run({"dataset": "cifar10"}, 0)
-    config = run.config.to_json() | {"total_steps": 7, "image_shape": [32, 32, 3], "update_interval": 5}
+    config = run.config.to_json() | {"total_steps": 7, "input_shape": [32, 32, 3], "update_interval": 5}
     assert run.matches(config)
     assert not run.matches(config | {"weight_decay": 0.5})
     assert not run.matches({k: v for k, v in config.items() if k != "grow"})

@@ -89,7 +89,7 @@ def test_the_layers_of_a_model_are_those_that_it_looks_up(monkeypatch):
     asked: list[LayerCall] = []
     monkeypatch.setattr(tuned, "lookup", lambda layer, device_kind: asked.append(layer))
     config = Config(
-        dataset="random", image_shape=(32, 32, 3), model="resnet18", block_shape=(32, 8), batch_size=4,
+        dataset="random", input_shape=(32, 32, 3), model="resnet18", block_shape=(32, 8), batch_size=4,
         dtype="bfloat16", label_smoothing=0.125,  # so that no other test has built it before
     )  # fmt: skip
     images = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)

@@ -20,6 +20,7 @@ from dsb_jax.losses import Loss, smoothed_cross_entropy
 from dsb_jax.methods import METHODS, Method
 from dsb_jax.ops.convolution import conv_general_dilated
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, record_choices
+from dsb_jax.paths import KERNEL, WEIGHTS
 from dsb_jax.plan import FoundModel, SparsityPlan, make_plan
 from dsb_jax.rules import Rule
 from dsb_jax.spec import LayerSpec
@@ -34,6 +35,7 @@ class Components(NamedTuple):
 
     Attributes:
       plan, method: None for the models without sparse layers.
+      fill: what the moments of newly active weights begin with, as `dsb_jax.adaptation` takes it.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class Components(NamedTuple):
     optimizer: optax.GradientTransformation
     loss: Loss
     learning_rate: optax.Schedule
+    fill: tuple[tuple[str, str], ...] = ()
 
 
 def build(config: Config) -> Components:
@@ -75,15 +78,35 @@ def make_method(config: Config) -> Method | None:
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer and its learning rate by step. SGD's weight decay is L2, AdamW's decoupled."""
     base, total = config.learning_rate, config.total_steps
+    warmup = round(config.warmup_fraction * total)
+    rigl_steps = {round(i * 30_000 / 97_656 * total): 0.2 for i in (1, 2, 3)}
     schedule = {
         "cosine": lambda: optax.cosine_decay_schedule(base, total),
         "step": lambda: optax.piecewise_constant_schedule(base, {total // 2: 0.1, total * 3 // 4: 0.1}),
+        "rigl_step": lambda: optax.piecewise_constant_schedule(base, rigl_steps),
         "constant": lambda: optax.constant_schedule(base),
     }[config.learning_rate_schedule]()
+    if warmup:
+        schedule = _warmed_up(schedule, warmup)
+    mask = decayed_kernels if config.decay_kernels_only else None
     if config.optimizer == "adamw":
-        return optax.adamw(schedule, weight_decay=config.weight_decay), schedule
-    sgd = optax.sgd(schedule, momentum=config.momentum or None)
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), sgd), schedule
+        return optax.adamw(schedule, weight_decay=config.weight_decay, mask=mask), schedule
+    sgd = optax.sgd(schedule, momentum=config.momentum or None, nesterov=config.nesterov)
+    return optax.chain(optax.add_decayed_weights(config.weight_decay, mask), sgd), schedule
+
+
+def _warmed_up(schedule: optax.Schedule, warmup: int) -> optax.Schedule:
+    """The schedule times a factor that rises to 1 within `warmup` steps."""
+
+    def warmed_up(step: Any) -> Any:
+        return schedule(step) * jnp.minimum((step + 1) / warmup, 1)
+
+    return warmed_up
+
+
+def decayed_kernels(params: Any) -> Any:
+    """True for kernels and blocks: what weight decay reaches if it spares all else."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in (WEIGHTS, KERNEL), params)
 
 
 def decide_feature_major(config: Config, *, tuned: bool = False) -> bool:
@@ -94,9 +117,9 @@ def decide_feature_major(config: Config, *, tuned: bool = False) -> bool:
     `tuned` says so.
     """
     model, plan = _model(dataclasses.replace(config, feature_major=False))
-    if plan is None:
+    if plan is None or models.takes_text(config.model):
         return False
-    images = jax.ShapeDtypeStruct((config.batch_size, *config.image_shape), jnp.float32)
+    images = config.abstract_inputs()
     with record_choices(tuned=tuned) as choices:
         jax.eval_shape(model.init, make_key(0), images)
     sparse = [choice for choice in choices.values() if choice.reason != A_DENSE_LAYER]
@@ -105,20 +128,20 @@ def decide_feature_major(config: Config, *, tuned: bool = False) -> bool:
 
 
 def equal_width(
-    create: Callable[..., nn.Module], image_shape: tuple[int, int, int], make: Callable[..., SparsityPlan]
+    create: Callable[..., nn.Module], inputs: jax.ShapeDtypeStruct, make: Callable[..., SparsityPlan]
 ) -> float:
     """The width multiplier at which the dense model has about as many weights as the sparse model of the plan stores.
 
     Widths are whole numbers, so the nearest that bisection finds; weights of linear layers and convolutions count.
     """
-    plan = make(_layers(create(width_multiplier=1.0), image_shape))
+    plan = make(_layers(create(width_multiplier=1.0), inputs))
     wanted = sum(
         planned.num_active if isinstance(planned, LayerSpec) else plan.sizes[path].size
         for path, planned in plan.items()
     )
 
     def excess(width: float) -> int:
-        layers = _layers(create(width_multiplier=width), image_shape).layers
+        layers = _layers(create(width_multiplier=width), inputs).layers
         return sum(found.spec.size for found in layers.values()) - wanted
 
     low, high = 1 / 64, 1.0
@@ -135,7 +158,8 @@ def _build(config: Config) -> Components:
     model, plan = _model(config)
     optimizer, schedule = make_optimizer(config)
     loss = smoothed_cross_entropy(config.label_smoothing)
-    return Components(model, plan, make_method(config), optimizer, loss, schedule)
+    fill = (("nu", config.fill),) if config.fill is not None and config.optimizer == "adamw" else ()
+    return Components(model, plan, make_method(config), optimizer, loss, schedule, fill)
 
 
 def _model(config: Config) -> tuple[nn.Module, SparsityPlan | None]:
@@ -157,11 +181,11 @@ def _model(config: Config) -> tuple[nn.Module, SparsityPlan | None]:
         min_group_blocks=config.min_group_blocks,
     )
     if config.method == "small_dense":
-        create = functools.partial(create, width_multiplier=equal_width(create, config.image_shape, make))
+        create = functools.partial(create, width_multiplier=equal_width(create, config.abstract_inputs(1), make))
     dense = create(conv=functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated))
     if method is None:
         return dense, None
-    plan = make(_layers(dense, config.image_shape))
+    plan = make(_layers(dense, config.abstract_inputs(1)))
     sparse: dict[str, Any] = {"plan": plan, "implementation": config.implementation, "method": method}
     model = create(
         conv=functools.partial(SparseConv, **sparse),
@@ -177,5 +201,5 @@ def dense_rules(keep_dense: tuple[str, ...]) -> tuple[Rule, ...]:
     return (Rule(f"(.*/)?({'|'.join(texts)})(/.*)?", dense=True),) if texts else ()
 
 
-def _layers(model: nn.Module, image_shape: tuple[int, int, int]) -> FoundModel:
-    return find_layers(model, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), rngs=make_key(0))
+def _layers(model: nn.Module, inputs: jax.ShapeDtypeStruct) -> FoundModel:
+    return find_layers(model, inputs, rngs=make_key(0))

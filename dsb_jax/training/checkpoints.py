@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from dsb_jax.checkpoint import (
     CONFIG_FILES,
@@ -121,7 +120,7 @@ def restore(
 
 def abstract_state(config: Config, components: Components, *, key_impl: str = KEY_IMPL) -> TrainState:
     """Shapes and dtypes of the train state of a config."""
-    images = jax.ShapeDtypeStruct((1, *config.image_shape), jnp.float32)
+    images = config.abstract_inputs(1)
     create = functools.partial(create_train_state, components.model, components.optimizer, inputs=images)
     return jax.eval_shape(create, jax.random.key(config.seed, impl=key_impl))
 

@@ -9,7 +9,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from dsb_jax import methods
+from dsb_jax.filling import FILLS
 from dsb_jax.methods import schedule
 from dsb_jax.ops.dispatch import check_implementation
 from dsb_jax.plan import MIN_BLOCKS, MIN_GROUP_BLOCKS
@@ -17,20 +21,47 @@ from dsb_jax.plan import MIN_BLOCKS, MIN_GROUP_BLOCKS
 DENSE_METHODS = ("dense", "small_dense")  # no methods of a layer, but models without sparse layers
 METHODS = (*methods.METHODS, *DENSE_METHODS)
 OPTIMIZERS = ("sgd", "adamw")
-LEARNING_RATE_SCHEDULES = ("cosine", "step", "constant")
+LEARNING_RATE_SCHEDULES = ("cosine", "step", "rigl_step", "constant")
 DTYPES = ("float32", "bfloat16")
 KEEP_DENSE = ("stem", "head")  # the first convolution and the classifier of our models
 
-# Fields by the name of a schedule of the drop fraction. The authors' own, scaled from their 62,560 steps to any number:
-# it ends while half of the drop fraction is left.
-DROP_SCHEDULES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+# Published protocols for WRN-22-2 on CIFAR, by name; steps scale with the length of a run.
+_AUTHORS_STEPS = 62_560  # 160 epochs
+PROTOCOLS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
+        # Jiang, Hu, Song, NeurIPS 2022, and the authors' code: the drop fraction is annealed over more steps than the
+        # training has, and half of it is left where adapting stops.
         "authors": {
+            "model": "wrn-22-2",
+            "dropout_rate": 0.3,
+            "distribution": "erk",
+            "epochs": 160,
+            "batch_size": 128,
+            "learning_rate": 0.1,
+            "learning_rate_schedule": "step",
+            "momentum": 0.9,
+            "weight_decay": 1e-4,
             "drop_fraction": schedule.AUTHORS["drop_fraction"],
             "update_interval": schedule.AUTHORS["update_interval"],
-            "update_end_fraction": schedule.AUTHORS["update_end_step"] / 62_560,
-            "anneal_fraction": schedule.AUTHORS["anneal_steps"] / 62_560,
-        }
+            "update_end_fraction": schedule.AUTHORS["update_end_step"] / _AUTHORS_STEPS,
+            "anneal_fraction": schedule.AUTHORS["anneal_steps"] / _AUTHORS_STEPS,
+        },
+        # Evci et al., ICML 2020, section 4.2 and appendix: Nesterov, weight decay on kernels alone.
+        "rigl": {
+            "model": "wrn-22-2",
+            "distribution": "erk",
+            "epochs": 250,
+            "batch_size": 128,
+            "learning_rate": 0.1,
+            "learning_rate_schedule": "rigl_step",
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": 5e-4,
+            "decay_kernels_only": True,
+            "drop_fraction": 0.3,
+            "update_interval": 100,
+            "update_end_fraction": 0.75,
+        },
     }
 )
 
@@ -42,38 +73,50 @@ _YOUNGER = (
     "anneal_fraction",
     "keep_grouping",
     "feature_major",
+    "steps",
+    "warmup_fraction",
+    "nesterov",
+    "decay_kernels_only",
+    "fill",
 )
+
+_OLD_NAMES = {"image_shape": "input_shape"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The values that determine a run. Defaults are those of `make train`: digits, DSB, 90 % sparse.
 
-    The paper's CIFAR protocol (160 epochs, WRN-22-2): optimizer sgd, momentum 0.9, weight_decay 1e-4, batch_size
-    128, learning_rate 0.1, learning_rate_schedule step, distribution erk, update_interval 100, drop_fraction 0.3,
-    update_end_fraction 0.5, dropout_rate 0.3, block_shape 16x16.
+    `PROTOCOLS` has the values of published ones.
 
     Attributes:
-      image_shape, num_classes: of the data; filled in from the data set.
+      input_shape, num_classes: of the data, (H, W, C) or of text (T,); filled in from the data set.
       method: one of `METHODS`; "dense" and "small_dense" (as many weights as the sparse model stores, by a smaller
         width) have no sparse layers.
       update_end_fraction: where adapting ends, as a fraction of all training steps.
       anneal_fraction: where the drop fraction is 0, as a fraction of all training steps, which may be above 1; None
         for where adapting ends.
       backward_factor: of Top-KAST, weights that have a gradient over active ones.
-      adapt_batch_size: images of the batch that an adaptation measures its statistics on, at most.
+      adapt_batch_size: examples of the batch that an adaptation measures its statistics on; None for all of them.
       keep_dense: patterns as in a shell; a layer whose path, or one part of it, matches stays dense.
       min_group_blocks: blocks that every row group has, in the plan and, with DSB, after every adaptation; 0 is the
         paper's rule, under which outputs can be without weights.
       keep_grouping: of DSB where rows change groups, see `dsb_jax.methods.DSB`.
-      learning_rate_schedule: "cosine" to zero, "step" (times 0.1 at 50 % and 75 %), or "constant".
-      total_steps: training steps of the whole run.
+      fill: what the second moments of newly active weights begin with, "group_mean" or "zero"; None for the default of
+        `dsb_jax.adaptation`.
+      steps: training steps of the whole run, instead of `epochs`; None for whole epochs.
+      total_steps: training steps of the whole run; filled in from the data set.
+      learning_rate_schedule: "cosine" to zero, "step" (times 0.1 at 50 % and 75 %), "rigl_step" (times 0.2 after every
+        30,000 of 97,656 steps), or "constant".
+      warmup_fraction: of all steps, in which the learning rate rises from 0 in proportion.
+      nesterov: of SGD.
+      decay_kernels_only: whether weight decay spares biases, normalization and embeddings.
       feature_major: whether hidden activations are [C, H, W, N]; None until it is decided, by the cost model, when the
         run begins.
     """
 
     dataset: str = "digits"
-    image_shape: tuple[int, int, int] = (8, 8, 1)
+    input_shape: tuple[int, ...] = (8, 8, 1)
     num_classes: int = 10
     model: str = "convnet"
     method: str = "dsb"
@@ -94,14 +137,19 @@ class Config:
     update_end_fraction: float = 0.75
     anneal_fraction: float | None = None
     backward_factor: float = 2.0
-    adapt_batch_size: int = 32
+    adapt_batch_size: int | None = None
+    fill: str | None = None
     epochs: int = 24
+    steps: int | None = None
     total_steps: int = 1056
     batch_size: int = 32
     learning_rate: float = 0.05
     learning_rate_schedule: str = "cosine"
+    warmup_fraction: float = 0.0
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 1e-4
+    decay_kernels_only: bool = False
     optimizer: str = "sgd"
     label_smoothing: float = 0.0
     dropout_rate: float = 0.0
@@ -125,6 +173,11 @@ class Config:
         """The step at which the drop fraction is 0; None for where adapting ends."""
         return None if self.anneal_fraction is None else max(round(self.anneal_fraction * self.total_steps), 1)
 
+    def abstract_inputs(self, batch_size: int | None = None) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of what the model takes: float images, int32 characters."""
+        dtype = jnp.int32 if len(self.input_shape) == 1 else jnp.float32
+        return jax.ShapeDtypeStruct((batch_size or self.batch_size, *self.input_shape), dtype)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values: tuples become lists."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
@@ -136,6 +189,7 @@ class Config:
         Raises:
           ValueError: if a name is unknown, or one is missing that always was there.
         """
+        values = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
         names = {field.name for field in dataclasses.fields(cls)}
         if odd := sorted((set(values) ^ names) - (set(_YOUNGER) - set(values))):
             raise ValueError(f"the config has unknown or missing fields {odd}; it was made by another version.")
@@ -163,6 +217,7 @@ def check_config(config: Config) -> None:
         ("drop_fraction", 0.0, 1.0),
         ("update_end_fraction", 0.0, 1.0),
         ("weight_decay", 0.0, math.inf),
+        ("warmup_fraction", 0.0, 1.0),
         ("dropout_rate", 0.0, 1.0),
         ("label_smoothing", 0.0, 1.0),
         ("momentum", 0.0, 1.0),
@@ -171,9 +226,16 @@ def check_config(config: Config) -> None:
         open_end = name not in ("drop_fraction", "update_end_fraction")
         if not (low <= value < high or (value == high and not open_end)):
             raise ValueError(f"{name}={value} is not in [{low:g}, {high:g}{')' if open_end else ']'}.")
-    for name in ("update_interval", "epochs", "total_steps", "batch_size", "adapt_batch_size", "learning_rate"):
+    for name in ("update_interval", "epochs", "total_steps", "batch_size", "learning_rate"):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name}={getattr(config, name)} is not a positive number.")
+    for name, otherwise in (("steps", "whole epochs"), ("adapt_batch_size", "whole batches")):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise ValueError(f"{name}={value} is not a positive number; leave it out for {otherwise}.")
+    if config.fill is not None and config.fill not in FILLS:
+        raise ValueError(f"fill={config.fill!r} is unknown; choose one of {', '.join(FILLS)}.")
+    if config.nesterov and not config.momentum:
+        raise ValueError("nesterov=True has no effect with momentum=0; give a momentum such as 0.9.")
     if config.anneal_fraction is not None and not 0 < config.anneal_fraction < math.inf:
         raise ValueError(
             f"anneal_fraction={config.anneal_fraction} is not a positive number; 1 is all of the training."

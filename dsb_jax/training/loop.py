@@ -22,7 +22,7 @@ from dsb_jax.paths import nodes
 from dsb_jax.telemetry import Explored
 from dsb_jax.train import adapt_step, eval_step, train_step
 from dsb_jax.train_state import TrainState, create_train_state
-from dsb_jax.training import data
+from dsb_jax.training import data, models
 from dsb_jax.training.build import Components, build, make_key
 from dsb_jax.training.checkpoints import check_workdir, restore
 from dsb_jax.training.config import Config
@@ -49,34 +49,45 @@ def for_dataset(config: Config, dataset: data.Dataset) -> Config:
     """Fills in what depends on the data.
 
     Raises:
-      ValueError: if a batch is larger than the data set.
+      ValueError: if a batch is larger than the data set, or the model takes something else.
     """
     num_train = len(dataset.train_labels)
     if config.batch_size > num_train:
         raise ValueError(f"batch_size={config.batch_size} is more than the {num_train} images of {dataset.name}.")
-    height, width, channels = dataset.train_images.shape[1:]
+    if models.takes_text(config.model) != (dataset.augmentation is None):
+        raise ValueError(
+            f"model={config.model!r} does not take {dataset.name}; give text a transformer, such as transformer-2-128, "
+            "and images any other model."
+        )
+    steps_per_epoch = num_train // config.batch_size
+    total_steps = config.steps or steps_per_epoch * config.epochs
     return dataclasses.replace(
         config,
-        image_shape=(height, width, channels),
+        input_shape=dataset.train_inputs.shape[1:],
         num_classes=dataset.num_classes,
-        total_steps=num_train // config.batch_size * config.epochs,
+        epochs=-(-total_steps // steps_per_epoch),
+        total_steps=total_steps,
     )
 
 
 def create(config: Config) -> tuple[Components, TrainState]:
     """The objects of a config and the first train state, a function of the seed alone."""
     components = build(config)
-    images = jax.ShapeDtypeStruct((config.batch_size, *config.image_shape), jnp.float32)
-    make = jax.jit(functools.partial(create_train_state, components.model, components.optimizer, inputs=images))
+    make = _initializer(components.model, components.optimizer, config.abstract_inputs())
     return components, make(make_key(config.seed))
+
+
+@functools.lru_cache(maxsize=8)  # the seeds of one config share what is compiled
+def _initializer(model: Any, optimizer: Any, inputs: jax.ShapeDtypeStruct) -> Any:
+    return jax.jit(functools.partial(create_train_state, model, optimizer, inputs=inputs))
 
 
 def evaluate(components: Components, state: TrainState, dataset: data.Dataset, batch_size: int) -> dict[str, float]:
     """Accuracy and mean loss over the whole test split."""
     totals: dict[str, Any] = {}
-    images, labels = dataset.test_images, dataset.test_labels
+    inputs, labels = dataset.test_inputs, dataset.test_labels
     for idx, weight in data.eval_batches(len(dataset.test_labels), batch_size):
-        batch = data.normalize(images[idx], dataset.mean, dataset.std)
+        batch = _as_inputs(dataset, inputs[idx])
         sums = eval_step(state, batch, labels[idx], jnp.asarray(weight), model=components.model)
         totals = jax.tree.map(jnp.add, totals, sums) if totals else sums
     totals = jax.device_get(totals)
@@ -86,40 +97,50 @@ def evaluate(components: Components, state: TrainState, dataset: data.Dataset, b
     }
 
 
+def _as_inputs(dataset: data.Dataset, raw: np.ndarray) -> jax.Array:
+    """What the model takes, of raw test examples."""
+    if dataset.augmentation is None:
+        return jnp.asarray(raw, jnp.int32)
+    return data.normalize(raw, dataset.mean, dataset.std)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _take(
+    size: int, augmentation: data.Augmentation | None, mean: tuple[float, ...], std: tuple[float, ...],
+    inputs: jax.Array, labels: jax.Array, order: jax.Array, key: jax.Array, start: np.int32, step: np.int32,
+) -> Any:  # fmt: skip
+    """The batch of one step, in one call: for small models each costs as much as a part of the step.
+
+    Everything that differs between the seeds of a sweep is an argument, so that it is compiled once for all of them.
+    """
+    idx = jax.lax.dynamic_slice_in_dim(order, start, size)
+    key = jax.random.fold_in(key, step)
+    return data.take_batch(inputs, labels, idx, key=key, augmentation=augmentation, mean=mean, std=std)
+
+
 class _Batches:
-    """The training images on the device, and the batch of any step: a function of the seed and the step alone."""
+    """The training data on the device, and the batch of any step: a function of the seed and the step alone."""
 
     def __init__(self, config: Config, dataset: data.Dataset) -> None:
         self.size = config.batch_size
         self.num_train = len(dataset.train_labels)
         self.steps_per_epoch = self.num_train // config.batch_size
-        self.images, self.labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
+        self.total_steps = config.total_steps
+        self.inputs, self.labels = jnp.asarray(dataset.train_inputs), jnp.asarray(dataset.train_labels)
         self.order_key, self.augment_key = jax.random.split(make_key(config.seed + 1))
+        self._how = self.size, dataset.augmentation, dataset.mean, dataset.std
 
-        def take(
-            images: jax.Array, labels: jax.Array, order: jax.Array, key: jax.Array, start: np.int32, step: np.int32
-        ) -> Any:
-            return data.take_batch(
-                images,
-                labels,
-                jax.lax.dynamic_slice_in_dim(order, start, self.size),
-                key=jax.random.fold_in(key, step),
-                augmentation=dataset.augmentation,
-                mean=dataset.mean,
-                std=dataset.std,
-            )
-
-        # One call a step: for small models each costs as much as a part of the step. Everything that differs between
-        # the seeds of a sweep is an argument, so that a compilation cache has the program for all of them.
-        self._take = jax.jit(take)
+    def end(self, epoch: int) -> int:
+        """The first step that is not of this epoch: of the next one, or none."""
+        return min((epoch + 1) * self.steps_per_epoch, self.total_steps)
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[tuple[int, tuple[jax.Array, jax.Array]]]:
         """(step, (images, labels)) from `first_step` to the end of the epoch."""
         order = data.epoch_order(self.order_key, epoch, self.num_train)
-        for step in range(first_step, (epoch + 1) * self.steps_per_epoch):
+        for step in range(first_step, self.end(epoch)):
             start = (step - epoch * self.steps_per_epoch) * self.size
-            batch = self._take(self.images, self.labels, order, self.augment_key, np.int32(start), np.int32(step))
-            yield step, batch
+            numbers = np.int32(start), np.int32(step)
+            yield step, _take(*self._how, self.inputs, self.labels, order, self.augment_key, *numbers)
 
 
 class _Training:
@@ -159,6 +180,7 @@ class _Training:
             method=method,
             optimizer=self.components.optimizer,
             loss=self.components.loss,
+            fill=dict(self.components.fill),
         )
         self.state, report = state, jax.device_get(jax.block_until_ready((state, report))[1])
         seconds = time.perf_counter() - begin
@@ -181,7 +203,7 @@ class _Training:
     def epoch(self, epoch: int, batches: _Batches) -> None:
         """The rest of one epoch, from the state's step on."""
         pending: list[dict[str, jax.Array]] = []
-        end = (epoch + 1) * batches.steps_per_epoch
+        end = batches.end(epoch)
         begin, num_timed = time.perf_counter(), 0
         for step, batch in batches.epoch(epoch, int(self.state.step)):
             if self._is_due(step):
@@ -247,7 +269,8 @@ def run(
         training = _Training(config, components, state, explored, metrics, progress)
         progress.begin(config, components, state, step)
         batches = _Batches(config, dataset)
-        for epoch in range(step // batches.steps_per_epoch, config.epochs):
+        first = step // batches.steps_per_epoch if step < config.total_steps else config.epochs
+        for epoch in range(first, config.epochs):
             training.epoch(epoch, batches)
             test = evaluate(components, training.state, dataset, max(config.batch_size, 256))
             step = int(training.state.step)

@@ -76,7 +76,7 @@ def measure_flops(config: Config, components: Components) -> dict[str, float]:
     return flops.measure(
         components.model,
         models.create(config.model, num_classes=config.num_classes),
-        config.image_shape,
+        config.abstract_inputs(1),
         statistic=None if method is None else method.statistic,
         adapt_share=flops.share_of_adaptations(
             method,

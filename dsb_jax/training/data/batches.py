@@ -1,4 +1,4 @@
-"""Batches from images that stay on the device as uint8: order, gather, random crop, flip, normalize.
+"""Batches from data that stay on the device as uint8: order, gather; of images random crop, flip, normalize.
 
 A data set of this project's size (CIFAR: 150 MB) fits the device, so a batch is a gather inside the compiled
 training step and the host sends nothing but the step. The augmentation is that of the paper's CIFAR runs (DSB,
@@ -77,33 +77,35 @@ def normalize(
 
 
 def take_batch(
-    images_u8: UInt8[Array, "n H W C"],
-    labels: Int[Array, "n"],
+    inputs_u8: UInt8[Array, "n ..."],
+    labels: Int[Array, "n ..."],
     idx: Int[Array, "B"],
     *,
     key: Key[Array, ""],
-    augmentation: Augmentation,
+    augmentation: Augmentation | None,
     mean: Sequence[float] | Float[Array | np.ndarray, "C"],
     std: Sequence[float] | Float[Array | np.ndarray, "C"],
     dtype: DTypeLike = jnp.float32,
-) -> tuple[Float[Array, "B H W C"], Int[Array, "B"]]:
+) -> tuple[Array, Int[Array, "B ..."]]:
     """Gathers, augments and normalizes one training batch. Jit-able; `augmentation` and `dtype` are static.
 
     The padding is black (raw zeros, as in the usual CIFAR recipe), hence `-mean / std` in the result.
 
     Args:
-      images_u8: the whole training set, on the device.
+      inputs_u8: the whole training set, on the device: images [n, H, W, C], or text [n, T].
       labels: int32, of the whole training set.
       idx: which examples, each in 0..n-1.
       key: of this batch; each image draws a crop and a flip of its own from it.
-      augmentation: crop and flip.
-      mean, std: per channel, in units of 0..1.
+      augmentation: crop and flip of images; None for text.
+      mean, std: per channel, in units of 0..1; of images.
       dtype: of the images returned.
 
     Returns:
-      The images and their int32 labels.
+      The images, floats, or the characters, int32; and their int32 labels.
     """
-    pixels = _crop_and_flip(images_u8, idx, key, augmentation)
+    if augmentation is None:
+        return inputs_u8[idx].astype(jnp.int32), labels[idx].astype(jnp.int32)
+    pixels = _crop_and_flip(inputs_u8, idx, key, augmentation)
     return normalize(pixels, mean, std, dtype), labels[idx].astype(jnp.int32)
 
 

@@ -1,4 +1,4 @@
-"""Image-classification sets as uint8 arrays in memory: scikit-learn's digits, and those of TensorFlow Datasets.
+"""Data sets as uint8 arrays in memory: scikit-learn's digits, those of TensorFlow Datasets, and Python's own text.
 
 TensorFlow itself is not needed to read: a prepared set in the array_record format is read through
 `builder.as_data_source`, and its JPEG or PNG bytes are decoded here. To *prepare* a set, tfds downloads it, and for
@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import operator
 import os
+import re
 import socket
 import urllib.parse
 import urllib.request
@@ -20,6 +21,7 @@ import absl.logging
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from dsb_jax.training.data import text
 from dsb_jax.training.data.batches import Augmentation
 from dsb_jax.training.data.images import MODES, decode
 
@@ -29,29 +31,31 @@ _READ_BATCH = 2048
 # Images and labels of one split. Unnamed sizes, because the two splits of a set differ in n.
 Examples = tuple[UInt8[np.ndarray, "_ H W C"], Int[np.ndarray, "_"]]
 
+_POOLED = re.compile(r"(.+)@(\d+)x(\d+)")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """One image-classification set, in memory on the host.
+    """One set of labelled images or of text, in memory on the host.
 
     Attributes:
       name: as given to `load`.
-      train_images, test_images: uint8[n, H, W, C], raw pixels.
-      train_labels, test_labels: int32[n], in 0..num_classes-1.
+      train_inputs, test_inputs: uint8[n, H, W, C], raw pixels; of text uint8[n, T], characters.
+      train_labels, test_labels: int32[n], in 0..num_classes-1; of text int32[n, T], the next characters.
       num_classes: number of classes.
-      mean, std: per channel, over the pixels of the training images, in units of 0..1.
-      augmentation: how to vary the training images.
+      mean, std: per channel, over the pixels of the training images, in units of 0..1; empty for text.
+      augmentation: how to vary the training images; None for text.
     """
 
     name: str
-    train_images: UInt8[np.ndarray, "n H W C"]
-    train_labels: Int[np.ndarray, "n"]
-    test_images: UInt8[np.ndarray, "m H W C"]
-    test_labels: Int[np.ndarray, "m"]
+    train_inputs: UInt8[np.ndarray, "n ..."]
+    train_labels: Int[np.ndarray, "n ..."]
+    test_inputs: UInt8[np.ndarray, "m ..."]
+    test_labels: Int[np.ndarray, "m ..."]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augmentation: Augmentation
+    augmentation: Augmentation | None
 
 
 def load(
@@ -61,34 +65,64 @@ def load(
 
     Args:
       name: `digits` (bundled with scikit-learn: 1797 gray images of 8x8, split 80/20 by class, always in the same
-        way), or the name of a tfds image-classification set with images of one size, such as `cifar10`.
+        way), `python_text` (`dsb_jax.training.data.text`), or the name of a tfds image-classification set with images
+        of one size, such as `cifar10`. `cifar10@8x8` is the same set with images averaged down to that size.
       data_dir: folder of the tfds sets; by default `TFDS_DATA_DIR` or `~/tensorflow_datasets`. A set that is not
         prepared there is downloaded and prepared there first.
-      augmentation: instead of the default, which is a crop after padding by 4 and a flip for 32x32 color
-        photographs, a crop after padding by H // 8 for everything else.
+      augmentation: instead of the default, which is a crop after padding by H // 8, and a flip for color photographs
+        of 32x32 pixels before pooling. Text is not varied.
 
     Raises:
       ValueError: if tfds does not know the set, or it is not one of 8-bit images of one size with one label each; the
-        first example that is not so is named.
+        first example that is not so is named. If images cannot be averaged down to the size asked for.
       FileNotFoundError: if the set is not prepared in `data_dir` and cannot be prepared here.
       ImportError: if a package that the set needs is not installed.
     """
-    if name == "digits":
-        (train_images, train_labels), (test_images, test_labels), num_classes = _read_digits()
+    if name == text.NAME:
+        (train_inputs, train_labels), (test_inputs, test_labels) = text.read_windows()
+        return Dataset(name, train_inputs, train_labels, test_inputs, test_labels, text.VOCABULARY, (), (), None)
+    pooled = _POOLED.fullmatch(name)
+    original = pooled[1] if pooled else name
+    if original == "digits":
+        (train_inputs, train_labels), (test_inputs, test_labels), num_classes = _read_digits()
     else:
-        (train_images, train_labels), (test_images, test_labels), num_classes = _read_tfds(name, data_dir)
-    mean, std = _channel_moments(train_images)
+        (train_inputs, train_labels), (test_inputs, test_labels), num_classes = _read_tfds(original, data_dir)
+    augmentation = augmentation or _default_augmentation(original, train_inputs.shape[1:])
+    if pooled:
+        size = int(pooled[2]), int(pooled[3])
+        pad = augmentation.pad * size[0] // train_inputs.shape[1]
+        augmentation = dataclasses.replace(augmentation, pad=pad)
+        train_inputs, test_inputs = (pool(images, size) for images in (train_inputs, test_inputs))
+    mean, std = _channel_moments(train_inputs)
     return Dataset(
         name=name,
-        train_images=train_images,
+        train_inputs=train_inputs,
         train_labels=train_labels,
-        test_images=test_images,
+        test_inputs=test_inputs,
         test_labels=test_labels,
         num_classes=num_classes,
         mean=mean,
         std=std,
-        augmentation=augmentation or _default_augmentation(name, train_images.shape[1:]),
+        augmentation=augmentation,
     )
+
+
+def pool(images: UInt8[np.ndarray, "n H W C"], size: tuple[int, int]) -> UInt8[np.ndarray, "n h w C"]:
+    """Images averaged down to `size`, rounded to whole numbers.
+
+    Raises:
+      ValueError: if the size does not divide that of the images.
+    """
+    count, height, width, channels = images.shape
+    if min(size) < 1 or height % size[0] or width % size[1]:
+        raise ValueError(
+            f"images of {height}x{width} cannot be averaged down to {size[0]}x{size[1]}; give a size that divides "
+            f"theirs, such as {height // 2}x{width // 2}."
+        )
+    tiles = images.reshape(count, size[0], height // size[0], size[1], width // size[1], channels)
+    sums = tiles.sum(axis=(2, 4), dtype=np.uint32)
+    area = (height // size[0]) * (width // size[1])
+    return ((sums + area // 2) // area).astype(np.uint8)
 
 
 def _default_augmentation(name: str, image_shape: tuple[int, ...]) -> Augmentation:

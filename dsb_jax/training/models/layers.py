@@ -53,6 +53,14 @@ class Layers:
         axis = 0 if self.feature_major else -1
         return nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, axis=axis, name=name)
 
+    def linear(self, features: int, *, name: str) -> Any:
+        """A linear layer without bias over the last axis."""
+        return self.dense(features, use_bias=False, dtype=self.dtype, name=name)
+
+    def layer_norm(self, name: str) -> nn.LayerNorm:
+        """Layer norm over the last axis, without a bias."""
+        return nn.LayerNorm(use_bias=False, dtype=self.dtype, name=name)
+
     def num_features(self, x: jax.Array) -> int:
         """Channels of activations."""
         return x.shape[0 if self.feature_major else -1]
