@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dsb_jax.filling import check_fill, fill_pairs, move_leaf, origins_of
+from dsb_jax.filling import check_fill, default_fill, fill_pairs, move_leaf, origins_of
 from dsb_jax.layer_updates import NodeArrays, NodeUpdate, update_nodes
 from dsb_jax.measuring import LossFn, Measure, Measured, measure
 from dsb_jax.methods.base import LayerReport, Method
@@ -102,8 +102,8 @@ def adaptation(
       has_aux: whether the loss comes with something else.
       where: `(layer path) -> bool`, False for layers that are to stay as they are.
       fill: what the moments of newly active weights begin with, by the name of the optimizer state's field:
-        {"nu": "group_mean"}, "zero", or a function `(moved, is_new, layout) -> values`, all [num_blocks, R, C]. Zero
-        for every field that is not named.
+        {"nu": "group_mean"}, "zero", or a function `(moved, is_new, layout) -> values`, all [num_blocks, R, C]. By
+        default second moments are "group_mean" and all others zero (`dsb_jax.filling`).
 
     Returns:
       A hashable function `(params, topology, opt_state, step, key, *batch, **other_collections) -> (params, topology,
@@ -201,7 +201,7 @@ def _prepare(how: _Update, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, .
         if method.statistic is not None and not status:
             _check_statistic(method.name, method.statistic, path, node, measured.get(path))
         moments = tuple(i for i, follower in following.items() if follower.path == path)
-        fill = tuple(dict(how.fill).get(following[i].field, "zero") for i in moments)
+        fill = tuple(dict(how.fill).get(following[i].field, default_fill(following[i].field)) for i in moments)
         prepared[path] = _PreparedNode(NodeUpdate(status, fill), moments)
     return prepared
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 
 from dsb_jax.methods.base import Method
 from dsb_jax.paths import Path, path_name
-from dsb_jax.spec import LayerSpec, linear_spec
+from dsb_jax.spec import LayerSpec, conv_spec
 from dsb_jax.topology import LayerTopology, join_stack, kernel_index, split_stack
 
 Score = Callable[[Array], Array]
@@ -62,8 +62,8 @@ def _layer_numbers(path: Path, spec: LayerSpec) -> Int[np.ndarray, "num_layers"]
 
 
 def _matrix_spec(spec: LayerSpec) -> LayerSpec:
-    """All that a method sees of a layer: its matrix and what is stored of it."""
-    matrix = linear_spec(spec.in_, spec.out)
+    """All that a method sees of a layer: its matrix, its input channels, and what is stored of it."""
+    matrix = conv_spec((spec.in_ // spec.c_in,), spec.c_in, spec.out)
     return dataclasses.replace(
         matrix, block_shape=spec.block_shape, num_blocks=spec.num_blocks, num_active=spec.num_active,
         storage=spec.storage,

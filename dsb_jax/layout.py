@@ -151,14 +151,32 @@ def real_rows(layout: BlockLayout) -> Bool[Array, "num_blocks R 1"]:
 
 
 def random_layout(
-    key: jax.Array, shape: tuple[int, int], *, block_shape: tuple[int, int], num_blocks: int
+    key: jax.Array,
+    shape: tuple[int, int],
+    *,
+    block_shape: tuple[int, int],
+    num_blocks: int,
+    channels: int | None = None,
 ) -> BlockLayout:
     """A random layout with blocks spread evenly over the groups (counts differ by one at the most).
 
+    Args:
+      key: a PRNG key.
+      shape: `(out, in)`.
+      block_shape: `(R, C)`.
+      num_blocks: exactly that many.
+      channels: None draws the columns of each group alone. With a number, columns are dealt: over all groups each
+        channel, and each column, is read as often as any other, give or take one or two. It is the number of input
+        channels of a convolution, whose columns are in the order (window, channel), or `in` of a linear layer.
+
     Raises:
-      ValueError: if the block is larger than the matrix or `num_blocks` does not fit.
+      ValueError: if the block is larger than the matrix, `num_blocks` does not fit, or channels do not divide `in`.
     """
     check_sizes(shape, block_shape, num_blocks)
+    if channels is not None and (channels < 1 or shape[1] % channels):
+        raise ValueError(
+            f"channels={channels} does not divide the {shape[1]} columns; give those of the layer's input."
+        )
     (out, in_), (rows, cols) = shape, block_shape
     groups = count_groups(out, rows)
     ragged = ragged_blocks(shape, block_shape, num_blocks)
@@ -176,7 +194,8 @@ def random_layout(
         jnp.int32
     )
     # Row g of `orders` is a permutation of the columns; block s of the group takes its s-th run of C.
-    orders = _order(bits[out + full :].reshape(groups, in_))
+    bits = bits[out + full :].reshape(groups, in_)
+    orders = _order(bits) if channels is None else _deal(bits, counts * cols, channels)
     orders = orders[:, : in_ // cols * cols].reshape(groups, in_ // cols, cols)
     ids = jnp.arange(num_blocks, dtype=jnp.int32)
     group = groups_of_blocks(group_start, num_blocks)
@@ -188,6 +207,30 @@ def _order(bits: Int[Array, "... n"]) -> Int[Array, "... n"]:
     """Random bits -> random permutations of the last axis, int32."""
     positions = lax.broadcasted_iota(jnp.int32, bits.shape, bits.ndim - 1)
     return lax.sort((bits, positions), num_keys=1)[1]
+
+
+def _deal(
+    bits: Int[Array, "num_groups in"], wanted: Int[Array, "num_groups"], channels: int
+) -> Int[Array, "num_groups in"]:
+    """Orders of the columns, one for each group, of which group g reads the first `wanted[g]`.
+
+    Group by group, the columns that were read least so far come first. The i-th column of a channel in the order of a
+    group counts as if the channel had been read i times more, so that a group does not take all of one channel.
+    """
+
+    def deal(used: Int[Array, "window channels"], group: tuple[Array, Array]) -> tuple[Array, Array]:
+        bits, wanted = group
+        window = lax.broadcasted_iota(jnp.int32, used.shape, 0)
+        order = lax.sort((used, bits.reshape(used.shape), window), dimension=0, num_keys=2)[2]
+        place = lax.sort((order, window), dimension=0, num_keys=1)[1]  # of each column among those of its channel
+        reads = (used.sum(axis=0, keepdims=True) + place).reshape(-1)
+        positions = jnp.arange(bits.size, dtype=jnp.int32)
+        order = lax.sort((reads, bits, positions), num_keys=2)[2]
+        now = used.reshape(-1).at[order].add((positions < wanted).astype(jnp.int32))
+        return now.reshape(used.shape), order
+
+    used = jnp.zeros((bits.shape[1] // channels, channels), jnp.int32)
+    return lax.scan(deal, used, (bits, wanted))[1]
 
 
 def layout_of_positions(active: Bool[Array, "out in"], count: int) -> BlockLayout:

@@ -14,6 +14,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dsb_jax.block_shapes import AUTO, BlockShape, shape_of, shape_text
 from dsb_jax.distributions import at_density, check_sparsity, erk, to_blocks, uniform
 from dsb_jax.layout import max_blocks
 from dsb_jax.paths import Path, by_path, path_name
@@ -239,7 +240,7 @@ def make_plan(
     *,
     sparsity: float,
     distribution: str = "uniform",
-    block_shape: tuple[int, int] = (16, 16),
+    block_shape: BlockShape = (16, 16),
     rules: Sequence[Rule] = (),
     min_blocks: int = MIN_BLOCKS,
     min_group_blocks: int = MIN_GROUP_BLOCKS,
@@ -254,7 +255,7 @@ def make_plan(
       model: what was found in it, or path -> sizes of its dense layers.
       sparsity: fraction of zeros, in [0, 1), over the eligible layers without a sparsity of their own.
       distribution: "uniform" or "erk".
-      block_shape: `(R, C)`.
+      block_shape: `(R, C)`, or "auto" for one by the size and density of each layer (`dsb_jax.block_shapes`).
       rules: exceptions; of those that match a layer's path, the first.
       min_blocks: layers that can hold fewer blocks stay dense.
       min_group_blocks: blocks for each row group; 0 takes the densities as they are.
@@ -266,7 +267,8 @@ def make_plan(
     """
     rules = check_rules(rules)
     check_sparsity(sparsity)
-    check_block_shape(block_shape)
+    if block_shape != AUTO:
+        check_block_shape(block_shape)
     for name, count in (("min_blocks", min_blocks), ("min_group_blocks", min_group_blocks)):
         if not isinstance(count, int) or count < 0:
             raise ValueError(f"{name}={count!r} is no number of blocks; give 0 or more.")
@@ -274,7 +276,10 @@ def make_plan(
         raise ValueError(f"distribution={distribution!r} is unknown; choose one of {', '.join(DISTRIBUTIONS)}.")
     layers, *other = _found(model)
     rule_of = {path: first_match(rules, path) for path in layers}
-    shapes = {path: (rule.block_shape if rule else None) or block_shape for path, rule in rule_of.items()}
+    shapes = {
+        path: (rule.block_shape if rule else None) or shape_of(block_shape, layers[path].spec)
+        for path, rule in rule_of.items()
+    }
     reasons = {path: _dense_reason(found, rule_of[path], shapes[path], min_blocks) for path, found in layers.items()}
     check_effects(rules, rule_of, reasons)
     eligible = [path for path, reason in reasons.items() if reason is None]
@@ -283,7 +288,7 @@ def make_plan(
         for path, reason in reasons.items():
             examples.setdefault(reason, path)
         raise ValueError(
-            f"no layer can be sparse in {block_shape[0]}x{block_shape[1]} blocks: "
+            f"no layer can be sparse in {shape_text(block_shape)} blocks: "
             + "; ".join(f"{path_name(path)} {reason}" for reason, path in examples.items())
             + ". Use other rules, a smaller block_shape or a wider model, or train it dense."
         )
@@ -292,6 +297,10 @@ def make_plan(
     densities = dict(
         zip(shared, DISTRIBUTIONS[distribution]([layers[path].spec for path in shared], sparsity), strict=True)
     )
+    densities |= {path: 1 - value for path, value in own.items()}
+    for path in eligible:
+        if (rule := rule_of[path]) is None or rule.block_shape is None:
+            shapes[path] = shape_of(block_shape, layers[path].spec, densities[path])
     sparse = [path for path in shared if densities[path] < 1]
     counts = to_blocks(
         [layers[path].spec for path in sparse],
@@ -307,7 +316,6 @@ def make_plan(
         for path in eligible
         if own.get(path)
     }
-    densities |= {path: 1 - value for path, value in own.items()}
     result = []
     for path, found in layers.items():
         if path not in planned:

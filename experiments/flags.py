@@ -9,8 +9,9 @@ from typing import Any
 
 from absl import flags
 
+from dsb_jax.block_shapes import AUTO, BlockShape
 from dsb_jax.filling import FILLS
-from dsb_jax.methods import GRANULARITIES, GROW
+from dsb_jax.methods import COLUMNS, GRANULARITIES, GROW
 from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS, MIN_GROUP_BLOCKS
 from dsb_jax.training.config import (
@@ -69,6 +70,11 @@ def parse_block_shape(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def parse_block_shape_or_auto(text: str) -> BlockShape:
+    """The same, but 'auto' is itself."""
+    return "auto" if text.strip() == AUTO else parse_block_shape(text)
+
+
 def define() -> None:
     """Defines one flag for each field of the config that a user sets. Unset flags take the data set's default."""
     flags.DEFINE_string(
@@ -80,9 +86,9 @@ def define() -> None:
     flags.DEFINE_enum("method", "dsb", METHODS, "How the topology is trained.")
     flags.DEFINE_float("sparsity", 0.9, "Fraction of zeros over the sparse layers, in [0, 1).")
     flags.DEFINE_enum("distribution", None, sorted(DISTRIBUTIONS), "Densities over the layers.")
-    flags.DEFINE_string("block_shape", "16x16", "Rows x columns of a block: 16x16, 32x8, 64x4, ...")
+    flags.DEFINE_string("block_shape", "16x16", "Rows x columns of a block: 16x16, 32x8, 64x4, ...; or auto.")
     flags.DEFINE_list("keep_dense", list(KEEP_DENSE), "Patterns of layer paths that stay dense.")
-    flags.DEFINE_enum("grow", None, GROW, "Growth criterion of dsb.")
+    flags.DEFINE_enum("grow", None, GROW, "Growth criterion of dsb; by default that of the optimizer.")
     flags.DEFINE_enum("granularity", None, GRANULARITIES, "What dsb drops and grows.")
     flags.DEFINE_bool("block_aware_drop", True, "Drop only weights whose loss can free structure.")
     flags.DEFINE_integer(
@@ -90,9 +96,13 @@ def define() -> None:
     )
     flags.DEFINE_float("growth_score", 1.0, "Score of grown positions over the mean of the kept; 1 is the paper's.")
     flags.DEFINE_integer("regroup_interval", None, "Steps between regroupings of rows; 0 for never.")
+    flags.DEFINE_enum("columns", None, COLUMNS, "How the columns of first layouts are drawn; dealt by default.")
     flags.DEFINE_bool("keep_grouping", True, "Whether groups stay unless new ones retain more; no is the paper's way.")
     flags.DEFINE_enum("protocol", None, sorted(PROTOCOLS), "Sets the flags of a published training; others stand.")
     flags.DEFINE_enum("fill", None, FILLS, "What second moments of new weights begin with.")
+    flags.DEFINE_float("initial_density", None, "At step 0, falling to 1 - sparsity; by default constant.")
+    flags.DEFINE_integer("density_stages", None, "Of constant density before the target; 5 by default.")
+    flags.DEFINE_float("density_end_fraction", None, "The target is reached at this fraction of all steps; 0.5.")
     flags.DEFINE_float("drop_fraction", None, "Share of the weights dropped at first, in [0, 1]; 0.3 by default.")
     flags.DEFINE_float("anneal_fraction", None, "Nothing is dropped from this fraction of all steps on.")
     flags.DEFINE_float("backward_factor", 2.0, "Of topkast: weights that have a gradient over active ones, at least 1.")
@@ -149,6 +159,6 @@ def config_from_flags() -> Config:
     for name in values:
         if name in FLAGS and FLAGS[name].value is not None:
             values[name] = FLAGS[name].value
-    values["block_shape"] = parse_block_shape(FLAGS.block_shape)
+    values["block_shape"] = parse_block_shape_or_auto(FLAGS.block_shape)
     values["keep_dense"] = tuple(FLAGS.keep_dense)
     return Config(**values)

@@ -8,14 +8,15 @@ the same run ask for it once: `dense` has no sparsity, only `dsb` has a growth c
 import dataclasses
 import functools
 import itertools
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsb_jax.training import models
-from dsb_jax.training.build import make_method
-from dsb_jax.training.config import Config, check_config
-from experiments.flags import default_values, is_of_photographs, parse_block_shape
+from dsb_jax.training.build import default_grow, make_method
+from dsb_jax.training.config import DENSE_METHODS, Config, check_config
+from experiments.flags import default_values, is_of_photographs, parse_block_shape_or_auto
 
 ALL_METHODS = ("dense", "small_dense", "ssb", "set", "rigl", "topkast", "dsb")
 SPARSITIES = (0.8, 0.9, 0.95)
@@ -71,6 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 FROM_DATA = ("input_shape", "num_classes", "total_steps", "feature_major")
 _FIRST = ("dataset", "model", "method", "sparsity", "block_shape")  # in names by their values alone
 _OF_SPARSITY = ("sparsity", "distribution", "block_shape", "keep_dense", "min_blocks", "min_group_blocks")
+_OF_GRADUAL = ("density_stages", "density_end_fraction")
 _OF_ADAPTING = (
     "drop_fraction", "update_interval", "update_end_fraction", "anneal_fraction", "adapt_batch_size", "fill",
 )  # fmt: skip
@@ -82,6 +84,8 @@ def _without_effect(settings: Mapping[str, Any]) -> set[str]:
     """Names of the settings that the method does not look at."""
     method = settings["method"]
     idle: set[str] = set()
+    if method not in ("dsb", "ssb"):
+        idle.add("columns")
     if method != "dsb":
         idle.update(_OF_DSB)
     elif settings.get("granularity", Config.granularity) == "panel_column" and not settings.get("regroup_interval"):
@@ -94,6 +98,10 @@ def _without_effect(settings: Mapping[str, Any]) -> set[str]:
         idle.add("backward_factor")
     if method == "dense":
         idle.update(_OF_SPARSITY)
+    if method in DENSE_METHODS:
+        idle.add("initial_density")
+    if method in DENSE_METHODS or settings.get("initial_density") is None:
+        idle.update(_OF_GRADUAL)
     return idle
 
 
@@ -163,6 +171,13 @@ def _flag(name: str, value: Any) -> str:
     return f"--{name}={setting_text(value)}"
 
 
+# The type of each field that is one number or text, whether or not it may be None.
+_TYPES: dict[str, Any] = {
+    field.name: next((kind for kind in (int, float, str) if kind in (field.type, *typing.get_args(field.type))), None)
+    for field in dataclasses.fields(Config)
+}
+
+
 def parse_value(name: str, text: Any) -> Any:
     """Text of a flag -> value of the config's field; values that are no text are taken as they are.
 
@@ -177,14 +192,14 @@ def parse_value(name: str, text: Any) -> Any:
     if not isinstance(text, str):
         return float(text) if isinstance(default, float) else text
     if name == "block_shape":
-        return parse_block_shape(text)
+        return parse_block_shape_or_auto(text)
     if isinstance(default, bool):
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{name}={text!r} is neither true nor false.")
         return text.lower() == "true"
     if isinstance(default, tuple):
         return tuple(filter(None, text.split(",")))
-    kind = int if default is None else type(default)
+    kind = _TYPES[name]
     try:
         return kind(text)
     except ValueError:
@@ -196,6 +211,8 @@ def make_run(settings: Mapping[str, Any], seed: int) -> Run:
     values = {"dataset": "digits", "method": "dsb"} | {k: parse_value(k, v) for k, v in settings.items()}
     defaults = default_values(values["dataset"])
     idle = _without_effect(values)
+    if values.get("grow") == default_grow(values.get("optimizer", defaults["optimizer"])):
+        idle.add("grow")
     kept = {name: defaults[name] for name in _FIRST} | values
     kept = {k: v for k, v in kept.items() if k not in idle and (k in _FIRST or v != defaults[k])}
     return Run(tuple(sorted(kept.items())), seed)

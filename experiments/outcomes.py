@@ -84,6 +84,7 @@ def make_row(cell: str, settings: Mapping[str, Any], summaries: Mapping[int, Map
         "mean": mean,
         "std": std,
         "values": {str(seed): value for seed, value in values.items()},
+        "losses": {str(seed): summaries[seed].get("test_loss") for seed in values},
         **{name: mean_or_none(s.get(name) for s in every) for name in MEANS},
         "flops": flops,
     }

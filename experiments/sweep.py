@@ -37,6 +37,7 @@ from dsb_jax.training.json_files import write_atomically
 from experiments import grid, program
 from experiments.grid import Run, workdir
 from experiments.outcomes import finished, make_rows, outcome_table
+from experiments.paired import paired_table
 
 FLAGS = flags.FLAGS
 
@@ -323,6 +324,8 @@ def main() -> None:
     rows = make_rows(root, runs)
     write_atomically(root / "table.json", json.dumps({"rows": rows}, indent=1) + "\n")
     console.print(outcome_table(rows))
+    if any(row["n"] > 1 for row in rows):
+        console.print(paired_table(rows, FLAGS.against))
     console.print(f"written: {root}/table.json")
     if failed:
         console.print(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again:")

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dsb_jax.block_shapes import shape_text
 from dsb_jax.ops import record_choices
 from dsb_jax.paths import Path, layer_path, nodes, path_name, weights_at
 from dsb_jax.train_state import TrainState
@@ -34,7 +35,7 @@ def layer_table(config: Config, components: Components, state: TrainState) -> Ta
     blocks = {layer_path(path): weights for path, weights in weights_at(state.params, found).items()}
     layers = {layer_path(path): node for path, node in found.items()}
     kernels = _kernels(state.params)
-    table = Table(title=f"{config.model}, {config.method}, block shape {'x'.join(map(str, config.block_shape))}")
+    table = Table(title=f"{config.model}, {config.method}, block shape {shape_text(config.block_shape)}")
     for name in ("layer", "out x in", "density", "blocks", "implementation", "bytes"):
         table.add_column(name, justify="left" if name in ("layer", "implementation") else "right")
     # With a plan every layer records what it chose, in the order of the forward pass.
@@ -93,6 +94,7 @@ class TerminalProgress:
 
     def advance(self, step: int, values: dict[str, float]) -> None:
         self.last = values
+        self.sparsity = values.get("sparsity", self.sparsity)
         self.bar.update(self.task, completed=step, **values)  # type: ignore[arg-type]
 
     def epoch(self, epoch: int, values: dict[str, float]) -> None:

@@ -61,7 +61,8 @@ def adapted():
     for _ in range(2):
         state, _ = dsb.train_step(state, IMAGES, LABELS, model=MODEL, optimizer=ADAMW)
     given, again = copy(state), copy(state)
-    run = functools.partial(dsb.adapt_step, inputs=IMAGES, labels=LABELS, model=MODEL, method=METHOD, optimizer=ADAMW)
+    run = functools.partial(dsb.adapt_step, inputs=IMAGES, labels=LABELS, model=MODEL, method=METHOD, optimizer=ADAMW,
+                            fill={"nu": "zero"})  # fmt: skip
     return state, given, run(given), run(again)
 
 

@@ -121,7 +121,7 @@ def life(method, seed):
     back = run["pack"](dense, moved)
     return Life(
         (params, topology), (trained, topology), (new, moved), run["restage"](new, moved, new_state, key), report,
-        (state[0].nu, new_state[0].nu), repack(trained, topology, moved), dense, masks(moved),
+        (state[0].mu, new_state[0].mu), repack(trained, topology, moved), dense, masks(moved),
         run["choose"](dense, key), (back, to_dense(back, moved)), run["outputs"](new, moved, dense),
     )  # fmt: skip
 

@@ -114,7 +114,7 @@ def test_invalid_settings_of_the_schedule(method):
         ({}, "^method name=None is unknown"),
         ({"name": ["dsb"]}, r"^method name=\['dsb'\] is unknown"),
         ({"name": "rigl", "grow": "norm"}, "^method 'rigl' has no field 'grow'; it has drop_fraction, update_inter"),
-        ({"name": "ssb", "drop_fraction": 0.3}, "^method 'ssb' has no field 'drop_fraction'; it has none"),
+        ({"name": "ssb", "drop_fraction": 0.3}, "^method 'ssb' has no field 'drop_fraction'; it has columns"),
         ({"name": "topkast", "backward_factor": 0.5}, r"^method 'topkast': backward_factor=0\.5 is not in \[1, "),
         ({"name": "topkast", "exploration": -1}, "^method 'topkast': exploration=-1 is not in"),
     ],

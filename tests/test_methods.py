@@ -287,7 +287,7 @@ def test_the_paper_as_a_preset():
     assert float(schedule.drop_fraction(method, 37_500)) == 0
     assert DSB.paper(update_end_step=10, grow="gradient") == DSB(
         **{**schedule.AUTHORS, "update_end_step": 10}, granularity="block", grow="gradient", min_group_blocks=0,
-        keep_grouping=False,
+        keep_grouping=False, columns="random",
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import linen as nn
 
+from dsb_jax.block_shapes import BlockShape
 from dsb_jax.linen.finding import find_layers
 from dsb_jax.paths import Path
 from dsb_jax.plan import MIN_BLOCKS, MIN_GROUP_BLOCKS, SparsityPlan, make_plan
@@ -19,7 +20,7 @@ def plan(
     call_method: str | Callable[..., Any] | None = None,
     sparsity: float = 0.9,
     distribution: str = "uniform",
-    block_shape: tuple[int, int] = (16, 16),
+    block_shape: BlockShape = (16, 16),
     rules: Sequence[Rule] = (),
     min_group_blocks: int = MIN_GROUP_BLOCKS,
     min_blocks: int = MIN_BLOCKS,
@@ -39,7 +40,7 @@ def plan(
       call_method: another method to initialize with than `__call__`.
       sparsity: fraction of zeros over all layers that can be sparse and have none of their own by a rule.
       distribution: "uniform" or "erk".
-      block_shape: `(R, C)`.
+      block_shape: `(R, C)`, or "auto" for one by the size and density of each layer (`dsb_jax.block_shapes`).
       rules: exceptions by path; of those that match, the first.
       min_group_blocks: blocks that each row group has at the least.
       min_blocks: layers that can hold fewer blocks stay dense.

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsb_jax.methods.base import LayerReport, LayerState, Method
+from dsb_jax.methods.blocks import COLUMNS
 from dsb_jax.methods.dsb import DSB, GRANULARITIES
 from dsb_jax.methods.dsb_growth import GROW
 from dsb_jax.methods.rigl import RigL
@@ -14,6 +15,7 @@ from dsb_jax.methods.topkast import TopKAST
 
 # `import *` must not bring the module `set`, which is a word of Python.
 __all__ = [
+    "COLUMNS",
     "DSB",
     "GRANULARITIES",
     "GROW",

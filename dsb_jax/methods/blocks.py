@@ -10,9 +10,17 @@ from dsb_jax.origins import move
 from dsb_jax.reblocking import cut_columns, most_group_blocks, reblock
 from dsb_jax.spec import LayerSpec
 
+COLUMNS = ("dealt", "random")  # how the columns of a first layout are drawn
+
 # Worth of the columns in a resize, where the strongest is 1: none that exists is less than `_LEAST`, and a whole block
 # of drawn ones, each below `_DRAWN`, is less than that.
 _LEAST, _DRAWN = 1e-20, 1e-30
+
+
+def check_columns(columns: str) -> None:
+    """Raises ValueError unless it is one of `COLUMNS`."""
+    if columns not in COLUMNS:
+        raise ValueError(f"columns={columns!r} is unknown; choose one of {', '.join(COLUMNS)}.")
 
 
 def reachable_minimum(min_group_blocks: int, layer: LayerSpec | BlockLayout) -> int:
@@ -46,10 +54,17 @@ def init_blocks(
     *,
     score: Float[Array, "out in"] | None,
     min_group_blocks: int,
+    columns: str,
 ) -> LayerState:
     """A layout drawn at random and weights scaled to its fan-in, or the best layout by a score and weights as is."""
     if score is None:
-        layout = random_layout(key, spec.shape, block_shape=spec.block_shape, num_blocks=spec.num_blocks)
+        layout = random_layout(
+            key,
+            spec.shape,
+            block_shape=spec.block_shape,
+            num_blocks=spec.num_blocks,
+            channels=spec.c_in if columns == "dealt" else None,
+        )
         return LayerState(scale_to_fan_in(weights, layout), layout)
     layout = reblock(
         score,

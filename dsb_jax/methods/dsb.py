@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from dsb_jax.methods import schedule
 from dsb_jax.methods.base import LayerReport, LayerState
-from dsb_jax.methods.blocks import init_blocks, resize_blocks
+from dsb_jax.methods.blocks import check_columns, init_blocks, resize_blocks
 from dsb_jax.methods.dsb_growth import GROW, STATISTICS
 from dsb_jax.methods.dsb_panel_columns import adapt_panel_columns
 from dsb_jax.methods.dsb_reblocking import adapt_blocks, either
@@ -48,6 +48,8 @@ class DSB:
         displaces only blocks that are worth less, so that fewer kept weights are lost to it. For "block" only.
       regroup_interval: steps; rows may change groups at adaptations whose step is a multiple of it, 0 for never. None
         is 1 for "block", as in the paper, and 0 for "panel_column", of which such an adaptation is one of "block".
+      columns: how the first layout is drawn: "dealt" so that every input channel, and then every column, is read as
+        often as any other; "random" for each row group on its own.
       keep_grouping: where rows may change groups, whether the groups of before stay unless the new ones retain more of
         the score; False is the paper's way, under which more is grown and more is displaced.
 
@@ -67,6 +69,7 @@ class DSB:
     growth_score: float = 1.0
     regroup_interval: int | None = None
     keep_grouping: bool = True
+    columns: str = "dealt"
 
     name: ClassVar[str] = "dsb"
     storage: ClassVar[str] = "blocks"
@@ -76,6 +79,7 @@ class DSB:
         for name, known in (("grow", GROW), ("granularity", GRANULARITIES)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
+        check_columns(self.columns)
         for name in ("block_aware_drop", "keep_grouping"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}={value!r} is neither True nor False.")
@@ -119,8 +123,20 @@ class DSB:
             "grow": "norm",
             "min_group_blocks": 0,
             "keep_grouping": False,
+            "columns": "random",
         }
         return cls(**{**paper, **changes})
+
+    @classmethod
+    def for_adam(cls, **changes: Any) -> "DSB":
+        """The defaults for optimizers that normalize gradients, such as Adam: growth is random.
+
+        A large gradient is no sign of a useful weight there (experiments/RESULTS.md).
+
+        Args:
+          **changes: other values of fields.
+        """
+        return cls(**{"grow": "random", **changes})
 
     @property
     def _regroup_interval(self) -> int:
@@ -148,7 +164,9 @@ class DSB:
         score: Float[Array, "out in"] | None = None,
     ) -> LayerState:
         weights, score = check_init(self.name, self.storage, weights, score, spec)
-        return init_blocks(key, weights, spec, score=score, min_group_blocks=self.min_group_blocks)
+        return init_blocks(
+            key, weights, spec, score=score, min_group_blocks=self.min_group_blocks, columns=self.columns
+        )
 
     def update(
         self, key: jax.Array, step: jax.Array | int, state: LayerState, statistic: Any

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from dsb_jax.gradual import GradualDensity
 from dsb_jax.linen import SparseConv, SparseDense, find_layers
 from dsb_jax.losses import Loss, smoothed_cross_entropy
-from dsb_jax.methods import METHODS, Method
+from dsb_jax.methods import DSB, METHODS, Method
 from dsb_jax.ops.convolution import conv_general_dilated
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, record_choices
 from dsb_jax.paths import KERNEL, WEIGHTS
@@ -30,11 +31,27 @@ from dsb_jax.training.config import DENSE_METHODS, Config, check_config
 KEY_IMPL = "threefry2x32"  # of new runs; never that of the environment, which would decide what a seed means
 
 
+class Stage(NamedTuple):
+    """Steps of constant density; a run without `initial_density` is one stage.
+
+    Attributes:
+      step: the first one of it.
+      plan: what its layers hold; None for the models without sparse layers.
+      model: that begins with this plan.
+    """
+
+    step: int
+    plan: SparsityPlan | None
+    model: nn.Module
+
+
 class Components(NamedTuple):
     """The objects of a config; hashable, so that they can be static arguments of the steps.
 
     Attributes:
-      plan, method: None for the models without sparse layers.
+      model: of the first stage; it is applied in all of them, since sizes are read from the topology.
+      plan, method: None for the models without sparse layers; the plan is that of the last stage.
+      stages: of density, in order; one for most runs.
       fill: what the moments of newly active weights begin with, as `dsb_jax.adaptation` takes it.
     """
 
@@ -44,7 +61,12 @@ class Components(NamedTuple):
     optimizer: optax.GradientTransformation
     loss: Loss
     learning_rate: optax.Schedule
+    stages: tuple[Stage, ...]
     fill: tuple[tuple[str, str], ...] = ()
+
+    def stage_after(self, done: int) -> Stage:
+        """The stage of a state after `done` steps: one that begins at `done` has not begun."""
+        return [stage for stage in self.stages if stage.step < max(done, 1)][-1]
 
 
 def build(config: Config) -> Components:
@@ -71,8 +93,33 @@ def make_method(config: Config) -> Method | None:
     if config.method in DENSE_METHODS:
         return None
     method: Any = METHODS[config.method]
-    names = [field.name for field in dataclasses.fields(method)]
-    return method(**{name: getattr(config, name) for name in names if hasattr(config, name)})
+    values = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(method)}
+    values = {name: value for name, value in values.items() if value is not None}
+    if method is DSB:
+        values.setdefault("grow", default_grow(config.optimizer))
+    return method(**values)
+
+
+def make_gradual(config: Config) -> GradualDensity | None:
+    """How the density falls; None if it is constant.
+
+    Raises:
+      ValueError: if the run has too few steps for its stages.
+    """
+    if config.initial_density is None:
+        return None
+    end_step = min(round(config.density_end_fraction * config.total_steps), config.total_steps - 1)
+    if end_step < config.density_stages:
+        raise ValueError(
+            f"density_stages={config.density_stages} are more than the {end_step} steps in which the density falls "
+            f"(density_end_fraction={config.density_end_fraction} of {config.total_steps} steps); give fewer."
+        )
+    return GradualDensity(config.initial_density, end_step, config.density_stages)
+
+
+def default_grow(optimizer: str) -> str:
+    """How DSB grows where nothing else is said."""
+    return (DSB.for_adam() if optimizer == "adamw" else DSB()).grow
 
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -116,7 +163,7 @@ def decide_feature_major(config: Config, *, tuned: bool = False) -> bool:
     function of the config and of the kind of device alone: what was tuned on this machine has no part in it, unless
     `tuned` says so.
     """
-    model, plan = _model(dataclasses.replace(config, feature_major=False))
+    _, plan, model = _stages(dataclasses.replace(config, feature_major=False))[-1]
     if plan is None or models.takes_text(config.model):
         return False
     images = config.abstract_inputs()
@@ -155,14 +202,15 @@ def equal_width(
 def _build(config: Config) -> Components:
     if config.feature_major is None:
         config = dataclasses.replace(config, feature_major=decide_feature_major(config))
-    model, plan = _model(config)
+    stages = _stages(config)
     optimizer, schedule = make_optimizer(config)
     loss = smoothed_cross_entropy(config.label_smoothing)
     fill = (("nu", config.fill),) if config.fill is not None and config.optimizer == "adamw" else ()
-    return Components(model, plan, make_method(config), optimizer, loss, schedule, fill)
+    model, plan = stages[0].model, stages[-1].plan
+    return Components(model, plan, make_method(config), optimizer, loss, schedule, stages, fill)
 
 
-def _model(config: Config) -> tuple[nn.Module, SparsityPlan | None]:
+def _stages(config: Config) -> tuple[Stage, ...]:
     method = make_method(config)
     create = functools.partial(
         models.create,
@@ -184,15 +232,20 @@ def _model(config: Config) -> tuple[nn.Module, SparsityPlan | None]:
         create = functools.partial(create, width_multiplier=equal_width(create, config.abstract_inputs(1), make))
     dense = create(conv=functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated))
     if method is None:
-        return dense, None
+        return (Stage(0, None, dense),)
     plan = make(_layers(dense, config.abstract_inputs(1)))
-    sparse: dict[str, Any] = {"plan": plan, "implementation": config.implementation, "method": method}
-    model = create(
-        conv=functools.partial(SparseConv, **sparse),
-        dense=functools.partial(SparseDense, **sparse),
-        feature_major=bool(config.feature_major),
-    )
-    return model, plan
+
+    def with_plan(plan: SparsityPlan) -> nn.Module:
+        sparse: dict[str, Any] = {"plan": plan, "implementation": config.implementation, "method": method}
+        return create(
+            conv=functools.partial(SparseConv, **sparse),
+            dense=functools.partial(SparseDense, **sparse),
+            feature_major=bool(config.feature_major),
+        )
+
+    gradual = make_gradual(config)
+    plans = ((0, plan),) if gradual is None else gradual.stages(plan)
+    return tuple(Stage(step, plan, with_plan(plan)) for step, plan in plans)
 
 
 def dense_rules(keep_dense: tuple[str, ...]) -> tuple[Rule, ...]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dsb_jax import methods
+from dsb_jax.block_shapes import BlockShape
 from dsb_jax.filling import FILLS
 from dsb_jax.methods import schedule
 from dsb_jax.ops.dispatch import check_implementation
@@ -65,21 +66,26 @@ PROTOCOLS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
-# Fields added after the first release of checkpoints. Their defaults must stay what was done before there was a choice.
-_YOUNGER = (
-    "backward_factor",
-    "growth_score",
-    "regroup_interval",
-    "anneal_fraction",
-    "keep_grouping",
-    "feature_major",
-    "steps",
-    "warmup_fraction",
-    "nesterov",
-    "decay_kernels_only",
-    "fill",
+# Fields added after the first release of checkpoints, and what was done before there was a choice.
+_YOUNGER: Mapping[str, Any] = MappingProxyType(
+    {
+        "backward_factor": 2.0,
+        "growth_score": 1.0,
+        "regroup_interval": None,
+        "anneal_fraction": None,
+        "keep_grouping": True,
+        "feature_major": None,
+        "steps": None,
+        "warmup_fraction": 0.0,
+        "nesterov": False,
+        "decay_kernels_only": False,
+        "fill": "zero",
+        "columns": "random",
+        "initial_density": None,
+        "density_stages": 5,
+        "density_end_fraction": 0.5,
+    }
 )
-
 _OLD_NAMES = {"image_shape": "input_shape"}
 
 
@@ -101,9 +107,15 @@ class Config:
       keep_dense: patterns as in a shell; a layer whose path, or one part of it, matches stays dense.
       min_group_blocks: blocks that every row group has, in the plan and, with DSB, after every adaptation; 0 is the
         paper's rule, under which outputs can be without weights.
+      grow: growth criterion of DSB; None for the default of its optimizer, `DSB()` or `DSB.for_adam()`.
+      columns: how first layouts are drawn, see `dsb_jax.methods.DSB`.
       keep_grouping: of DSB where rows change groups, see `dsb_jax.methods.DSB`.
       fill: what the second moments of newly active weights begin with, "group_mean" or "zero"; None for the default of
         `dsb_jax.adaptation`.
+      initial_density: at step 0, over the layers that `sparsity` counts over, from which the density falls to the
+        target, see `dsb_jax.GradualDensity`; None for the target from the first step to the last.
+      density_stages: before the target is reached; each compiles the steps once.
+      density_end_fraction: where it is reached, as a fraction of all training steps, in (0, 1).
       steps: training steps of the whole run, instead of `epochs`; None for whole epochs.
       total_steps: training steps of the whole run; filled in from the data set.
       learning_rate_schedule: "cosine" to zero, "step" (times 0.1 at 50 % and 75 %), "rigl_step" (times 0.2 after every
@@ -122,16 +134,17 @@ class Config:
     method: str = "dsb"
     sparsity: float = 0.9
     distribution: str = "uniform"
-    block_shape: tuple[int, int] = (16, 16)
+    block_shape: BlockShape = (16, 16)
     keep_dense: tuple[str, ...] = KEEP_DENSE
     min_blocks: int = MIN_BLOCKS
-    grow: str = "block_gradient"
+    grow: str | None = None
     granularity: str = "panel_column"
     block_aware_drop: bool = True
     min_group_blocks: int = MIN_GROUP_BLOCKS
     growth_score: float = 1.0
     regroup_interval: int | None = None
     keep_grouping: bool = True
+    columns: str = "dealt"
     drop_fraction: float = 0.3
     update_interval: int = 40
     update_end_fraction: float = 0.75
@@ -139,6 +152,9 @@ class Config:
     backward_factor: float = 2.0
     adapt_batch_size: int | None = None
     fill: str | None = None
+    initial_density: float | None = None
+    density_stages: int = 5
+    density_end_fraction: float = 0.5
     epochs: int = 24
     steps: int | None = None
     total_steps: int = 1056
@@ -184,14 +200,15 @@ class Config:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Config":
-        """The inverse of `to_json`. Fields that are younger than the JSON have their defaults, as it was then.
+        """The inverse of `to_json`. Fields that are younger than the JSON say what was done then.
 
         Raises:
           ValueError: if a name is unknown, or one is missing that always was there.
         """
         values = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
         names = {field.name for field in dataclasses.fields(cls)}
-        if odd := sorted((set(values) ^ names) - (set(_YOUNGER) - set(values))):
+        values = {**_YOUNGER, **values}
+        if odd := sorted(set(values) ^ names):
             raise ValueError(f"the config has unknown or missing fields {odd}; it was made by another version.")
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**fields)
@@ -208,7 +225,7 @@ def check_config(config: Config) -> None:
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
     check_implementation(config.implementation)
-    if min(config.block_shape) < 1:
+    if not isinstance(config.block_shape, str) and min(config.block_shape) < 1:
         raise ValueError(f"block_shape={config.block_shape} has a side below 1; give positive sizes such as 16x16.")
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed={config.seed} is not in [0, 2**32).")
@@ -232,6 +249,7 @@ def check_config(config: Config) -> None:
     for name, otherwise in (("steps", "whole epochs"), ("adapt_batch_size", "whole batches")):
         if (value := getattr(config, name)) is not None and value < 1:
             raise ValueError(f"{name}={value} is not a positive number; leave it out for {otherwise}.")
+    _check_density(config)
     if config.fill is not None and config.fill not in FILLS:
         raise ValueError(f"fill={config.fill!r} is unknown; choose one of {', '.join(FILLS)}.")
     if config.nesterov and not config.momentum:
@@ -239,4 +257,33 @@ def check_config(config: Config) -> None:
     if config.anneal_fraction is not None and not 0 < config.anneal_fraction < math.inf:
         raise ValueError(
             f"anneal_fraction={config.anneal_fraction} is not a positive number; 1 is all of the training."
+        )
+
+
+def _check_density(config: Config) -> None:
+    """What can be said of the stages of density without the plan and the number of steps."""
+    defaults = (Config.density_stages, Config.density_end_fraction)
+    if config.initial_density is None:
+        if (config.density_stages, config.density_end_fraction) != defaults:
+            raise ValueError(
+                f"density_stages={config.density_stages}, density_end_fraction={config.density_end_fraction} have no "
+                "effect without an initial_density; give one, such as 0.4."
+            )
+        return
+    if config.method in DENSE_METHODS:
+        raise ValueError(
+            f"initial_density={config.initial_density} has no effect on method={config.method}, which has no sparse "
+            "layers; leave it out."
+        )
+    if not 1 - config.sparsity <= config.initial_density <= 1:
+        raise ValueError(
+            f"initial_density={config.initial_density} is not in [{1 - config.sparsity:g}, 1]; it falls to 1 - "
+            f"sparsity={config.sparsity:g}."
+        )
+    if config.density_stages < 1:
+        raise ValueError(f"density_stages={config.density_stages} is not a positive number; give such as 5.")
+    if not 0 < config.density_end_fraction < 1:
+        raise ValueError(
+            f"density_end_fraction={config.density_end_fraction} is not in (0, 1); the target is reached before the "
+            "training ends."
         )

@@ -46,7 +46,7 @@ class Transformer(nn.Module):
         width = HEADS * max(round(layers.width(self.width) / HEADS), 1)
         x = nn.Embed(self.num_classes, width, embedding_init=nn.initializers.normal(0.1), name="embed")(tokens)
         positions = self.param("positions", nn.initializers.normal(0.02), (tokens.shape[-1], width))
-        x = (x + positions).astype(layers.dtype)
+        x = (x + positions[None]).astype(layers.dtype)
         for i in range(self.depth):
             x = DecoderBlock(width, layers, name=f"block_{i}")(x)
         x = layers.layer_norm("norm")(x)

@@ -1,0 +1,115 @@
+"""Differences between cells that share seeds: mean and standard error over the seeds, which cancel much of the noise.
+
+    python -m experiments.paired --tables=ROOT/table.json,OTHER/table.json --against=CELL
+
+Seeds are pairs: the same seed means the same batches in the same order and, for equal layers, the same dense weights.
+Differences are in points of test accuracy; for text, in nats of test loss, where less is better.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from rich.table import Table
+
+from dsb_jax.training.data import text
+from experiments import program
+
+FLAGS = flags.FLAGS
+
+
+class Difference(NamedTuple):
+    """A cell minus another, over the seeds that both have.
+
+    Attributes:
+      mean: of the differences.
+      error: standard error of the mean; None for a single seed.
+      num_seeds: over how many.
+    """
+
+    mean: float
+    error: float | None
+    num_seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
+
+
+def difference(one: Mapping[str, float], other: Mapping[str, float]) -> Difference | None:
+    """Of values by seed; None without a common seed."""
+    differences = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+    if not differences:
+        return None
+    count = len(differences)
+    error = statistics.stdev(differences) / math.sqrt(count) if count > 1 else None
+    return Difference(statistics.fmean(differences), error, count)
+
+
+def measures(row: Mapping[str, Any]) -> dict[str, float]:
+    """What a row is compared by, by seed: accuracy in points, of text the loss."""
+    if row["settings"]["dataset"] == text.NAME:
+        return dict(row["losses"])
+    return {seed: 100 * value for seed, value in row["values"].items()}
+
+
+def find_row(rows: Sequence[Mapping[str, Any]], cell: str | None) -> Mapping[str, Any]:
+    """The row of a cell; None is the first.
+
+    Raises:
+      ValueError: if there is none, or no row at all.
+    """
+    if not rows:
+        raise ValueError("there is nothing to compare: no run has finished.")
+    found = [row for row in rows if cell in (None, row["cell"])]
+    if not found:
+        raise ValueError(f"against={cell!r} is no cell; choose one of {', '.join(row['cell'] for row in rows)}.")
+    return found[0]
+
+
+def paired_table(rows: Sequence[Mapping[str, Any]], against: str | None) -> Table:
+    """Every cell against one of them; only cells that are compared by the same measure are shown."""
+    base = find_row(rows, against)
+    unit = "test loss, nats" if base["settings"]["dataset"] == text.NAME else "test accuracy, points"
+    table = Table(title=f"difference to {base['cell']}, paired by seed: {unit}, ± standard error")
+    table.add_column("cell", overflow="fold")
+    for name in ("n", "mean", "difference"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        if row["settings"]["dataset"] != base["settings"]["dataset"]:
+            continue
+        values, found = measures(row), difference(measures(row), measures(base))
+        mean = statistics.fmean(values.values())
+        shown = "-" if row is base or found is None else str(found)
+        table.add_row(row["cell"], str(found.num_seeds if found else 0), f"{mean:.4f}", shown)
+    return table
+
+
+def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The rows of several table.json, in order.
+
+    Raises:
+      ValueError: if a file is none.
+    """
+    rows = []
+    for path in paths:
+        try:
+            rows += json.loads(path.read_text())["rows"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{path} holds no rows; give the table.json of a sweep.") from None
+    return rows
+
+
+def main() -> None:
+    """Flags -> library calls."""
+    rows = read_rows(map(Path, FLAGS.tables))
+    program.console().print(paired_table(rows, FLAGS.against))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("tables", None, "Files table.json of sweeps.", required=True)
+    flags.DEFINE_string("against", None, "Name of the cell that is subtracted; by default the first.")
+    program.start(main)
