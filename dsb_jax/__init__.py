@@ -4,7 +4,7 @@
     layers       linen.SparseDense, linen.SparseConv     nn.Dense and nn.Conv with a density, to write models with
     plans        make_plan, SparsityPlan                 how many blocks each layer of a model holds
     methods      methods.DSB() and others, methods.METHODS
-    any model    adaptation, measure, update, restage, repack, check_optimizer
+    any model    adaptation, measure, update, restage, GradualDensity, repack, check_optimizer
                  report, masks, permutations, to_dense, from_dense, validate_topology, with_index, without_index
     classifiers  TrainState, create_train_state, train_step, eval_step, adapt_step
     structure    LayerSpec, LayerTopology, KernelIndex, BlockLayout, pack, unpack, to_mask, validate, random_layout,
@@ -28,6 +28,7 @@ from dsb_jax.convert import masks as masks
 from dsb_jax.convert import permutations as permutations
 from dsb_jax.convert import to_dense as to_dense
 from dsb_jax.drop import block_aware_drop as block_aware_drop
+from dsb_jax.gradual import GradualDensity as GradualDensity
 from dsb_jax.layout import BlockLayout as BlockLayout
 from dsb_jax.layout import pack as pack
 from dsb_jax.layout import random_layout as random_layout
@@ -61,6 +62,7 @@ from dsb_jax.train_state import create_train_state as create_train_state
 __all__ = [
     "Adaptation",
     "BlockLayout",
+    "GradualDensity",
     "KernelIndex",
     "LayerSpec",
     "LayerTopology",

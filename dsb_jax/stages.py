@@ -1,6 +1,8 @@
 """Density in stages: a model whose layers get another number of blocks between steps, on the host's call.
 
 Gradual sparsity and pruning of a pre-trained model are one mechanism: a plan for each stage, `restage` between them.
+`dsb_jax.gradual` makes such plans, and says what they cost: weights, gradients and moments of a stage are those of its
+plan, so a training that begins denser than it ends needs more memory at first.
 """
 
 import functools
@@ -12,10 +14,9 @@ import optax
 from dsb_jax.filling import move_leaf, origins_of
 from dsb_jax.methods.base import LayerState, Method
 from dsb_jax.optimizer_states import check_storage, flatten_state, followers
-from dsb_jax.paths import Path, layer_path, nodes, path_name, replace_at, weights_at
+from dsb_jax.paths import layer_path, nodes, path_name, replace_at, weights_at
 from dsb_jax.plan import SparsityPlan, check_plan
 from dsb_jax.spec import LayerSpec
-from dsb_jax.static_values import as_static, original
 from dsb_jax.step_and_key import check_key
 from dsb_jax.topology import LayerTopology, join_stack, like_index, split_stack
 
@@ -31,7 +32,10 @@ def restage(
 ) -> tuple[Any, Any, Any]:
     """Brings every sparse layer to the number of blocks of a plan; the strongest weights stay, with their moments.
 
-    Called between steps, outside of `jit`, because sizes change: it compiles once a stage, as do the steps after it.
+    Called between steps, outside of `jit`, because sizes change: it compiles once a stage, equal layers together, as do
+    the steps after it. A layer that shrinks keeps what is largest in magnitude, as the method that it belongs to counts
+    (a panel column for shuffled blocks, with `min_group_blocks` in every row group); layers do not compete. Until the
+    old trees are let go, both stages' weights and moments exist.
 
     Args:
       params, topology, opt_state: as in `dsb_jax.adaptation`.
@@ -65,36 +69,39 @@ def restage(
                 f"{spec.block_shape} in the plan; only the number of blocks may change."
             )
         specs.append((path, spec))
-    trees = (params, topology, opt_state)
-    return _restage(method, as_static(optimizer), tuple(specs), trees, check_key(key))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _restage(
-    method: Method, optimizer: Any, specs: tuple[tuple[Path, LayerSpec], ...], trees: Any, key: jax.Array
-) -> tuple[Any, Any, Any]:
-    params, topology, opt_state = trees
-    old = nodes(topology)
+    key, old = check_key(key), nodes(topology)
     weights = weights_at(params, old)
-    following = followers(original(optimizer), params, topology)
+    following = followers(optimizer, params, topology)
     leaves, structure = flatten_state(opt_state, following, topology)
-    new, moved = {}, {}
+    moved, new = {}, {}
     for i, (path, spec) in enumerate(specs):
-        node = old[path]
-        if spec == node.spec:
-            continue
-
-        def resize(key: jax.Array, state: LayerState, spec: LayerSpec = spec) -> LayerState:
-            return method.resize(key, state, spec)
-
-        axes, sizes = node.stack_axes, node.stack_shape
-        keys = jax.random.split(jax.random.fold_in(key, i), node.num_layers)
-        states = jax.vmap(resize)(keys, LayerState(*split_stack((weights[path], node.layout, node.aux), axes)))
-        index = jax.vmap(lambda layout, old=node.index: like_index(layout, old))(states.layout)
-        blocks, layout, aux, index = join_stack((*states, index), axes, sizes)
-        moved[path], new[path] = blocks, LayerTopology(layout, aux, spec, index)
-    origin = {path: origins_of(old[path], new[path]) for path in new}
-    for i, follower in following.items():
-        if follower.path in new:
-            leaves[i] = move_leaf(leaves[i], origin[follower.path], new[follower.path], 0)
+        if spec != old[path].spec:
+            own = [j for j, follower in following.items() if follower.path == path]
+            moments = tuple(leaves[j] for j in own)
+            moved[path], new[path], moments = _resize(
+                method, spec, jax.random.fold_in(key, i), weights[path], old[path], moments
+            )
+            for j, leaf in zip(own, moments, strict=True):
+                leaves[j] = leaf
     return replace_at(params, moved), replace_at(topology, new), jax.tree.unflatten(structure, leaves)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _resize(
+    method: Method, spec: LayerSpec, key: jax.Array, blocks: jax.Array, node: LayerTopology, moments: tuple[Any, ...]
+) -> tuple[jax.Array, LayerTopology, tuple[jax.Array, ...]]:
+    """One node in the sizes of `spec`; equal layers share what is compiled."""
+
+    def resize(key: jax.Array, state: LayerState) -> tuple[LayerState, Any]:
+        state = method.resize(key, state, spec)
+        return state, like_index(state.layout, node.index)
+
+    axes, sizes = node.stack_axes, node.stack_shape
+    keys = jax.random.split(key, node.num_layers)
+    state = LayerState(*split_stack((blocks, node.layout, node.aux), axes))
+    (blocks, layout, aux), index = join_stack(jax.vmap(resize)(keys, state), axes, sizes)
+    new = LayerTopology(layout, aux, spec, index)
+    if not moments:
+        return blocks, new, ()
+    origin = origins_of(node, new)
+    return blocks, new, tuple(move_leaf(leaf, origin, new, 0) for leaf in moments)

@@ -8,12 +8,14 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import dsb_jax as dsb
 from dsb_jax import stages
 from dsb_jax.layout import unpack
 from dsb_jax.linen import SparseDense
-from dsb_jax.methods import DSB, RigL
+from dsb_jax.methods import DSB, RigL, TopKAST
 from dsb_jax.paths import nodes
 from dsb_jax.spec import LayerSpec
 from dsb_jax.topology import by_layer
@@ -70,9 +72,9 @@ def staged():
     for seed, count in enumerate((3, 8, 8)):
         plan = plan_of(each[0][1], count)
         each.append(dsb.restage(*each[-1], plan, METHOD, OPTIMIZER, jax.random.key(seed)))
-    compiled = stages._restage._cache_size()
+    compiled = stages._resize._cache_size()
     dsb.restage(*each[-2], plan_of(each[0][1], 8), METHOD, OPTIMIZER, jax.random.key(2))
-    assert stages._restage._cache_size() == compiled  # plans that are equal share a program
+    assert stages._resize._cache_size() == compiled  # plans that are equal share a program
     return [jax.device_get(trees) for trees in each]
 
 
@@ -145,3 +147,60 @@ def test_plans_of_something_else_are_refused(staged):
     )
     with pytest.raises(ValueError, match="RigL adapts layers with storage 'single', but ragged has 'blocks'"):
         dsb.restage(params, topology, state, right, RigL(), OPTIMIZER, jax.random.key(0))
+
+
+SHRINKING = {"dsb": DSB(min_group_blocks=2), "rigl": RigL(), "topkast": TopKAST(backward_factor=1.2)}  # SET as RigL
+
+
+@pytest.mark.parametrize("name", SHRINKING)
+def test_a_layer_that_shrinks_keeps_its_strongest_weights_and_their_moments(name):
+    """From 10 blocks of weights to 7, whatever the weights are; row groups differ by orders of magnitude."""
+    method = SHRINKING[name]
+    model = SparseDense(WIDTH, num_blocks=10, block_shape=BLOCKS, implementation="dense", method=method, name="layer")
+    variables = jax.jit(model.init)(jax.random.key(0), X)
+    topology, params = {"layer": variables["topology"]}, {"layer": variables["params"]}
+    plan, node = plan_of(topology, 7), nodes(topology)["layer", "blocks"]
+    group = np.repeat(np.arange(node.layout.num_groups), np.diff(node.layout.group_start))
+
+    @settings(max_examples=10, deadline=None)
+    @given(seed=st.integers(0, 2**31 - 1), exponents=st.lists(st.integers(-3, 3), min_size=3, max_size=3))
+    def law(seed, exponents):
+        scale = np.float32(10.0) ** np.resize(exponents, node.layout.num_groups)
+        blocks = noise_like(params["layer"]["blocks"], seed=seed) * scale[group][:, None, None].astype(np.float32)
+        trained = {"layer": {**params["layer"], "blocks": blocks}}
+        state = noise_like(jax.eval_shape(OPTIMIZER.init, trained), seed=seed + 1)
+        new, now_topology, now_state = dsb.restage(trained, topology, state, plan, method, OPTIMIZER, jax.random.key(1))
+        now = nodes(now_topology)["layer", "blocks"]
+        dsb.validate_topology(now_topology)
+        assert now.spec == method.stored(plan["layer",])
+        was, left = in_place(trained["layer"]["blocks"], node), in_place(new["layer"]["blocks"], now)
+        stays, went = ~np.isnan(was) & ~np.isnan(left), ~np.isnan(was) & np.isnan(left)
+        assert_same_bits(left[stays], was[stays])
+        for field in ("mu", "nu"):
+            before, after = (in_place(getattr(s[0], field)["layer"]["blocks"], n)
+                             for s, n in ((state, node), (now_state, now)))  # fmt: skip
+            assert_same_bits(after[stays], before[stays])
+            assert (after[~np.isnan(left) & ~stays] == 0).all()
+        if name == "topkast":
+            return  # of all its weights; tests/test_method_layers.py
+        assert stays.sum() == (~np.isnan(left)).sum()  # nothing comes in
+        if name != "dsb":
+            assert np.abs(was[stays]).min() >= np.abs(was[went]).max()
+            return
+        counts, had = (np.diff(n.layout.group_start) for n in (now, node))
+        assert counts.min() >= 2
+        assert (counts <= had).all()
+        # Blocks are cut from the columns of a group in the order of their strength.
+        weakest_kept, strongest_gone = [], []
+        for g, of_group in enumerate(np.asarray(now.layout.out_idx)):
+            np.testing.assert_array_equal(of_group, node.layout.out_idx[g])
+            strength = np.sort(np.square(was[of_group[of_group < WIDTH]]).mean(axis=0))[::-1]
+            blocks = strength[~np.isnan(strength)].reshape(-1, BLOCKS[1]).sum(axis=1)
+            kept = np.square(left[of_group]).mean(axis=0)
+            kept = np.sort(kept[~np.isnan(kept)])[::-1].reshape(-1, BLOCKS[1]).sum(axis=1)
+            np.testing.assert_allclose(kept, blocks[: counts[g]], rtol=1e-5)
+            weakest_kept += [kept[-1]] if counts[g] > 2 else []
+            strongest_gone += list(blocks[counts[g] : counts[g] + 1])
+        assert min(weakest_kept) >= max(strongest_gone) * (1 - 1e-5)
+
+    law()
