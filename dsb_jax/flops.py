@@ -132,13 +132,26 @@ def count(
 
 
 def share_of_adaptations(
-    method: Method | None, *, total_steps: int, batch_size: int, adapt_batch_size: int | None = None
+    method: Method | None,
+    *,
+    total_steps: int,
+    batch_size: int,
+    adapt_batch_size: int | None = None,
+    first_step: int = 0,
 ) -> float:
-    """Examples that the adaptations of a training measure on, over those that it trains on; None is a whole batch."""
+    """Examples that the adaptations of a training measure on, over those that it trains on.
+
+    Args:
+      method: None for no adaptations.
+      total_steps: where the training ends.
+      batch_size: of a training step.
+      adapt_batch_size: of an adaptation; None is a whole batch.
+      first_step: the first one that counts.
+    """
     if method is None:
         return 0.0
-    due = sum(method.due(step) for step in range(total_steps))
-    return due / total_steps * min(adapt_batch_size or batch_size, batch_size) / batch_size
+    due = sum(method.due(step) for step in range(first_step, total_steps))
+    return due / (total_steps - first_step) * min(adapt_batch_size or batch_size, batch_size) / batch_size
 
 
 def compare(own: Mapping[Path, LayerFlops], dense: Mapping[Path, LayerFlops]) -> dict[str, float]:

@@ -17,6 +17,7 @@ MEANS = (
     "test_loss", "sparsity", "sparsity_all", "accepted_growth", "collateral", "turnover", "exploration", "empty_groups",
 )  # fmt: skip
 FLOPS = ("train_ratio", "inference_ratio")
+BYTES = ("last", "average", "peak")  # of a training whose density changes; without that they are the same
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -65,6 +66,12 @@ def mean_and_std(values: Iterable[float]) -> tuple[float, float | None]:
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
 
 
+def count_all_bytes(summary: Mapping[str, Any], when: str) -> int | None:
+    """Bytes of all arrays that training holds, `when` being one of `BYTES`; None in summaries without them."""
+    nbytes = summary.get("bytes") if when == "last" else summary.get(when, {}).get("bytes")
+    return None if nbytes is None else sum(nbytes.values())
+
+
 def make_row(cell: str, settings: Mapping[str, Any], summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """One cell over its seeds, as plain values; accuracies are shares of the test images.
 
@@ -87,6 +94,7 @@ def make_row(cell: str, settings: Mapping[str, Any], summaries: Mapping[int, Map
         "losses": {str(seed): summaries[seed].get("test_loss") for seed in values},
         **{name: mean_or_none(s.get(name) for s in every) for name in MEANS},
         "flops": flops,
+        "bytes": {when: mean_or_none(count_all_bytes(s, when) for s in every) for when in BYTES},
     }
 
 

@@ -125,6 +125,12 @@ def outcome_table(summary: dict[str, Any]) -> Table:
         ("active weights", f"{summary['num_active']:,} in the sparse layers"),
         ("bytes", ", ".join(f"{name} {format_bytes(count)}" for name, count in nbytes.items())),
     ]
+    if len(stages := summary.get("stages", ())) > 1:
+        average, peak = (
+            f"{format_bytes(sum(summary[when]['bytes'].values()))} at density {summary[when]['density']:.3f}"
+            for when in ("average", "peak")
+        )
+        rows.append((f"{len(stages)} stages", f"{peak} at the peak, {average} on average over the steps"))
     if summary.get("step_time_s"):
         rows.append(("time", f"{summary['step_time_s'] * 1e3:.1f} ms a step, {summary['train_time_s']:.1f} s in all"))
     if summary.get("adaptations"):

@@ -111,17 +111,18 @@ def restore(
         saved = _decided(saved, tuned=True)
         config = dataclasses.replace(saved, implementation=implementation or saved.implementation)
         components = build(config)
-        abstract = abstract_state(config, components, key_impl=stored.key_impls.get("key", KEY_IMPL))
+        done, key_impl = int(stored.arrays.get("step", 0)), stored.key_impls.get("key", KEY_IMPL)
+        abstract = abstract_state(config, components, done=done, key_impl=key_impl)
     except (ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise CheckpointError(f"{file} makes no model ({brief(error)}). {cure(directory)}") from error
     state = to_device(fill(abstract, stored, cure(directory)), directory, abstract)
     return Restored(config, components, state, stored.extra, stored.host, int(state.step))
 
 
-def abstract_state(config: Config, components: Components, *, key_impl: str = KEY_IMPL) -> TrainState:
-    """Shapes and dtypes of the train state of a config."""
-    images = config.abstract_inputs(1)
-    create = functools.partial(create_train_state, components.model, components.optimizer, inputs=images)
+def abstract_state(config: Config, components: Components, *, done: int = 0, key_impl: str = KEY_IMPL) -> TrainState:
+    """Shapes and dtypes of the train state of a config after `done` steps."""
+    images, model = config.abstract_inputs(1), components.stage_after(done).model
+    create = functools.partial(create_train_state, model, components.optimizer, inputs=images)
     return jax.eval_shape(create, jax.random.key(config.seed, impl=key_impl))
 
 

@@ -19,16 +19,17 @@ import numpy as np
 
 from dsb_jax import checkpoint
 from dsb_jax.paths import nodes
-from dsb_jax.telemetry import Explored
+from dsb_jax.stages import restage
+from dsb_jax.telemetry import Explored, count_bytes
 from dsb_jax.train import adapt_step, eval_step, train_step
-from dsb_jax.train_state import TrainState, create_train_state
+from dsb_jax.train_state import TrainState, create_train_state, step_key
 from dsb_jax.training import data, models
-from dsb_jax.training.build import Components, build, make_key
+from dsb_jax.training.build import Components, Stage, build, make_key
 from dsb_jax.training.checkpoints import check_workdir, restore
 from dsb_jax.training.config import Config
 from dsb_jax.training.json_files import write_json
 from dsb_jax.training.metrics import Metrics, report_by_layer, report_totals
-from dsb_jax.training.summary import summarize
+from dsb_jax.training.summary import measure_sparsity, summarize
 
 LOG_EVERY = 10  # steps between two reads of the metrics, each of which waits for the device
 
@@ -160,6 +161,44 @@ class _Training:
         self.turnover = 0.0  # of the latest adaptation
         self.skipped: dict[str, str] = {}  # layers that it left as they were
         self.is_compiled = False
+        self.later_stages = {stage.step: stage for stage in components.stages[1:]}
+        self.density: dict[str, float] = {}  # what is told of it once it has changed
+
+    def note_stage(self, stage: Stage, **values: float) -> None:
+        """The stage that begins now, in the metrics, if there are several."""
+        if not self.later_stages:
+            return
+        sparsity = measure_sparsity(self.components, self.state)["sparsity"]
+        nbytes = count_bytes(self.state.params, self.state.opt_state, self.state.topology)
+        self.metrics.write("stage", stage.step, density=1 - sparsity, bytes=nbytes, **values)
+        number, count = self.components.stages.index(stage) + 1, len(self.components.stages)
+        self.progress.note(
+            f"step {stage.step}: stage {number} of {count}, density {1 - sparsity:.3f}, "
+            f"{sum(nbytes.values()) / 2**20:.1f} MiB"
+        )
+        self.density = {"sparsity": sparsity}
+
+    def _restage(self, stage: Stage) -> None:
+        """Brings the layers to the plan of a stage that begins.
+
+        Before an adaptation of the same step, as GraNet prunes before it regrows: what an adaptation grows is 0 and
+        would be the first to go.
+        """
+        jax.block_until_ready(self.state)
+        begin = time.perf_counter()
+        state, method = self.state, self.components.method
+        assert method is not None  # without sparse layers there is one stage
+        assert stage.plan is not None
+        key = jax.random.fold_in(step_key(state), 3)  # 1 and 2 are an adaptation's and the model's
+        params, topology, opt_state = restage(
+            state.params, state.topology, state.opt_state, stage.plan, method, self.components.optimizer, key
+        )
+        self.state = dataclasses.replace(state, params=params, topology=topology, opt_state=opt_state)
+        jax.block_until_ready(self.state)
+        seconds = time.perf_counter() - begin
+        self.explored.update(self.state.topology)
+        self.note_stage(stage, seconds=seconds)
+        self.is_compiled = False  # the next step is another program
 
     def _is_due(self, step: int) -> bool:
         method = self.components.method
@@ -206,9 +245,12 @@ class _Training:
         end = batches.end(epoch)
         begin, num_timed = time.perf_counter(), 0
         for step, batch in batches.epoch(epoch, int(self.state.step)):
-            if self._is_due(step):
+            if step in self.later_stages or self._is_due(step):
                 before = time.perf_counter()
-                self._adapt(step, batch)
+                if step in self.later_stages:
+                    self._restage(self.later_stages[step])
+                if self._is_due(step):
+                    self._adapt(step, batch)
                 begin += time.perf_counter() - before
             self.state, measured = train_step(
                 self.state,
@@ -219,7 +261,7 @@ class _Training:
             )
             pending.append(measured)
             num_timed += 1
-            if not self.is_compiled:  # the first step of a process holds the compilation and is not timed
+            if not self.is_compiled:  # the first step of a process or a stage holds the compilation and is not timed
                 jax.block_until_ready(measured)
                 self.is_compiled, begin, num_timed = True, time.perf_counter(), 0
             done = step + 1
@@ -235,7 +277,7 @@ class _Training:
             raise ValueError(f"the loss is {means['loss']} at step {done}; try a lower --learning_rate.")
         learning_rate = float(self.components.learning_rate(done - 1))
         self.metrics.write("train", done, **means, learning_rate=learning_rate, **seconds)
-        self.progress.advance(done, {**means, "turnover": self.turnover})
+        self.progress.advance(done, {**means, "turnover": self.turnover, **self.density})
 
 
 def run(
@@ -268,6 +310,8 @@ def run(
         metrics = Metrics(workdir / "metrics.jsonl", step)
         training = _Training(config, components, state, explored, metrics, progress)
         progress.begin(config, components, state, step)
+        if resumed is None:
+            training.note_stage(components.stages[0])
         batches = _Batches(config, dataset)
         first = step // batches.steps_per_epoch if step < config.total_steps else config.epochs
         for epoch in range(first, config.epochs):

@@ -1,4 +1,8 @@
-"""metrics.jsonl: one object a line, of kind "train" (every few steps), "adapt" or "eval" (every epoch)."""
+"""metrics.jsonl: one object a line, of kind "train" (every few steps), "adapt", "eval" (every epoch) or "stage".
+
+Entries of the last kind are those of a run whose density falls; "adapt" and "stage" come before the training step that
+they name, the others after it.
+"""
 
 import json
 import statistics
@@ -10,6 +14,8 @@ from dsb_jax.adapt import Report
 from dsb_jax.methods.base import STATUS
 from dsb_jax.paths import path_name
 from dsb_jax.training.json_files import finite, write_atomically
+
+BEFORE_A_STEP = ("adapt", "stage")
 
 
 class Metrics:
@@ -26,7 +32,7 @@ class Metrics:
             self.lines = [
                 entry
                 for entry in read_metrics(path)
-                if entry["step"] <= resumed_at and (entry["kind"] != "adapt" or entry["step"] < resumed_at)
+                if entry["step"] < resumed_at or (entry["step"] == resumed_at and entry["kind"] not in BEFORE_A_STEP)
             ]
         write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in self.lines))
 
