@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dsb_jax.filling import check_fill, default_fill, fill_pairs, move_leaf, origins_of
+from dsb_jax.filling import check_fill, fill_pairs, move_leaf, origins_of
 from dsb_jax.layer_updates import NodeArrays, NodeUpdate, update_nodes
 from dsb_jax.measuring import LossFn, Measure, Measured, measure
 from dsb_jax.methods.base import LayerReport, Method
@@ -26,6 +26,7 @@ from dsb_jax.ops.statistics import AxisName, Statistic
 from dsb_jax.optimizer_states import (
     check_storage,
     check_transformation,
+    default_fill,
     flatten_state,
     followers,
     frozen_layers,
@@ -103,7 +104,7 @@ def adaptation(
       where: `(layer path) -> bool`, False for layers that are to stay as they are.
       fill: what the moments of newly active weights begin with, by the name of the optimizer state's field:
         {"nu": "group_mean"}, "zero", or a function `(moved, is_new, layout) -> values`, all [num_blocks, R, C]. By
-        default second moments are "group_mean" and all others zero (`dsb_jax.filling`).
+        default second moments are "group_mean" and all others zero.
 
     Returns:
       A hashable function `(params, topology, opt_state, step, key, *batch, **other_collections) -> (params, topology,

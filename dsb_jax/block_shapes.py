@@ -14,7 +14,7 @@ from typing import Literal
 
 from dsb_jax.spec import LayerSpec
 
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
 BlockShape = tuple[int, int] | Literal["auto"]
 LEAST_GROUPS = 8
 _ROWS, _COLS = (16, 8, 4), (16, 8, 4, 2, 1)

@@ -1,8 +1,8 @@
 """How an array that is shaped like a layer's blocks follows them, and what newly active weights begin with in it.
 
 A second moment of zero is not neutral: the first updates of a weight that has it are as large as the learning rate.
-So the moments of an optimizer may begin with something else, by the name of their field; second moments, as optax names
-them, begin with the mean of their row group, all others with zero (why: experiments/RESULTS.md):
+So the moments of an optimizer may begin with something else, by the name of their field; what they begin with where
+nothing is said is `dsb_jax.optimizer_states.default_fill`:
 
     "zero"          0
     "group_mean"    the mean over the weights of the same row group that stay active (of the layer if none does)
@@ -22,7 +22,6 @@ from dsb_jax.origins import origins, take
 from dsb_jax.topology import LayerTopology, by_layer
 
 FILLS = ("zero", "group_mean")
-SECOND_MOMENTS = ("nu", "nu_max")  # of Adam and all that is like it
 
 
 def fill_pairs(fill: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
@@ -37,11 +36,6 @@ def fill_pairs(fill: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
         if not callable(how) and how not in FILLS:
             raise ValueError(f"fill={{{field!r}: {how!r}}} is unknown; give {' or '.join(FILLS)}, or a function.")
     return tuple(sorted((fill or {}).items(), key=lambda pair: pair[0]))
-
-
-def default_fill(field: str) -> str:
-    """What a moment begins with that nobody names."""
-    return "group_mean" if field in SECOND_MOMENTS else "zero"
 
 
 def check_fill(fill: tuple[tuple[str, Any], ...], fields: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ stacked moments) cannot follow, and is refused before training begins.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from dsb_jax.dataflow import dependencies
 from dsb_jax.methods.base import check_method
 from dsb_jax.paths import Path, dense_path, layer_path, nodes, path_name, replace_at, weights_at
 
+SECOND_MOMENTS = ("nu", "nu_max")  # as optax names them in Adam and all that is like it
+
 
 @dataclasses.dataclass(frozen=True)
 class Follower:
@@ -25,6 +28,11 @@ class Follower:
 
     path: Path
     field: str
+
+
+def default_fill(field: str) -> str:
+    """What a moment of newly active weights begins with that nobody names; evidence is in experiments/RESULTS.md."""
+    return "group_mean" if field in SECOND_MOMENTS else "zero"
 
 
 def check_transformation(optimizer: Any) -> None:
@@ -135,14 +143,23 @@ def check_optimizer(optimizer: optax.GradientTransformation, params: Any, topolo
       optimizer: any optax transformation.
       params: of the model; abstract ones will do.
       topology: of the same model.
-      method: checks as well that the layers hold what this method adapts.
+      method: checks as well that the layers hold what this method adapts, and warns if it grows by raw gradients
+        while the optimizer normalizes them.
 
     Raises:
       ValueError: if not, with what the optimizer keeps and where, or with the layer and its storage.
     """
-    followers(optimizer, params, topology)
-    if method is not None:
-        check_storage(method, topology)
+    following = followers(optimizer, params, topology)
+    if method is None:
+        return
+    check_storage(method, topology)
+    normalizes = any(follower.field in SECOND_MOMENTS for follower in following.values())
+    if normalizes and method.statistic is not None:
+        warnings.warn(
+            f"{type(method).__name__} grows by gradients, and this optimizer divides them by their second moments: a "
+            "large one is then no sign of a useful weight. Growth at random does better: DSB.for_adam(), SET().",
+            stacklevel=2,
+        )
 
 
 def flatten_state(opt_state: Any, following: dict[int, Follower], topology: Any) -> tuple[list[Any], Any]:

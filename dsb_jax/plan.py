@@ -240,7 +240,7 @@ def make_plan(
     *,
     sparsity: float,
     distribution: str = "uniform",
-    block_shape: BlockShape = (16, 16),
+    block_shape: BlockShape = AUTO,
     rules: Sequence[Rule] = (),
     min_blocks: int = MIN_BLOCKS,
     min_group_blocks: int = MIN_GROUP_BLOCKS,

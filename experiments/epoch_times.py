@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.grid import SPARSITIES
+from experiments.presets import SPARSITIES
 
 TRAIN_IMAGES = 50_000
 IMAGE_SIZE = 32  # of both CIFAR sets

@@ -18,6 +18,7 @@ from experiments import grid
 from experiments.flags import default_values
 from experiments.grid import Run
 from experiments.outcomes import find_summaries, mean_and_std, read_adaptations
+from experiments.presets import ALL_METHODS, PRESETS, SPARSITIES
 
 Terms = dict[str, Any]  # fields of a config -> values
 
@@ -55,7 +56,7 @@ class Adaptations(NamedTuple):
 
 PANEL_COLUMNS, BLOCKS = "dsb, panel columns", "dsb, blocks"
 METHODS = (
-    *(Variant(method, {"method": method}) for method in grid.ALL_METHODS if method != "dsb"),
+    *(Variant(method, {"method": method}) for method in ALL_METHODS if method != "dsb"),
     Variant(BLOCKS, {"method": "dsb", "granularity": "block"}),
     Variant(PANEL_COLUMNS, {"method": "dsb", "granularity": "panel_column"}),
 )
@@ -196,7 +197,7 @@ def _distinct_terms(runs: Iterable[Run]) -> list[Terms]:
 
 @functools.cache
 def _runs_of_presets() -> tuple[Run, ...]:
-    return tuple(run for name in grid.PRESETS for run in grid.preset_runs(name))
+    return tuple(run for name in PRESETS for run in grid.preset_runs(name))
 
 
 def preset_runs(dataset: str, model: str) -> list[Run]:
@@ -252,7 +253,7 @@ def make_panel(
         return None
     missing: dict[str, list[Run]] = {}
     if of_preset is not None:
-        wanted = _cells(of_preset, variants, grid.SPARSITIES)
+        wanted = _cells(of_preset, variants, SPARSITIES)
         settings_of = {variant.label: variant.settings for variant in variants}
         for run in preset:
             if run.settings in wanted:

@@ -72,7 +72,7 @@ def parse_block_shape(text: str) -> tuple[int, int]:
 
 def parse_block_shape_or_auto(text: str) -> BlockShape:
     """The same, but 'auto' is itself."""
-    return "auto" if text.strip() == AUTO else parse_block_shape(text)
+    return AUTO if text.strip() == AUTO else parse_block_shape(text)
 
 
 def define() -> None:
@@ -86,7 +86,7 @@ def define() -> None:
     flags.DEFINE_enum("method", "dsb", METHODS, "How the topology is trained.")
     flags.DEFINE_float("sparsity", 0.9, "Fraction of zeros over the sparse layers, in [0, 1).")
     flags.DEFINE_enum("distribution", None, sorted(DISTRIBUTIONS), "Densities over the layers.")
-    flags.DEFINE_string("block_shape", "16x16", "Rows x columns of a block: 16x16, 32x8, 64x4, ...; or auto.")
+    flags.DEFINE_string("block_shape", AUTO, "Rows x columns of a block: 16x16, 32x8, ...; auto chooses by the layer.")
     flags.DEFINE_list("keep_dense", list(KEEP_DENSE), "Patterns of layer paths that stay dense.")
     flags.DEFINE_enum("grow", None, GROW, "Growth criterion of dsb; by default that of the optimizer.")
     flags.DEFINE_enum("granularity", None, GRANULARITIES, "What dsb drops and grows.")

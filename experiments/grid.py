@@ -17,56 +17,7 @@ from dsb_jax.training import models
 from dsb_jax.training.build import default_grow, make_method
 from dsb_jax.training.config import DENSE_METHODS, Config, check_config
 from experiments.flags import default_values, is_of_photographs, parse_block_shape_or_auto
-
-ALL_METHODS = ("dense", "small_dense", "ssb", "set", "rigl", "topkast", "dsb")
-SPARSITIES = (0.8, 0.9, 0.95)
-
-_BLOCKS = {"method": ("dsb",), "granularity": ("block",)}  # the paper's variant of dsb
-
-# Names of a config's fields -> the values to combine. Each part of a grid is a product; `common` holds for all parts.
-PRESETS: dict[str, dict[str, Any]] = {
-    # Hours on two cores: what the methods and the settings of dsb are worth at equal sparsity.
-    "digits": {
-        "seeds": (0, 1, 2, 3, 4),
-        "common": {"dataset": "digits", "model": "convnet"},
-        "parts": (
-            {"method": ALL_METHODS, "sparsity": SPARSITIES},
-            {**_BLOCKS, "sparsity": SPARSITIES, "block_aware_drop": (True, False)},
-            {
-                "method": ("dsb",),
-                "sparsity": (0.9,),
-                "granularity": ("panel_column", "block"),
-                "grow": ("norm", "block_gradient", "gradient", "random"),
-            },
-            # Why adapting in whole blocks can hurt: kept weights that new blocks displace, or starved row groups?
-            {**_BLOCKS, "sparsity": (0.95,), "growth_score": (0.5,)},
-            {**_BLOCKS, "sparsity": (0.95,), "min_group_blocks": (0,)},
-            {"method": ("dsb", "ssb"), "sparsity": SPARSITIES, "block_shape": ("16x16", "32x8", "64x4")},
-        ),
-    },
-    # A small network and few epochs: an hour and a half on two cores.
-    "cifar10_small": {
-        "seeds": (0, 1),
-        "common": {"dataset": "cifar10", "model": "wrn-10-2", "epochs": 2},
-        "parts": (
-            {"method": ("dense", "ssb", "rigl", "dsb"), "sparsity": (0.9,)},
-            {**_BLOCKS, "sparsity": (0.9,)},
-        ),
-    },
-    # The paper's protocol (Config's docstring) and its Figures 14 and 15: for GPUs. Dropout is the WRN's.
-    "cifar_full": {
-        "seeds": (0, 1, 2),
-        "common": {"epochs": 160, "distribution": "erk", "dtype": "bfloat16"},
-        "parts": tuple(
-            {"model": (model,), "dropout_rate": (dropout,), "dataset": ("cifar10", "cifar100"), **part}
-            for model, dropout in (("wrn-22-2", 0.3), ("resnet18", 0.0), ("vgg16", 0.0))
-            for part in (
-                {"method": ALL_METHODS, "sparsity": SPARSITIES},
-                {**_BLOCKS, "sparsity": SPARSITIES, "block_aware_drop": (True, False)},
-            )
-        ),
-    },
-}
+from experiments.presets import PRESETS
 
 # Filled in when a run begins, from the data set and for the device, hence not part of a cell.
 FROM_DATA = ("input_shape", "num_classes", "total_steps", "feature_major")

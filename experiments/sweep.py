@@ -38,6 +38,7 @@ from experiments import grid, program
 from experiments.grid import Run, workdir
 from experiments.outcomes import finished, make_rows, outcome_table
 from experiments.paired import paired_table
+from experiments.presets import PRESETS
 
 FLAGS = flags.FLAGS
 
@@ -61,7 +62,7 @@ Command = Callable[[Sequence[Run]], list[str]]  # runs of one cell -> the comman
 def define_flags() -> None:
     """Flags of this program."""
     flags.DEFINE_string("root", None, "Folder of the sweep.", required=True)
-    flags.DEFINE_string("preset", None, f"A named grid: {', '.join(grid.PRESETS)}.")
+    flags.DEFINE_string("preset", None, f"A named grid: {', '.join(PRESETS)}.")
     for name, field in AXES.items():
         flags.DEFINE_list(name, None, f"Values of {field}: the grid, or what to select from the preset.")
     flags.DEFINE_list("seeds", None, "Seeds: of the grid (by default 0), or what to select from the preset.")
@@ -302,7 +303,7 @@ def main() -> None:
     console = program.console()
     runs, root = runs_from_flags(), Path(FLAGS.root)
     command = train_command(root, FLAGS.data_dir)
-    preset = grid.PRESETS.get(FLAGS.preset, {})
+    preset = PRESETS.get(FLAGS.preset, {})
     together = bool(preset.get("together")) if FLAGS.together is None else FLAGS.together
     sweep = Sweep(root, runs, command, console, together=together)
     cells = len({run.settings for run in runs})

@@ -14,6 +14,7 @@ from typing import Any
 from experiments import grid
 from experiments.flags import default_values
 from experiments.grid import Run
+from experiments.presets import PRESETS
 from experiments.sweep import AXES
 
 _SEED = "seed"
@@ -67,7 +68,7 @@ def _selected(name: str, override: tuple[tuple[str, Any], ...], field: str, valu
 def _with_preset(wanted: frozenset[Run]) -> list[str] | None:
     """Arguments that select the runs from a preset; None if none does."""
     datasets = set(_values(wanted, "dataset"))
-    for name in grid.PRESETS:
+    for name in PRESETS:
         own = [run for run in _preset_runs(name, ()) if run.config.dataset in datasets]
         if not own:
             continue

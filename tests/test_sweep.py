@@ -18,6 +18,7 @@ from dsb_jax.training import data, loop
 from dsb_jax.training.checkpoints import check_workdir
 from dsb_jax.training.config import METHODS, Config
 from experiments import grid, outcomes, sweep
+from experiments.presets import PRESETS
 from experiments.sweep import Estimate, Sweep, format_seconds
 from tests.test_loop import Silent
 from tests.test_programs import call_here
@@ -55,7 +56,7 @@ def make(root, runs, **how):
 
 
 def test_every_preset_has_distinct_names_and_settings_that_exist():
-    for name in grid.PRESETS:
+    for name in PRESETS:
         runs = grid.preset_runs(name)
         assert len({run.name for run in runs}) == len(runs)
         grid.check_runs([run for run in runs if run.config.method in METHODS])

@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from dsb_jax.block_shapes import BlockShape
+from dsb_jax.block_shapes import AUTO, BlockShape
 from dsb_jax.linen.finding import find_layers
 from dsb_jax.paths import Path
 from dsb_jax.plan import MIN_BLOCKS, MIN_GROUP_BLOCKS, SparsityPlan, make_plan
@@ -20,7 +20,7 @@ def plan(
     call_method: str | Callable[..., Any] | None = None,
     sparsity: float = 0.9,
     distribution: str = "uniform",
-    block_shape: BlockShape = (16, 16),
+    block_shape: BlockShape = AUTO,
     rules: Sequence[Rule] = (),
     min_group_blocks: int = MIN_GROUP_BLOCKS,
     min_blocks: int = MIN_BLOCKS,

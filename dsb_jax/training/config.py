@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dsb_jax import methods
-from dsb_jax.block_shapes import BlockShape
+from dsb_jax.block_shapes import AUTO, BlockShape
 from dsb_jax.filling import FILLS
 from dsb_jax.methods import schedule
 from dsb_jax.ops.dispatch import check_implementation
@@ -134,7 +134,7 @@ class Config:
     method: str = "dsb"
     sparsity: float = 0.9
     distribution: str = "uniform"
-    block_shape: BlockShape = (16, 16)
+    block_shape: BlockShape = AUTO
     keep_dense: tuple[str, ...] = KEEP_DENSE
     min_blocks: int = MIN_BLOCKS
     grow: str | None = None
