@@ -71,7 +71,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Hours on two cores: what the methods and the settings of dsb are worth at equal sparsity.
     "digits": {
         "seeds": (0, 1, 2, 3, 4),
-        "common": {"dataset": "digits", "model": "convnet", **_OLD},
+        "common": {"dataset": "digits", "model": "convnet"},
         "parts": (
             {"method": ALL_METHODS, "sparsity": SPARSITIES},
             {**_BLOCKS, "sparsity": SPARSITIES, "block_aware_drop": (True, False)},
@@ -90,7 +90,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # A small network and few epochs: an hour and a half on two cores.
     "cifar10_small": {
         "seeds": (0, 1),
-        "common": {"dataset": "cifar10", "model": "wrn-10-2", "epochs": 2, **_OLD},
+        "common": {"dataset": "cifar10", "model": "wrn-10-2", "epochs": 2},
         "parts": (
             {"method": ("dense", "ssb", "rigl", "dsb"), "sparsity": (0.9,)},
             {**_BLOCKS, "sparsity": (0.9,)},

@@ -41,7 +41,8 @@ def commands(runs: Collection[Run], root: str) -> list[str]:
 
 def _values(runs: Collection[Run], name: str) -> list[Any]:
     """The values of a field over the runs, seed included, in order; None comes first."""
-    return sorted({getattr(run.config, name) for run in runs}, key=lambda value: (value is not None, value))
+    values = {getattr(run.config, name) for run in runs}
+    return sorted(values, key=lambda value: (value is not None, isinstance(value, str), value))
 
 
 def _shared(runs: Collection[Run]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def test_what_is_missing_and_the_commands_that_make_it(tmp_path):
     (line,) = sweep_commands.commands(panel.missing["ssb"], "DIR")
     assert line == (
         "python -m experiments.sweep --root=DIR --preset=digits --methods=ssb --sparsities=0.95 "
-        "--block_shapes=16x16 --seeds=0,1,2,3,4"
+        "--block_shapes=auto --seeds=0,1,2,3,4"
     )
     panel = panel_of(tmp_path, BLOCK_AWARE)
     assert panel.missing == {WITHOUT_RULE: [digits_run(3, block_aware_drop=False)]}

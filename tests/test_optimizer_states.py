@@ -1,6 +1,7 @@
 """Any optax optimizer: its moments follow their weights, bit by bit, or it is refused before the first step."""
 
 import dataclasses
+import warnings
 from typing import Any, ClassVar
 
 import flax.traverse_util
@@ -15,7 +16,7 @@ from dsb_jax.layout import pack, unpack
 from dsb_jax.measuring import Measured
 from dsb_jax.methods import DSB, SET, LayerState, RigL, TopKAST
 from dsb_jax.methods.identity import identity
-from dsb_jax.optimizer_states import check_optimizer, followers, frozen_layers
+from dsb_jax.optimizer_states import SECOND_MOMENTS, check_optimizer, followers, frozen_layers
 from dsb_jax.origins import move
 from dsb_jax.paths import nodes
 from dsb_jax.telemetry import active_positions
@@ -147,9 +148,11 @@ def test_moments_follow_their_weights(name):
     optimizer, count = FOLLOWING[name]
     check_optimizer(optimizer, PARAMS, TOPOLOGY, method=Given())
     params, opt_state = noise_like(PARAMS), noise_like_state(optimizer)
+    fields = {follower.field for follower in followers(optimizer, PARAMS, TOPOLOGY).values()}
+    fill = {field: "zero" for field in SECOND_MOMENTS if field in fields}
     with jax.disable_jit():  # operations one by one are compiled once for all optimizers
         new_params, topology, new_state, _ = jax.device_get(
-            dsb.update(Given(), optimizer, params, TOPOLOGY, opt_state, 3, jax.random.key(7), STATISTICS)
+            dsb.update(Given(), optimizer, params, TOPOLOGY, opt_state, 3, jax.random.key(7), STATISTICS, fill=fill)
         )
     assert_same_bits(topology, NEW)
     moved = 0
@@ -228,10 +231,19 @@ def test_a_tree_of_other_sizes_is_refused():
 
 @pytest.mark.parametrize("method", [RigL(), SET(), TopKAST()])
 def test_the_method_is_checked_with_it(method):
-    check_optimizer(optax.adam(1e-2), PARAMS, TOPOLOGY, method=DSB())
+    check_optimizer(optax.adam(1e-2), PARAMS, TOPOLOGY, method=DSB.for_adam())
     with pytest.raises(ValueError, match=f"^{type(method).__name__} adapts layers with storage '{method.storage}', but "
                        "one has 'blocks'; make the layers with method="):  # fmt: skip
         check_optimizer(optax.adam(1e-2), PARAMS, TOPOLOGY, method=method)
+
+
+def test_growth_by_gradients_and_an_optimizer_that_normalizes_do_not_go_together():
+    with pytest.warns(UserWarning, match=r"^DSB grows by gradients, .* Growth at random does better: DSB.for_adam\(\)"):
+        check_optimizer(optax.adam(1e-2), PARAMS, TOPOLOGY, method=DSB())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_optimizer(optax.adam(1e-2), PARAMS, TOPOLOGY, method=DSB.for_adam())
+        check_optimizer(optax.sgd(1e-2, momentum=0.9), PARAMS, TOPOLOGY, method=DSB())
 
 
 ZERO = optax.set_to_zero()

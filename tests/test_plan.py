@@ -1,5 +1,6 @@
 """The rules of a plan: what stays dense and why, that totals are met, what is refused."""
 
+import functools
 import math
 import pickle
 from collections.abc import Mapping
@@ -8,11 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsb_jax import plan as planning
 from dsb_jax.distributions import at_density, erk
-from dsb_jax.plan import SparsityPlan, make_plan
+from dsb_jax.plan import SparsityPlan
 from dsb_jax.rules import Rule
 from dsb_jax.spec import LayerSpec
 from tests.conftest import make_spec
+
+# Blocks of 16x16 where nothing else is said; those chosen by layer have tests of their own (test_block_shapes).
+make_plan = functools.partial(planning.make_plan, block_shape=(16, 16))
 
 CONV = make_spec(64, 288, (3, 3))
 LAYERS = {

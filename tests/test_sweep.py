@@ -64,9 +64,9 @@ def test_every_preset_has_distinct_names_and_settings_that_exist():
 
 def test_the_digits_preset_runs_shared_cells_once():
     runs = grid.preset_runs("digits")
-    # dense once for all sparsities; the parts share dsb at 16x16 with each other, ssb at 16x16, block_gradient at 0.9
+    # dense once for all sparsities; the parts share dsb and block_gradient at 0.9 with each other
     cells = {run.settings for run in runs}
-    assert len(cells) == (1 + 6 * 3) + 2 * 3 + 2 * 3 + 2 + 2 * 2 * 3
+    assert len(cells) == (1 + 6 * 3) + 2 * 3 + 2 * 3 + 2 + 2 * 3 * 3
     assert len(runs) == 5 * len(cells)
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)  # the whole grid with one seed comes first
 
@@ -138,7 +138,7 @@ def test_selecting_from_a_preset():
     runs = grid.preset_runs("digits")
     chosen = grid.select(runs, {"method": ["dense", "ssb"], "sparsity": ["0.9"], "seed": [2]})
     assert [run.cell for run in chosen] == [
-        "digits-convnet-dense", *(f"digits-convnet-ssb-0.9-{shape}" for shape in ("16x16", "32x8", "64x4"))
+        "digits-convnet-dense", *(f"digits-convnet-ssb-0.9-{shape}" for shape in ("auto", "16x16", "32x8", "64x4"))
     ]  # fmt: skip
     with pytest.raises(ValueError, match=re.escape("no run of the grid has seed in [9]")):
         grid.select(runs, {"seed": [9]})
