@@ -16,7 +16,7 @@ from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS
 from dsb_jax.training.config import Config
 from experiments import program, timing
-from experiments.flags import parse_block_shape
+from experiments.flags import parse_block_shape_or_auto
 from experiments.training_times import LayerTime, sparse_configs, stepper, time_layers
 
 FLAGS = flags.FLAGS
@@ -26,7 +26,7 @@ def define_flags() -> None:
     """Flags of this program."""
     flags.DEFINE_string("model", "vgg16", "convnet, resnet18, vgg16, or wrn-DEPTH-WIDTH.")
     flags.DEFINE_list("sparsities", ["0.5", "0.8", "0.9", "0.95"], "Sparsities over the sparse layers.")
-    flags.DEFINE_string("block_shape", "16x16", "Rows x columns of a block.")
+    flags.DEFINE_string("block_shape", "auto", "Rows x columns of a block, or auto.")
     flags.DEFINE_list("distributions", ["uniform", "erk"], "Densities over the layers: uniform, erk.")
     flags.DEFINE_integer("batch_size", 128, "Images in a step.")
     flags.DEFINE_integer("image_size", 32, "Height and width of the images.")
@@ -55,7 +55,7 @@ def main() -> None:
             raise ValueError(f"distributions: {name!r} is unknown; choose of {', '.join(DISTRIBUTIONS)}.")
     dense = Config(
         dataset="random", input_shape=(FLAGS.image_size, FLAGS.image_size, 3), model=FLAGS.model, method="dense",
-        block_shape=parse_block_shape(FLAGS.block_shape), batch_size=FLAGS.batch_size, dtype=FLAGS.dtype,
+        block_shape=parse_block_shape_or_auto(FLAGS.block_shape), batch_size=FLAGS.batch_size, dtype=FLAGS.dtype,
         implementation=FLAGS.implementation,
     )  # fmt: skip
     results: list[dict[str, Any]] = []
