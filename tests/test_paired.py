@@ -7,7 +7,7 @@ import math
 import pytest
 from rich.console import Console
 
-from experiments.paired import difference, find_row, measures, paired_table, read_rows
+from experiments.paired import difference, find_row, markdown, measures, paired_table, read_rows
 
 
 def row(cell, values, dataset="digits", losses=None):
@@ -23,8 +23,8 @@ def test_a_difference_by_hand():
     found = difference({"0": 3.0, "1": 5.0, "2": 9.0}, {"0": 2.0, "1": 2.0, "7": 0.0})
     # The seeds 0 and 1 are shared: differences 1 and 3, their standard deviation is sqrt(2), its error 1.
     assert found == pytest.approx((2.0, math.sqrt(2) / math.sqrt(2), 2))
-    assert str(found) == "+2.0000 ± 1.0000"
-    assert str(difference({"0": 1.0}, {"0": 4.0})) == "-3.0000"
+    assert found.text(2) == "+2.00 ± 1.00"
+    assert difference({"0": 1.0}, {"0": 4.0}).text(1) == "-3.0"
     assert difference({"0": 1.0}, {"1": 1.0}) is None
 
 
@@ -51,8 +51,12 @@ def test_the_table_and_its_base(tmp_path):
     console.print(paired_table(rows, "second"))
     shown = console.file.getvalue()
     assert "difference to second" in shown
-    assert "-5.0000 ± 0.0000" in shown
+    assert "-5.00 ± 0.00" in shown
     assert "text" not in shown.replace("test", "")
+    assert markdown(rows[:2], None).splitlines()[2:] == [
+        "| first | 2 | 55.00 | - |",
+        "| second | 2 | 60.00 | +5.00 ± 0.00 |",
+    ]
     with pytest.raises(ValueError, match="against='third' is no cell; choose one of first, second"):
         find_row(rows, "third")
     with pytest.raises(ValueError, match="no run has finished"):
