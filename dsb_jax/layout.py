@@ -223,7 +223,7 @@ def _deal(
         window = lax.broadcasted_iota(jnp.int32, used.shape, 0)
         order = lax.sort((used, bits.reshape(used.shape), window), dimension=0, num_keys=2)[2]
         place = lax.sort((order, window), dimension=0, num_keys=1)[1]  # of each column among those of its channel
-        reads = (used.sum(axis=0, keepdims=True) + place).reshape(-1)
+        reads = (used.sum(axis=0, keepdims=True, dtype=jnp.int32) + place).reshape(-1)
         positions = jnp.arange(bits.size, dtype=jnp.int32)
         order = lax.sort((reads, bits, positions), num_keys=2)[2]
         now = used.reshape(-1).at[order].add((positions < wanted).astype(jnp.int32))

@@ -14,6 +14,7 @@ from dsb_jax.filling import FILLS
 from dsb_jax.methods import COLUMNS, GRANULARITIES, GROW
 from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS, MIN_GROUP_BLOCKS
+from dsb_jax.training.build import default_grow
 from dsb_jax.training.config import (
     DTYPES,
     KEEP_DENSE,
@@ -159,6 +160,8 @@ def config_from_flags() -> Config:
     for name in values:
         if name in FLAGS and FLAGS[name].value is not None:
             values[name] = FLAGS[name].value
+    if FLAGS.grow is None:
+        values["grow"] = default_grow(values["optimizer"])
     values["block_shape"] = parse_block_shape_or_auto(FLAGS.block_shape)
     values["keep_dense"] = tuple(FLAGS.keep_dense)
     return Config(**values)

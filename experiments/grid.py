@@ -56,7 +56,7 @@ def _without_effect(settings: Mapping[str, Any]) -> set[str]:
     return idle
 
 
-@dataclasses.dataclass(frozen=True, order=True)
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A cell and a seed; `settings` are sorted (name, value) pairs of config fields, seed excluded."""
 
@@ -67,7 +67,14 @@ class Run:
     def config(self) -> Config:
         """The config, but for what depends on the data (`FROM_DATA`)."""
         values = dict(self.settings)
-        return Config(**{**default_values(values["dataset"]), **values, "seed": self.seed})
+        defaults = default_values(values["dataset"])
+        grow = default_grow(values.get("optimizer", defaults["optimizer"]))
+        return Config(**{**defaults, "grow": grow, **values, "seed": self.seed})
+
+    def __lt__(self, other: "Run") -> bool:
+        """By texts: a block shape may be a word or two sizes."""
+        mine, theirs = ([(name, setting_text(value)) for name, value in run.settings] for run in (self, other))
+        return (mine, self.seed) < (theirs, other.seed)
 
     @property
     def cell(self) -> str:

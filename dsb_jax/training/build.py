@@ -94,10 +94,7 @@ def make_method(config: Config) -> Method | None:
         return None
     method: Any = METHODS[config.method]
     values = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(method)}
-    values = {name: value for name, value in values.items() if value is not None}
-    if method is DSB:
-        values.setdefault("grow", default_grow(config.optimizer))
-    return method(**values)
+    return method(**{name: value for name, value in values.items() if value is not None})
 
 
 def make_gradual(config: Config) -> GradualDensity | None:
@@ -118,7 +115,7 @@ def make_gradual(config: Config) -> GradualDensity | None:
 
 
 def default_grow(optimizer: str) -> str:
-    """How DSB grows where nothing else is said."""
+    """How DSB grows where nothing else is said, by the optimizer."""
     return (DSB.for_adam() if optimizer == "adamw" else DSB()).grow
 
 

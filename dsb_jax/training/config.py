@@ -107,7 +107,7 @@ class Config:
       keep_dense: patterns as in a shell; a layer whose path, or one part of it, matches stays dense.
       min_group_blocks: blocks that every row group has, in the plan and, with DSB, after every adaptation; 0 is the
         paper's rule, under which outputs can be without weights.
-      grow: growth criterion of DSB; None for the default of its optimizer, `DSB()` or `DSB.for_adam()`.
+      grow: growth criterion of DSB; the programs take that of `DSB.for_adam()` where the optimizer is AdamW.
       columns: how first layouts are drawn, see `dsb_jax.methods.DSB`.
       keep_grouping: of DSB where rows change groups, see `dsb_jax.methods.DSB`.
       fill: what the second moments of newly active weights begin with, "group_mean" or "zero"; None for the default of
@@ -137,7 +137,7 @@ class Config:
     block_shape: BlockShape = AUTO
     keep_dense: tuple[str, ...] = KEEP_DENSE
     min_blocks: int = MIN_BLOCKS
-    grow: str | None = None
+    grow: str = "block_gradient"
     granularity: str = "panel_column"
     block_aware_drop: bool = True
     min_group_blocks: int = MIN_GROUP_BLOCKS
