@@ -15,6 +15,7 @@ from PIL import Image
 
 from dsb_jax.training import data
 from dsb_jax.training.data import datasets
+from dsb_jax.training.data.packed import pack
 
 TFDS_DIR = pathlib.Path(__file__).parents[2] / "shared" / "tfds"
 
@@ -271,3 +272,20 @@ def test_only_the_sets_that_need_a_package_load_it():
     code = "import sys, dsb_jax.training.data as d; print(*{'PIL', 'sklearn', 'tensorflow_datasets'} & {*sys.modules})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "\n"
+
+
+def test_a_packed_set_is_the_same_and_needs_no_tfds(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    images, labels = random_images((12, 8, 8, 3))
+    write_image_set(tmp_path / "tfds", "tiny", images, labels)
+    (tmp_path / "packed").mkdir()
+    pack(tfds.builder("tiny", data_dir=tmp_path / "tfds"), tmp_path / "packed" / "tiny.npz")
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    tiny = data.load("tiny@4x4", data_dir=tmp_path / "packed")
+    np.testing.assert_array_equal(tiny.train_inputs, datasets.pool(images[:8], (4, 4)))
+    np.testing.assert_array_equal(np.append(tiny.train_labels, tiny.test_labels), labels)
+    assert tiny.num_classes == 3
+    (tmp_path / "packed" / "tiny.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"tiny\.npz is no packed data set"):
+        data.load("tiny", data_dir=tmp_path / "packed")

@@ -15,6 +15,7 @@ import socket
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import absl.logging
@@ -24,12 +25,10 @@ from jaxtyping import Int, UInt8
 from dsb_jax.training.data import text
 from dsb_jax.training.data.batches import Augmentation
 from dsb_jax.training.data.images import MODES, decode
+from dsb_jax.training.data.packed import Examples, read_packed
 
 # Records read at a time: enough to amortise array_record's own thread pool, small enough not to hold a set twice.
 _READ_BATCH = 2048
-
-# Images and labels of one split. Unnamed sizes, because the two splits of a set differ in n.
-Examples = tuple[UInt8[np.ndarray, "_ H W C"], Int[np.ndarray, "_"]]
 
 _POOLED = re.compile(r"(.+)@(\d+)x(\d+)")
 
@@ -68,7 +67,8 @@ def load(
         way), `python_text` (`dsb_jax.training.data.text`), or the name of a tfds image-classification set with images
         of one size, such as `cifar10`. `cifar10@8x8` is the same set with images averaged down to that size.
       data_dir: folder of the tfds sets; by default `TFDS_DATA_DIR` or `~/tensorflow_datasets`. A set that is not
-        prepared there is downloaded and prepared there first.
+        prepared there is downloaded and prepared there first. If it holds a file NAME.npz, as
+        `dsb_jax.training.data.packed` writes it, that is read, without tfds.
       augmentation: instead of the default, which is a crop after padding by H // 8, and a flip for color photographs
         of 32x32 pixels before pooling. Text is not varied.
 
@@ -159,6 +159,9 @@ def _read_digits() -> tuple[Examples, Examples, int]:
 
 
 def _read_tfds(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[Examples, Examples, int]:
+    if data_dir is not None and (packed := Path(data_dir) / f"{name}.npz").is_file():
+        _import("PIL.Image", name=name, extra="data")
+        return read_packed(packed)
     tfds = _import("tensorflow_datasets", name=name, extra="data")
     where = f"data_dir={os.fspath(data_dir or tfds.core.constants.DATA_DIR)!r}"
     with _quiet():
