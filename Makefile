@@ -4,12 +4,13 @@
 #   make test-foreign                  # models of `transformers` made sparse
 #   make test-oldest                   # the layers with the oldest versions that pyproject.toml allows
 #   make gpu-check [BIN=/usr/bin]      # on a machine with an NVIDIA GPU; with BIN, the python there, nothing is installed
+#   make gpu-accuracy [BIN=/usr/bin] ARGS=--data_dir=DIR
 PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
-.PHONY: train test test-foreign test-oldest lint gpu-check gpu-compiler clean
+.PHONY: train test test-foreign test-oldest lint gpu-check gpu-accuracy gpu-compiler clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m experiments.train $(ARGS)
@@ -37,6 +38,9 @@ lint: $(VENV)/.installed-dev
 # A BIN of the user's holds a python that has jax with CUDA and the rest already.
 gpu-check: $(if $(filter file,$(origin BIN)),$(VENV)/.installed-cuda)
 	$(BIN)/python3 -m experiments.gpu_check --json=experiments/results/gpu_check/gpu.json $(ARGS)
+
+gpu-accuracy: $(if $(filter file,$(origin BIN)),$(VENV)/.installed-cuda)
+	$(BIN)/python3 -m experiments.gpu_accuracy $(ARGS)
 
 $(VENV)/bin/python $(OLDEST)/bin/python:
 	@$(PYTHON) -c "import sys; assert sys.version_info >= (3, 12)" || \
