@@ -67,9 +67,7 @@ class Run:
     def config(self) -> Config:
         """The config, but for what depends on the data (`FROM_DATA`)."""
         values = dict(self.settings)
-        defaults = default_values(values["dataset"])
-        grow = default_grow(values.get("optimizer", defaults["optimizer"]))
-        return Config(**{**defaults, "grow": grow, **values, "seed": self.seed})
+        return Config(**{**_defaults_beside(values), **values, "seed": self.seed})
 
     def __lt__(self, other: "Run") -> bool:
         """By texts: a block shape may be a word or two sizes."""
@@ -164,13 +162,17 @@ def parse_value(name: str, text: Any) -> Any:
         raise ValueError(f"{name}={text!r} is not a number; give such as {default or 0}.") from None
 
 
+def _defaults_beside(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What holds where `values` say nothing: how DSB grows depends on the optimizer, all else on the data set."""
+    defaults = dict(default_values(values["dataset"]))
+    return defaults | {"grow": default_grow(values.get("optimizer", defaults["optimizer"]))}
+
+
 def make_run(settings: Mapping[str, Any], seed: int) -> Run:
     """The run of these settings (text or values), without those that are defaults or have no effect."""
     values = {"dataset": "digits", "method": "dsb"} | {k: parse_value(k, v) for k, v in settings.items()}
-    defaults = default_values(values["dataset"])
+    defaults = _defaults_beside(values)
     idle = _without_effect(values)
-    if values.get("grow") == default_grow(values.get("optimizer", defaults["optimizer"])):
-        idle.add("grow")
     kept = {name: defaults[name] for name in _FIRST} | values
     kept = {k: v for k, v in kept.items() if k not in idle and (k in _FIRST or v != defaults[k])}
     return Run(tuple(sorted(kept.items())), seed)

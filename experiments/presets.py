@@ -46,7 +46,8 @@ def _language_proxy() -> dict[str, Any]:
             {"method": ("ssb",), **sparse},
             {"method": ("dsb", "rigl"), **adapting},
             # What did harm: growth by raw gradients, second moments of zero, and both.
-            {"method": ("dsb",), "grow": ("block_gradient",), "fill": ("zero", "group_mean"), **adapting},
+            {"method": ("dsb",), "grow": ("block_gradient",), **adapting},
+            {"method": ("dsb",), "grow": ("block_gradient",), "fill": ("zero",), **adapting},
             {"method": ("dsb", "rigl"), "fill": ("zero",), **adapting},
             {"method": ("set",), "drop_fraction": (0.0,), **adapting},  # static single weights
             {"method": ("dense",), "learning_rate": (dense,), **length},
