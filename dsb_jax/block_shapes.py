@@ -7,6 +7,8 @@ wider than what a row group has to spare cannot be spread evenly: at a density o
     R   the largest power of two, of 4 to 16, that leaves `LEAST_GROUPS` row groups
     C   the largest power of two, of 1 to 16, of which a row group has two blocks or more at the layer's density
 
+Whether a layer can be sparse at all is decided as for blocks of 16x16: a classifier of ten outputs stays dense.
+
 What that is worth in accuracy and costs in time: experiments/RESULTS.md.
 """
 
@@ -32,10 +34,10 @@ def auto_block_shape(spec: LayerSpec, density: float) -> tuple[int, int]:
 
 
 def shape_of(block_shape: BlockShape, spec: LayerSpec, density: float | None = None) -> tuple[int, int]:
-    """The block shape of a layer; before its density is known, the smallest that it could have."""
+    """The block shape of a layer; before its density is known, the one that decides whether it can be sparse."""
     if not isinstance(block_shape, str):
         return block_shape[0], block_shape[1]
-    return (auto_rows(spec.out), 1) if density is None else auto_block_shape(spec, density)
+    return (_ROWS[0], _COLS[0]) if density is None else auto_block_shape(spec, density)
 
 
 def shape_text(block_shape: BlockShape) -> str:

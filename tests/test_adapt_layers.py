@@ -236,7 +236,7 @@ def test_flax_s_train_state_comes_back_whole():
 
     state = train(state, X)
     before = jax.device_get(state)
-    trees = dsb.adaptation(PLAIN_LOSS, METHOD, state.tx)(
+    trees = dsb.adaptation(PLAIN_LOSS, METHOD, state.tx, fill={"nu": "zero"})(
         state.params, state.topology, state.opt_state, state.step, jax.random.key(1), X
     )
     new = state.replace(params=trees[0], topology=trees[1], opt_state=trees[2])

@@ -37,12 +37,15 @@ def test_a_block_always_fits(out, in_, density):
 
 
 def test_the_plan_shows_them_and_rules_come_first():
-    layers = {(name,): make_spec(width, width) for name, width in (("a", 32), ("b", 128), ("c", 128), ("d", 64))}
+    widths = {"a": (32, 64), "b": (128, 128), "c": (128, 128), "d": (64, 64), "e": (10, 640), "f": (32, 32)}
+    layers = {(name,): make_spec(*width) for name, width in widths.items()}
     rules = (Rule("c", block_shape=(32, 2)), Rule("d", sparsity=0.5))
     plan = make_plan(layers, sparsity=0.9, block_shape="auto", rules=rules)
     assert {path[0]: spec.block_shape for path, spec in plan.sparse.items()} == {
-        "a": (4, 1), "b": (16, 4), "c": (32, 2), "d": (8, 16),
+        "a": (4, 2), "b": (16, 4), "c": (32, 2), "d": (8, 16),
     }  # fmt: skip
+    assert plan["e",] == "smaller than a 16x16 block"  # a classifier
+    assert plan["f",] == "holds 4 blocks at the most"
     assert "16x4" in str(plan)
     assert "32x2" in str(plan)
 

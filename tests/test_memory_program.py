@@ -55,7 +55,7 @@ def test_table_three(results):
 
 
 def test_the_account_is_that_of_a_real_state(results):
-    _, state = create(Config(dataset="random", input_shape=(32, 32, 3), method="dsb"))
+    _, state = create(Config(dataset="random", input_shape=(32, 32, 3), method="dsb", block_shape=(16, 16)))
     blocks = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params) if path[-1].key == "blocks"]
     row = results["dsb", "training"]
     assert row["weights_bytes"] == sum(leaf.nbytes for leaf in blocks)

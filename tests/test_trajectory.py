@@ -13,6 +13,7 @@ import dsb_jax as dsb
 from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.losses import cross_entropy
 from dsb_jax.methods import DSB
+from dsb_jax.optimizer_states import SECOND_MOMENTS, followers
 from dsb_jax.train import forward
 from tests.topologies import DrawnByNumPy
 
@@ -101,10 +102,13 @@ def test_packed_and_masked_training_are_the_same(name):
         jnp.array, (unpacked(packed.params, packed.topology), packed.collections["batch_stats"])
     )
     opt_state, masks = optimizer.init(params), masks_of(packed.topology)
+    # The masked model's moments begin at zero where weights are new.
+    moments = {follower.field for follower in followers(optimizer, packed.params, packed.topology).values()}
+    fill = dict.fromkeys(moments & set(SECOND_MOMENTS), "zero")
     for step in range(STEPS):
         if step == ADAPT_AT:
             packed, report = dsb.adapt_step(
-                packed, images[step], labels[step], model=sparse, method=method, optimizer=optimizer
+                packed, images[step], labels[step], model=sparse, method=method, optimizer=optimizer, fill=fill
             )
             assert all(layer.accepted > 0 for layer in report.values())
             # The masked model forgets weights and moments that have left.
