@@ -10,24 +10,31 @@ The paper's public code groups rows by complete-linkage clustering on the host. 
 
 1. *Pattern*: the `num_active` best positions of the score. It is what an unstructured layer would keep; a score
    that is positive everywhere has no other pattern, and weighing rows by the score itself did worse.
-2. *Seed and gather*, one step for each group: take the fullest free row, then the free rows most similar (cosine)
-   to the sum of the group, of which the group holds 1, 2, 4 .. R while it forms, and once more when it is full.
+2. *Seed and gather*, one step for each group: take the free row whose R most similar rows (cosine) are the most
+   similar and still free, then the free rows most similar to the sum of the group, of which the group holds
+   1, 2, 4 .. R while it forms, and once more when it is full. The fullest row is a bad seed: it is often the one
+   that grew the most, and gathers rows of all groups.
 3. *Swap*: fix the columns that each group keeps. Then a row adds to a group its score on that group's columns,
    whichever rows are its neighbours, so exchanging two rows changes the total by a known sum, and groups that are
-   each other's best partner exchange at the same time. Choosing the columns anew and exchanging again never loses.
+   each other's best partner exchange at the same time. A row also helped to choose the columns of its own group,
+   so a misplaced one looks well placed, the more so the smaller R: it is judged by the columns that the *other*
+   rows would choose, in the first round fully, then less and less. The best grouping of all rounds counts.
 4. *Cut*: `cut_columns`, exactly `num_blocks` blocks, over the whole layer.
+
+On 1,520 scores in blocks of 4x4 to 32x8 (sparse ones after planted or random growth, low rank ones, random ones) this
+retains .722 on average, complete linkage with the same cut .706. It is below complete linkage by more than .0005 on 6
+of them, by .008 at most; with the fullest rows as seeds, and rows judged by all columns, on 17, by .014 (.721).
 
 Deviations from the paper: groups are always balanced, the previous grouping can compete with the new one, and
 `min_group_blocks` can keep row groups from starving.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsb_jax.layout import (
     BlockLayout,
@@ -40,7 +47,7 @@ from dsb_jax.layout import (
 from dsb_jax.select import select_largest
 from pallas_kernels.kernel_index import groups_of_blocks
 
-# Measured on recorded, planted and random scores: doubling both changed no retained score by 0.001.
+# Twice the rounds of half the exchanges retained 0.001 more on random scores and the same on grown ones.
 _SWAP_ROUNDS = 4
 _SWAPS_PER_ROUND = 8
 # The similarities of all pairs of rows are kept while they are no larger than this many score matrices.
@@ -117,43 +124,52 @@ def _group_rows(
     (out, in_), rows = score.shape, block_shape[0]
     groups, last = count_groups(out, rows), out % rows
     pattern = select_largest(score, num_active((out, in_), block_shape, num_blocks), where=score > 0)
-    pattern = pattern.astype(jnp.float32)
     size = pattern.sum(axis=1)  # positions in the pattern of each row
-    unit = pattern * jnp.where(size > 0, jax.lax.rsqrt(jnp.maximum(size, 1.0)), 0)[:, None]
-    empty = (size == 0).astype(jnp.float32)
+    # Empty rows are alike: they share a column that no other row has.
+    unit = jnp.concatenate([pattern, (size == 0)[:, None]], axis=1).astype(jnp.float32)
+    unit = unit * jax.lax.rsqrt(jnp.maximum(size, 1).astype(jnp.float32))[:, None]
     pairs = jnp.matmul(unit, unit.T, precision="highest") if out <= _MAX_PAIRS_PER_ENTRY * in_ else None
 
-    def similarity(members: Int[Array, "n"], weight: Float[Array, "n"]) -> Float[Array, "out"]:
-        """To the sum of the members, each of which counts by its weight."""
+    def similarity(members: Int[Array, "n"], held: Bool[Array, "n"]) -> Float[Array, "out"]:
+        """To the sum of the members that the group holds."""
         if pairs is not None:
-            cosines = (weight[:, None] * pairs[members]).sum(axis=0)
-        else:
-            cosines = jnp.matmul(unit, (weight[:, None] * unit[members]).sum(axis=0), precision="highest")
-        return cosines + empty * (weight * empty[members]).sum()  # empty rows are alike, though their cosine is 0
+            return jnp.sum(pairs[members], axis=0, where=held[:, None])
+        return jnp.matmul(unit, jnp.sum(unit[members], axis=0, where=held[:, None]), precision="highest")
+
+    def look(like: Float[Array, "... out"]) -> tuple[Array, Array, Array]:
+        """The R greatest similarities, whose they are, and how many rows have the same pattern."""
+        return *jax.lax.top_k(like, rows), jnp.sum(like > 1 - 1e-5, axis=-1)
 
     def gather(seed: Int[Array, ""], free: Array, count: int) -> Int[Array, "count"]:
         """`count` free rows like the seed: the group doubles until it is full, then is chosen once more."""
 
         def fill(i: Int[Array, ""], members: Int[Array, "count"]) -> Int[Array, "count"]:
             held = jnp.arange(count, dtype=jnp.int32) < jax.lax.shift_left(jnp.int32(1), jnp.int32(i))
-            like = similarity(members, held.astype(jnp.float32))
+            like = similarity(members, held)
             return jax.lax.top_k(jnp.where(free, like, -jnp.inf), count)[1].astype(jnp.int32)
 
         doublings = (count - 1).bit_length()
         return jax.lax.fori_loop(0, doublings + 1, fill, jnp.full(count, seed, jnp.int32))
 
+    if pairs is not None:
+        near, neighbours, alike = look(pairs)
+    else:
+        one = jnp.ones(1, jnp.bool_)
+        each = jnp.arange(out, dtype=jnp.int32)[:, None]
+        near, neighbours, alike = jax.lax.map(lambda i: look(similarity(i, one)), each, batch_size=min(out, 256))
     free = jnp.ones(out, jnp.bool_)
     if last:
         # The ragged group is chosen first: a full group would fill itself up with rows of it.
-        seed = jnp.argmax(_ragged_fit(similarity, size, (out, in_), block_shape, num_blocks))
-        members = gather(seed, free, last)
+        held = (ragged_blocks((out, in_), block_shape, num_blocks) or 0) * block_shape[1]
+        members = gather(jnp.argmax(_ragged_fit(near, alike, jnp.abs(size - held) / in_, last)), free, last)
         free = free.at[members].set(False)
         phantom = jnp.arange(out, groups * rows, dtype=jnp.int32)
         ragged = jnp.concatenate([members, phantom])
 
     def add_group(g: Int[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
         free, out_idx = state
-        members = gather(jnp.argmax(jnp.where(free, size, -1)), free, rows)
+        crowd = jnp.where(free[neighbours], near, 0).sum(axis=1)
+        members = gather(jnp.argmax(jnp.where(free, crowd, -1)), free, rows)
         return free.at[members].set(False), out_idx.at[g].set(members)
 
     full = groups - 1 if last else groups
@@ -162,28 +178,16 @@ def _group_rows(
 
 
 def _ragged_fit(
-    similarity: Callable[[Int[Array, "n"], Float[Array, "n"]], Float[Array, "out"]],
-    size: Float[Array, "out"],
-    shape: tuple[int, int],
-    block_shape: tuple[int, int],
-    num_blocks: int,
+    near: Float[Array, "out R"], alike: Int[Array, "out"], excess: Float[Array, "out"], last: int
 ) -> Float[Array, "out"]:
-    """How well each row would seed the ragged group of `out % R` rows.
+    """How well each row would seed the ragged group, of `last` rows.
 
-    Such a row is like `out % R - 1` others and unlike any more, has as many positions as the group's fixed blocks
-    hold, and, where whole groups share a pattern with it, `out % R` is what is left of the rows of that pattern.
+    Such a row is like `last - 1` others and unlike any more (`near`: its R greatest similarities, falling), has as many
+    positions as the group's fixed blocks hold (`excess`: how far it is from that, as a share of `in`), and, where
+    whole groups share its pattern (`alike`: how many rows do), `last` is what is left of the rows of that pattern.
     """
-    (out, in_), (rows, cols) = shape, block_shape
-    last, ragged = out % rows, ragged_blocks(shape, block_shape, num_blocks) or 0
-
-    def fit(row: Int[Array, ""]) -> Float[Array, ""]:
-        like = similarity(row[None], jnp.ones(1, jnp.float32))
-        near, _ = jax.lax.top_k(like, rows)
-        gap = near[:last].mean() - near[last:].mean()
-        left_over = jnp.sum(like > 1 - 1e-5) % rows == last
-        return gap - jnp.abs(size[row] - ragged * cols) / in_ + 1e-3 * left_over.astype(jnp.float32)
-
-    return jax.lax.map(fit, jnp.arange(out), batch_size=min(out, 256))
+    gap = near[:, :last].mean(axis=1) - near[:, last:].mean(axis=1)
+    return gap - excess + 1e-3 * (alike % near.shape[1] == last).astype(jnp.float32)
 
 
 def _swap_rows(
@@ -200,10 +204,26 @@ def _swap_rows(
 
         gain from i of g going to h:    worth[i, h] - worth[i, g], best over the rows of g:  leave[g, h]
         gain from g and h exchanging:   leave[g, h] + leave[h, g]
+
+    In its own group of n rows, a row is judged by the columns that reach `(n - part) / n` of the least kept sum when
+    `part` of its own score is left out: part = 1 in the first round, 0 in the last.
     """
-    ids = jnp.arange(out_idx.shape[0])
+    groups, rows = out_idx.shape
+    ids = jnp.arange(groups)
     ragged = ragged_blocks(shape, block_shape, num_blocks)
+    is_last = ids[:, None] == ids[-1]
+    size = jnp.where(is_last, shape[0] - (groups - 1) * rows, rows)[:, :, None].astype(jnp.float32)
     tiny = _ROUNDING * score.sum() / shape[0]
+
+    def choose(columns: Float[Array, "num_groups in"]) -> tuple[Array, Array]:
+        """The columns that each group keeps, and the least sum that was kept."""
+        if ragged is None:
+            chosen = select_largest(columns, num_blocks * block_shape[1], where=columns > 0)
+            return chosen, jnp.min(columns, initial=jnp.inf, where=chosen)
+        first = select_largest(columns, (num_blocks - ragged) * block_shape[1], where=~is_last)
+        last = select_largest(columns, ragged * block_shape[1], where=is_last)
+        least = [jnp.min(columns, initial=jnp.inf, where=chosen) for chosen in (first, last)]
+        return first | last, jnp.where(is_last, least[1], least[0])[:, :, None]
 
     def exchange(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         out_idx, worth = carry
@@ -217,18 +237,28 @@ def _swap_rows(
         mine, theirs = who[ids, partner], out_idx[partner, who[partner, ids]]
         return out_idx.at[ids, mine].set(jnp.where(agreed, theirs, out_idx[ids, mine])), worth
 
-    def improve(_: Array, out_idx: Int[Array, "num_groups R"]) -> Int[Array, "num_groups R"]:
-        columns = score[out_idx].sum(axis=1)
-        if ragged is None:
-            chosen = select_largest(columns, num_blocks * block_shape[1], where=columns > 0)
-        else:
-            is_last = ids[:, None] == ids[-1]
-            chosen = select_largest(columns, (num_blocks - ragged) * block_shape[1], where=~is_last)
-            chosen |= select_largest(columns, ragged * block_shape[1], where=is_last)
-        worth = jnp.matmul(score, chosen.astype(jnp.float32).T, precision="highest")
-        return jax.lax.fori_loop(0, _SWAPS_PER_ROUND, exchange, (out_idx, worth))[0]
+    def improve(i: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        """One round. The state is a grouping, the best so far and what that retains; round _SWAP_ROUNDS only looks."""
+        out_idx, best, most = state
+        members_score = score[out_idx]
+        columns = members_score.sum(axis=1)
+        chosen, least = choose(columns)
+        retained = jnp.sum(columns, where=chosen)
+        best, most = jnp.where(retained > most, out_idx, best), jnp.maximum(retained, most)
+        part = 1 - i.astype(jnp.float32) / (_SWAP_ROUNDS - 1)
 
-    return jnp.sort(jax.lax.fori_loop(0, _SWAP_ROUNDS, improve, out_idx), axis=1)
+        def exchanged() -> Int[Array, "num_groups R"]:
+            others_choose = columns[:, None] - part * members_score >= least * (1 - part / size)
+            own = jnp.sum(members_score, axis=2, where=others_choose)
+            worth = jnp.matmul(score, chosen.astype(jnp.float32).T, precision="highest")
+            worth = worth.at[out_idx, ids[:, None]].set(own)
+            return jax.lax.fori_loop(0, _SWAPS_PER_ROUND, exchange, (out_idx, worth))[0]
+
+        return jax.lax.cond(i < _SWAP_ROUNDS, exchanged, lambda: out_idx), best, most
+
+    state = (out_idx, out_idx, jnp.float32(-1))
+    _, best, _ = jax.lax.fori_loop(0, _SWAP_ROUNDS + 1, improve, state)
+    return jnp.sort(best, axis=1)
 
 
 def cut_columns(

@@ -40,15 +40,15 @@ def golden_score(case):
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="the recorded cases (shared/golden) are not beside this checkout")
-@pytest.mark.parametrize("name", ["case_02", "case_03", "case_04"])
-def test_retains_at_least_the_recorded_score(name):
+@pytest.mark.parametrize(("name", "least"), [("case_02", 0.819), ("case_03", 0.809), ("case_04", 0.813)])
+def test_retains_at_least_the_recorded_score(name, least):
     with np.load(GOLDEN / f"{name}.npz") as case:
         meta, score, recorded_mask = json.loads(str(case["meta"])), golden_score(case), case["new_mask"]
     recorded = meta["retained_score"]
     assert (score * recorded_mask).sum() / score.sum() == pytest.approx(recorded, abs=1e-5)  # we score as they did
     layout = reblock(score, block_shape=(meta["block_size"],) * 2, num_blocks=meta["num_blocks"])
     validate(layout)
-    assert retained(score, layout) >= recorded
+    assert retained(score, layout) >= max(recorded, least)
 
 
 def planted_layout(seed, shape, block_shape, num_blocks, *, even):
