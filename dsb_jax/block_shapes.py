@@ -22,15 +22,11 @@ LEAST_GROUPS = 8
 _ROWS, _COLS = (16, 8, 4), (16, 8, 4, 2, 1)
 
 
-def auto_rows(out: int) -> int:
-    """R of a layer with `out` rows."""
-    return next((rows for rows in _ROWS if out >= rows * LEAST_GROUPS), min(_ROWS[-1], out))
-
-
 def auto_block_shape(spec: LayerSpec, density: float) -> tuple[int, int]:
     """(R, C) of a layer with a density in (0, 1]."""
     most = density * spec.in_ / 2
-    return auto_rows(spec.out), next((cols for cols in _COLS if cols <= most), 1)
+    rows = next((rows for rows in _ROWS if spec.out >= rows * LEAST_GROUPS), min(_ROWS[-1], spec.out))
+    return rows, next((cols for cols in _COLS if cols <= most), 1)
 
 
 def shape_of(block_shape: BlockShape, spec: LayerSpec, density: float | None = None) -> tuple[int, int]:

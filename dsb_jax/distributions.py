@@ -57,17 +57,35 @@ def erk(specs: Sequence[LayerSpec], sparsity: float) -> tuple[float, ...]:
     # density = eps * score / size, so that eps * score is the number of weights of a layer, one of a stack.
     scores = [spec.c_in + spec.out + sum(spec.kernel_size) for spec in specs]
     wanted = (1.0 - sparsity) * sum(spec.num_layers * spec.size for spec in specs)
-    dense: set[int] = set()
-    while len(dense) < len(specs):
-        free = [i for i in range(len(specs)) if i not in dense]
-        left = wanted - sum(specs[i].num_layers * specs[i].size for i in dense)
-        eps = left / sum(specs[i].num_layers * scores[i] for i in free)
-        # Saturating a layer hands its surplus to the others, so eps only grows and no layer is ever released.
-        over = {i for i in free if eps * scores[i] > specs[i].size}
+    weights = share_out(specs, scores, wanted, most=[spec.size for spec in specs])
+    return tuple(each / spec.size for each, spec in zip(weights, specs, strict=True))
+
+
+def share_out(
+    specs: Sequence[LayerSpec], shares: Sequence[float], total: float, *, most: Sequence[float]
+) -> tuple[float, ...]:
+    """Weights in proportion to the shares, `total` in all, but no more than fit into a layer.
+
+    Args:
+      specs: the layers; a stack counts as all of its layers.
+      shares: of each layer, one of a stack, in any unit.
+      total: weights of all layers together.
+      most: what each can hold.
+
+    Returns:
+      Weights of each layer, one of a stack; all at their most if that is less than `total`.
+    """
+    full: set[int] = set()
+    while len(full) < len(specs):
+        free = [i for i in range(len(specs)) if i not in full]
+        left = total - sum(specs[i].num_layers * most[i] for i in full)
+        factor = left / sum(specs[i].num_layers * shares[i] for i in free)
+        # Filling a layer hands its surplus to the others, so the factor only grows and no layer is ever released.
+        over = {i for i in free if factor * shares[i] > most[i]}
         if not over:
-            return tuple(1.0 if i in dense else eps * scores[i] / specs[i].size for i in range(len(specs)))
-        dense |= over
-    return (1.0,) * len(specs)
+            return tuple(float(most[i]) if i in full else factor * shares[i] for i in range(len(specs)))
+        full |= over
+    return tuple(map(float, most))
 
 
 def to_blocks(

@@ -20,6 +20,7 @@ normalization, activations, biases, the optimizer, the choice of positions (sort
 input gradient. A ratio of operations is no speed: that is measured (`experiments.benchmark_training`).
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -63,11 +64,12 @@ class LayerFlops(NamedTuple):
         return self.forward / self.dense
 
 
+@functools.lru_cache(maxsize=16)  # the seeds of a run, and its stages, have the same dense model
 def find_calls(model: nn.Module, inputs: jax.ShapeDtypeStruct) -> dict[Path, tuple[LayerSpec, int]]:
     """The linear layers and convolutions of a model and where they are applied, seen while it is traced.
 
     Args:
-      model: of any class of layers in any order of activations.
+      model: hashable, of any class of layers in any order of activations.
       inputs: shape and dtype of one example, such as float32[1, H, W, C].
 
     Returns:

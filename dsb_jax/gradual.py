@@ -18,12 +18,12 @@ runs, weights and moments of the stage before and of the new one exist at the sa
 """
 
 import dataclasses
+from collections.abc import Sequence
 
-from dsb_jax.distributions import to_blocks
+from dsb_jax.distributions import share_out, to_blocks
 from dsb_jax.layout import max_blocks, num_active
 from dsb_jax.methods.schedule import check_number, check_steps
 from dsb_jax.plan import SparsityPlan, check_plan
-from dsb_jax.spec import LayerSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,17 @@ class GradualDensity:
           plan: of the final stage.
           done: steps that were taken.
         """
-        return [held for step, held in self.stages(plan) if step < max(done, 1)][-1]
+        return stage_after(self.stages(plan), done)[1]
+
+
+def stage_after[Stage: tuple](stages: Sequence[Stage], done: int) -> Stage:  # type: ignore[type-arg]
+    """The stage of a state after `done` steps: one that begins at `done` has not begun.
+
+    Args:
+      stages: in order, each with its first step in front.
+      done: steps that were taken.
+    """
+    return [stage for stage in stages if stage[0] < max(done, 1)][-1]
 
 
 def scale_plan(plan: SparsityPlan, density: float, *, least: SparsityPlan) -> SparsityPlan:
@@ -133,32 +143,13 @@ def scale_plan(plan: SparsityPlan, density: float, *, least: SparsityPlan) -> Sp
     sparse, floor = plan.sparse, least.sparse
     always = sum(spec.num_layers * spec.size for path, spec in plan.eligible.items() if path not in sparse)
     total = sum(spec.num_layers * spec.size for spec in plan.eligible.values())
-    specs = list(sparse.values())
-    counts = to_blocks(specs, _scaled(specs, density * total - always), [spec.block_shape for spec in specs])
+    specs, shapes = list(sparse.values()), [spec.block_shape for spec in sparse.values()]
+    most = [num_active(spec.shape, spec.block_shape, max_blocks(spec.shape, spec.block_shape)) for spec in specs]
+    weights = share_out(specs, [spec.num_active for spec in specs], density * total - always, most=most)
+    counts = to_blocks(specs, [each / spec.size for each, spec in zip(weights, specs, strict=True)], shapes)
     planned = {
         path: spec.with_blocks(spec.block_shape, max(count, floor[path].num_blocks))
         for (path, spec), count in zip(sparse.items(), counts, strict=True)
     }
     layers = tuple(layer._replace(planned=planned.get(layer.path, layer.planned)) for layer in plan.layers)
     return dataclasses.replace(plan, layers=layers)
-
-
-def _scaled(specs: list[LayerSpec], wanted: float) -> list[float]:
-    """Densities that are those of the specs times one factor, but for full layers, and hold `wanted` weights in all."""
-    held = [spec.num_layers * spec.num_active for spec in specs]
-    most = [
-        spec.num_layers * num_active(spec.shape, spec.block_shape, max_blocks(spec.shape, spec.block_shape))
-        for spec in specs
-    ]
-    weights, free = list(map(float, most)), set(range(len(specs)))
-    while free:
-        # What a full layer does not take goes to the others, so the factor only grows, and a full layer stays full.
-        left = wanted - sum(most[i] for i in range(len(specs)) if i not in free)
-        factor = left / sum(held[i] for i in free)
-        full = {i for i in free if factor * held[i] >= most[i]}
-        if not full:
-            for i in free:
-                weights[i] = factor * held[i]
-            break
-        free -= full
-    return [each / (spec.num_layers * spec.size) for each, spec in zip(weights, specs, strict=True)]

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -76,6 +76,18 @@ def parse_block_shape_or_auto(text: str) -> BlockShape:
     return AUTO if text.strip() == AUTO else parse_block_shape(text)
 
 
+def parse_seeds(texts: Sequence[str]) -> list[int]:
+    """['0', '1'] -> [0, 1].
+
+    Raises:
+      ValueError: if one is no integer.
+    """
+    try:
+        return [int(text) for text in texts]
+    except ValueError:
+        raise ValueError(f"seeds={','.join(texts)} are not all integers; give such as 0,1,2.") from None
+
+
 def define() -> None:
     """Defines one flag for each field of the config that a user sets. Unset flags take the data set's default."""
     flags.DEFINE_string(
@@ -134,9 +146,7 @@ def with_default_interval(config: Config) -> Config:
     """The paper's 100 steps between adaptations are for 160 epochs: a short run adapts a dozen times all the same."""
     if FLAGS.update_interval is not None or FLAGS.protocol is not None or not is_of_photographs(config.dataset):
         return config
-    return dataclasses.replace(
-        config, update_interval=max(1, min(config.update_interval, config.update_end_step // 12))
-    )
+    return config.with_adaptations(12)
 
 
 def is_of_photographs(dataset: str) -> bool:

@@ -36,6 +36,7 @@ from dsb_jax.training.build import build
 from dsb_jax.training.config import Config
 from dsb_jax.training.summary import measure_sparsity
 from experiments import program, scanned_training, timing
+from experiments.flags import parse_seeds
 from experiments.gpu_accuracy_arms import Arm, Budget, OutOfTime, groups, make_config, select
 from experiments.gpu_accuracy_results import Results, outcome_table, seed_records
 from experiments.gpu_check import gpu_facts
@@ -191,10 +192,7 @@ def main() -> None:
     """Runs the arms, writes the file and prints the table."""
     budget, console, rehearse = Budget(FLAGS.limit_s), program.console(), FLAGS.rehearse
     chosen = select(FLAGS.arms)
-    try:
-        seeds = list(dict.fromkeys(map(int, FLAGS.seeds or range(2 if rehearse else SEEDS))))
-    except ValueError:
-        raise ValueError(f"seeds={','.join(FLAGS.seeds)} are not all integers; give such as 0,1,2.") from None
+    seeds = list(dict.fromkeys(parse_seeds(FLAGS.seeds))) if FLAGS.seeds else list(range(2 if rehearse else SEEDS))
     prepare_device(rehearse)
     environment = timing.environment()
     path = Path(FLAGS.json) if FLAGS.json else None if rehearse else Path(RESULTS)

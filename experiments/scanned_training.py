@@ -37,7 +37,7 @@ from dsb_jax.paths import nodes
 from dsb_jax.train import adapt_step, eval_step, train_step
 from dsb_jax.train_state import TrainState
 from dsb_jax.training import data, loop
-from dsb_jax.training.build import Components, make_key
+from dsb_jax.training.build import Components
 from dsb_jax.training.config import Config
 
 EVAL_BATCH = 1000  # test images at a time
@@ -151,9 +151,9 @@ def whole_segments(config: Config, least_adaptations: int = 12) -> Config:
       config: completed by `loop.for_dataset`.
       least_adaptations: if its interval allows fewer, it is shortened.
     """
-    interval = max(1, min(config.update_interval, config.update_end_step // least_adaptations))
-    steps = config.total_steps // interval * interval
-    return dataclasses.replace(config, update_interval=interval, steps=steps, total_steps=steps)
+    config = config.with_adaptations(least_adaptations)
+    steps = config.total_steps // config.update_interval * config.update_interval
+    return dataclasses.replace(config, steps=steps, total_steps=steps)
 
 
 def begin(config: Config, num_train: int, seeds: Sequence[int]) -> Trainings:
@@ -168,7 +168,7 @@ def begin(config: Config, num_train: int, seeds: Sequence[int]) -> Trainings:
     each = []
     for seed in seeds:
         _, state = loop.create(dataclasses.replace(config, seed=seed))
-        order_key, augment_key = jax.random.split(make_key(seed + 1))
+        order_key, augment_key = loop.data_keys(seed)
         order = _orders(order_key, -(-config.total_steps // per_epoch), num_train, per_epoch, config.batch_size)
         each.append(Trainings(state, order[: config.total_steps], augment_key))
     return each[0] if len(each) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)

@@ -35,6 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dsb_jax.training.json_files import write_atomically
 from experiments import grid, program
+from experiments.flags import parse_seeds
 from experiments.grid import Run, workdir
 from experiments.outcomes import finished, make_rows, outcome_table
 from experiments.paired import paired_table
@@ -89,10 +90,7 @@ def runs_from_flags() -> list[Run]:
         override[name] = value
     for field in set(override) & {field for axis, field in AXES.items() if FLAGS[axis].value}:
         raise ValueError(f"{field} is given by --set and by a list; give one of them.")
-    try:
-        seeds = None if FLAGS.seeds is None else [int(text) for text in FLAGS.seeds]
-    except ValueError:
-        raise ValueError(f"seeds={','.join(FLAGS.seeds)} are not all integers; give such as 0,1,2.") from None
+    seeds = None if FLAGS.seeds is None else parse_seeds(FLAGS.seeds)
     axes: dict[str, Any] = {field: FLAGS[axis].value for axis, field in AXES.items() if FLAGS[axis].value}
     if FLAGS.preset is None:
         runs = grid.expand([axes], seeds=seeds or [0], common={}, override=override)
@@ -109,12 +107,13 @@ def train_command(root: Path, data_dir: str | None) -> Command:
     where = [] if data_dir is None else [f"--data_dir={data_dir}"]
 
     def command(runs: Sequence[Run]) -> list[str]:
-        folder, seeds = workdir(root, runs[0]), ",".join(str(run.seed) for run in runs)
+        folder, seeds = workdir(root, runs[0]), []
         if len(runs) > 1:
-            folder = folder.with_name(f"{runs[0].cell}-seed{{seed}}")
+            folder = root / f"{runs[0].cell}-seed{{seed}}"
+            seeds = [f"--seeds={','.join(str(run.seed) for run in runs)}"]
         return [
-            sys.executable, "-m", "experiments.train", *runs[0].arguments(), f"--seeds={seeds}", *where,
-            f"--workdir={folder}", "--resume",
+            sys.executable, "-m", "experiments.train", *runs[0].arguments(), *seeds, *where, f"--workdir={folder}",
+            "--resume",
         ]  # fmt: skip
 
     return command
@@ -237,16 +236,13 @@ class Sweep:
 
     def _without_finished(self, runs: list[Run], begin: float | None = None) -> list[Run]:
         """The runs that have no summary yet. The others are done; they began at `begin`, or elsewhere."""
-        done = [run for run in runs if (self.root / run.name / "summary.json").exists()]
-        done = [run for run in done if finished(self.root, run) is not None]  # perhaps by another sweep
-        for run in done:
-            summary = finished(self.root, run)
-            assert summary is not None
+        found = {run: summary for run in runs if (summary := finished(self.root, run)) is not None}
+        for run, summary in found.items():
             (self.root / f"{run.name}.failure.txt").unlink(missing_ok=True)
-            seconds = summary["train_time_s"] if begin is None else (time.perf_counter() - begin) / len(done)
+            seconds = summary["train_time_s"] if begin is None else (time.perf_counter() - begin) / len(found)
             self.estimate.add(run, seconds)
             self._tell(run, f"{summary['test_accuracy']:.2%} in {format_seconds(seconds)}")
-        return [run for run in runs if run not in done]
+        return [run for run in runs if run not in found]
 
     def _fail(self, run: Run, code: int, output: str) -> None:
         self.failed.append(run)

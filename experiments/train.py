@@ -48,10 +48,7 @@ def configs_from_flags() -> list[tuple[Config, Path]]:
       ValueError: if a flag is invalid.
     """
     config = config_flags.config_from_flags()
-    try:
-        seeds = [config.seed] if FLAGS.seeds is None else [int(text) for text in FLAGS.seeds]
-    except ValueError:
-        raise ValueError(f"seeds={','.join(FLAGS.seeds)} are not all integers; give such as 0,1,2.") from None
+    seeds = [config.seed] if FLAGS.seeds is None else config_flags.parse_seeds(FLAGS.seeds)
     if len(seeds) > 1 and FLAGS.workdir is not None and "{seed}" not in FLAGS.workdir:
         raise ValueError(f"workdir={FLAGS.workdir!r} is one folder for {len(seeds)} runs; write {{seed}} into it.")
     runs = []

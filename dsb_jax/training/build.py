@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from dsb_jax.gradual import GradualDensity
+from dsb_jax.gradual import GradualDensity, stage_after
 from dsb_jax.linen import SparseConv, SparseDense, find_layers
 from dsb_jax.losses import Loss, smoothed_cross_entropy
 from dsb_jax.methods import DSB, METHODS, Method
@@ -65,8 +65,8 @@ class Components(NamedTuple):
     fill: tuple[tuple[str, str], ...] = ()
 
     def stage_after(self, done: int) -> Stage:
-        """The stage of a state after `done` steps: one that begins at `done` has not begun."""
-        return [stage for stage in self.stages if stage.step < max(done, 1)][-1]
+        """The stage of a state after `done` steps, see `dsb_jax.gradual.stage_after`."""
+        return stage_after(self.stages, done)
 
 
 def build(config: Config) -> Components:
@@ -160,9 +160,9 @@ def decide_feature_major(config: Config, *, tuned: bool = False) -> bool:
     function of the config and of the kind of device alone: what was tuned on this machine has no part in it, unless
     `tuned` says so.
     """
-    _, plan, model = _stages(dataclasses.replace(config, feature_major=False))[-1]
-    if plan is None or models.takes_text(config.model):
+    if models.takes_text(config.model) or config.method in DENSE_METHODS:
         return False
+    _, _, model = _stages(dataclasses.replace(config, feature_major=False))[-1]
     images = config.abstract_inputs()
     with record_choices(tuned=tuned) as choices:
         jax.eval_shape(model.init, make_key(0), images)

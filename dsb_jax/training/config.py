@@ -189,6 +189,12 @@ class Config:
         """The step at which the drop fraction is 0; None for where adapting ends."""
         return None if self.anneal_fraction is None else max(round(self.anneal_fraction * self.total_steps), 1)
 
+    def with_adaptations(self, least: int) -> "Config":
+        """The same with a shorter `update_interval`, if it is so long that there would be fewer adaptations."""
+        return dataclasses.replace(
+            self, update_interval=max(1, min(self.update_interval, self.update_end_step // least))
+        )
+
     def abstract_inputs(self, batch_size: int | None = None) -> jax.ShapeDtypeStruct:
         """Shape and dtype of what the model takes: float images, int32 characters."""
         dtype = jnp.int32 if len(self.input_shape) == 1 else jnp.float32

@@ -119,6 +119,12 @@ def _take(
     return data.take_batch(inputs, labels, idx, key=key, augmentation=augmentation, mean=mean, std=std)
 
 
+def data_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+    """The keys of the order of the examples and of their augmentation."""
+    order_key, augment_key = jax.random.split(make_key(seed + 1))
+    return order_key, augment_key
+
+
 class _Batches:
     """The training data on the device, and the batch of any step: a function of the seed and the step alone."""
 
@@ -128,7 +134,7 @@ class _Batches:
         self.steps_per_epoch = self.num_train // config.batch_size
         self.total_steps = config.total_steps
         self.inputs, self.labels = jnp.asarray(dataset.train_inputs), jnp.asarray(dataset.train_labels)
-        self.order_key, self.augment_key = jax.random.split(make_key(config.seed + 1))
+        self.order_key, self.augment_key = data_keys(config.seed)
         self._how = self.size, dataset.augmentation, dataset.mean, dataset.std
 
     def end(self, epoch: int) -> int:
