@@ -124,10 +124,10 @@ def _group_rows(
     (out, in_), rows = score.shape, block_shape[0]
     groups, last = count_groups(out, rows), out % rows
     pattern = select_largest(score, num_active((out, in_), block_shape, num_blocks), where=score > 0)
-    size = pattern.sum(axis=1)  # positions in the pattern of each row
+    size = pattern.sum(axis=1, dtype=jnp.float32)  # positions in the pattern of each row
     # Empty rows are alike: they share a column that no other row has.
     unit = jnp.concatenate([pattern, (size == 0)[:, None]], axis=1).astype(jnp.float32)
-    unit = unit * jax.lax.rsqrt(jnp.maximum(size, 1).astype(jnp.float32))[:, None]
+    unit = unit * jax.lax.rsqrt(jnp.maximum(size, 1))[:, None]
     pairs = jnp.matmul(unit, unit.T, precision="highest") if out <= _MAX_PAIRS_PER_ENTRY * in_ else None
 
     def similarity(members: Int[Array, "n"], held: Bool[Array, "n"]) -> Float[Array, "out"]:
@@ -138,7 +138,7 @@ def _group_rows(
 
     def look(like: Float[Array, "... out"]) -> tuple[Array, Array, Array]:
         """The R greatest similarities, whose they are, and how many rows have the same pattern."""
-        return *jax.lax.top_k(like, rows), jnp.sum(like > 1 - 1e-5, axis=-1)
+        return *jax.lax.top_k(like, rows), jnp.sum(like > 1 - 1e-5, axis=-1, dtype=jnp.int32)
 
     def gather(seed: Int[Array, ""], free: Array, count: int) -> Int[Array, "count"]:
         """`count` free rows like the seed: the group doubles until it is full, then is chosen once more."""

@@ -278,3 +278,47 @@ def test_the_program_ends_with_an_error_if_a_run_failed(tmp_path):
     assert note.name in result.stdout
     with pytest.raises(ValueError, match="method='magic' is unknown"):
         call_here(sweep, *flags, "--methods=magic")
+
+
+TOGETHER = """
+import json, pathlib, sys
+for text in sys.argv[1:]:
+    folder, body, code = json.loads(text)
+    if code:
+        sys.exit(code)
+    pathlib.Path(folder).mkdir()
+    (pathlib.Path(folder) / "summary.json").write_text(body)
+"""
+
+
+def test_the_seeds_of_a_cell_share_a_process_and_one_that_fails_does_not_take_the_others_along(tmp_path):
+    runs = grid.expand([{"method": ("dsb", "ssb")}], seeds=(2, 0, 1), common={})
+    asked = []
+
+    def command(runs):
+        asked.append([(run.config.method, run.seed) for run in runs])
+        parts = []
+        for run in runs:
+            summary = {"config": run.config.to_json(), "test_accuracy": 0.5, "train_time_s": 1.0}
+            fails = (run.config.method, run.seed) == ("dsb", 1)
+            parts.append(json.dumps([str(tmp_path / run.name), json.dumps(summary), 3 if fails else 0]))
+        return [sys.executable, "-c", TOGETHER, *parts]
+
+    failed = Sweep(tmp_path, runs, command, Console(quiet=True), together=True).make()
+    assert [(run.config.method, run.seed) for run in failed] == [("dsb", 1)]
+    assert asked == [
+        [("dsb", 0), ("dsb", 1), ("dsb", 2)],
+        [("dsb", 1)],  # what the note of its failure tells to try
+        [("dsb", 2)],
+        [("ssb", 0), ("ssb", 1), ("ssb", 2)],
+    ]
+    assert sum(outcomes.finished(tmp_path, run) is not None for run in runs) == 5
+
+
+def test_the_command_of_several_seeds():
+    runs = grid.expand([{"method": ("ssb",)}], seeds=(0, 1), common={})
+    command = sweep.train_command(Path("ROOT"), None)
+    assert {"--seeds=0,1", "--workdir=ROOT/digits-convnet-ssb-0.9-auto-seed{seed}"} <= set(command(runs))
+    alone = command(runs[1:])
+    assert "--workdir=ROOT/digits-convnet-ssb-0.9-auto-seed1" in alone
+    assert not any(argument.startswith("--seeds") for argument in alone)
