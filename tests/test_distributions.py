@@ -51,6 +51,28 @@ def test_erk_by_hand():
     assert distributions.erk(shapes, 0.9) == pytest.approx(expected)
 
 
+# WRN-10-2's layers in RigL's order: kernel, c_in, out.
+_WRN_10_2 = (
+    *(((3, 3), 3, 16), ((3, 3), 16, 32), ((3, 3), 32, 32), ((1, 1), 16, 32), ((3, 3), 32, 64), ((3, 3), 64, 64)),
+    *(((1, 1), 32, 64), ((3, 3), 64, 128), ((3, 3), 128, 128), ((1, 1), 64, 128), ((), 128, 10)),
+)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "theirs"),
+    [
+        (0.8, (1, 0.687333, 0.445494, 1, 0.324574, 0.213201, 1, 0.157514, 0.104214, 1, 1)),
+        (0.9, (1, 0.300596, 0.194831, 1, 0.141948, 0.093241, 1, 0.068887, 0.045577, 0.607455, 1)),
+        (0.95, (0.679531, 0.137605, 0.089189, 1, 0.06498, 0.042683, 0.561888, 0.031535, 0.020864, 0.278077, 1)),
+    ],
+)
+def test_erk_is_that_of_rigls_own_code(sparsity, theirs):
+    # What `get_sparsities_erdos_renyi` of google-research/rigl (d39fc7d) returned for these shapes. It rounds the zeros
+    # of each layer down, which leaves it up to one weight a layer more: eleven of some 15,000 here.
+    specs = [make_spec(out, math.prod(kernel) * c_in, kernel) for kernel, c_in, out in _WRN_10_2]
+    assert distributions.erk(specs, sparsity) == pytest.approx(theirs, rel=5e-4)
+
+
 @given(shapes=models(), sparsity=SPARSITIES)
 def test_erk_keeps_the_total_and_the_proportions(shapes, sparsity):
     densities = distributions.erk(shapes, sparsity)
