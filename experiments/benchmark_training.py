@@ -1,6 +1,6 @@
 """Training-step time of DSB against the dense model, measured in turns within one run, and layer by layer.
 
-    python -m experiments.benchmark_training --model=vgg16 --sparsities=0.5,0.8,0.9,0.95 --block_shape=32x8 --json=FILE
+    python -m experiments.benchmark_training --model=vgg16 --sparsities=0.8,0.9 --block_shapes=auto,32x8 --json=FILE
 
 The step is the whole of it: forward, backward, SGD with momentum and weight decay. Layer-wise times are forward and
 backward of one layer at the input it meets in the model, dense (XLA's convolution) against what "auto" chose.
@@ -12,6 +12,7 @@ from typing import Any
 from absl import flags
 from rich.table import Table
 
+from dsb_jax.block_shapes import shape_text
 from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS
 from dsb_jax.training.config import Config
@@ -26,7 +27,7 @@ def define_flags() -> None:
     """Flags of this program."""
     flags.DEFINE_string("model", "vgg16", "convnet, resnet18, vgg16, or wrn-DEPTH-WIDTH.")
     flags.DEFINE_list("sparsities", ["0.5", "0.8", "0.9", "0.95"], "Sparsities over the sparse layers.")
-    flags.DEFINE_string("block_shape", "auto", "Rows x columns of a block, or auto.")
+    flags.DEFINE_list("block_shapes", ["auto"], "Rows x columns of a block: auto (by layer), 16x16, 32x8, ...")
     flags.DEFINE_list("distributions", ["uniform", "erk"], "Densities over the layers: uniform, erk.")
     flags.DEFINE_integer("batch_size", 128, "Images in a step.")
     flags.DEFINE_integer("image_size", 32, "Height and width of the images.")
@@ -41,7 +42,7 @@ def layer_row(layer: LayerTime) -> dict[str, Any]:
     """One layer in the results."""
     return {
         "layer": "/".join(layer.path), "out": layer.shape[0], "in": layer.shape[1], "input": list(layer.input_shape),
-        "num_blocks": layer.num_blocks, "dense_s": layer.dense_s, "sparse_s": layer.sparse_s, "speedup": layer.speedup,
+        **layer.blocks, "dense_s": layer.dense_s, "sparse_s": layer.sparse_s, "speedup": layer.speedup,
         "implementation": layer.implementation,
     }  # fmt: skip
 
@@ -55,12 +56,12 @@ def main() -> None:
             raise ValueError(f"distributions: {name!r} is unknown; choose of {', '.join(DISTRIBUTIONS)}.")
     dense = Config(
         dataset="random", input_shape=(FLAGS.image_size, FLAGS.image_size, 3), model=FLAGS.model, method="dense",
-        block_shape=parse_block_shape_or_auto(FLAGS.block_shape), batch_size=FLAGS.batch_size, dtype=FLAGS.dtype,
-        implementation=FLAGS.implementation,
+        batch_size=FLAGS.batch_size, dtype=FLAGS.dtype, implementation=FLAGS.implementation,
     )  # fmt: skip
+    shapes = [parse_block_shape_or_auto(text) for text in FLAGS.block_shapes]
     results: list[dict[str, Any]] = []
     for distribution in FLAGS.distributions:
-        configs = sparse_configs(dense, FLAGS.sparsities, distribution)
+        configs = sparse_configs(dense, FLAGS.sparsities, shapes, distribution)
         console.print(f"{FLAGS.model}, {distribution}: compiling {len(configs) + 1} training steps ...")
         times = timing.in_turns({"dense": stepper(dense)} | {n: stepper(r) for n, r in configs.items()}, FLAGS.rounds)
         timed_layers = FLAGS.layers and distribution == FLAGS.distributions[0]
@@ -70,7 +71,7 @@ def main() -> None:
                 {
                     "model": FLAGS.model,
                     "sparsity": config.sparsity,
-                    "block_shape": FLAGS.block_shape,
+                    "block_shape": shape_text(config.block_shape),
                     "distribution": distribution,
                     "dense_step_s": statistics.median(times["dense"]),
                     "sparse_step_s": statistics.median(times[name]),
@@ -89,25 +90,29 @@ def main() -> None:
 
 def step_table(results: list[dict[str, Any]]) -> Table:
     """One row for each sparsity."""
-    table = Table(title=f"{results[0]['model']}, blocks of {results[0]['block_shape']}, {results[0]['distribution']}")
-    for name in ("sparsity", "dense step", "sparse step", "speed-up"):
+    table = Table(title=f"{results[0]['model']}, {results[0]['distribution']}")
+    for name in ("sparsity", "blocks", "dense step", "sparse step", "speed-up"):
         table.add_column(name, justify="right")
     for r in results:
         table.add_row(
-            f"{r['sparsity']:g}", f"{r['dense_step_s'] * 1e3:.0f} ms", f"{r['sparse_step_s'] * 1e3:.0f} ms",
-            f"{r['speedup']:.2f}x",
+            f"{r['sparsity']:g}", r["block_shape"], f"{r['dense_step_s'] * 1e3:.0f} ms",
+            f"{r['sparse_step_s'] * 1e3:.0f} ms", f"{r['speedup']:.2f}x",
         )  # fmt: skip
     return table
 
 
 def layer_table(result: dict[str, Any]) -> Table:
     """One row for each layer of one result."""
-    table = Table(title=f"{result['model']}, {result['distribution']}, sparsity {result['sparsity']:g}: layers")
+    table = Table(
+        title=f"{result['model']}, {result['distribution']}, sparsity {result['sparsity']:g}, blocks of "
+        f"{result['block_shape']}: layers"
+    )
     for name in ("layer", "out x in", "input", "blocks", "dense", "sparse", "speed-up", "chosen"):
         table.add_column(name, justify="left" if name in ("layer", "chosen") else "right")
     for r in result["layers"]:
         table.add_row(
-            r["layer"], f"{r['out']} x {r['in']}", "x".join(map(str, r["input"])), str(r["num_blocks"]),
+            r["layer"], f"{r['out']} x {r['in']}", "x".join(map(str, r["input"])),
+            f"{r['num_blocks']} of {shape_text(r['block_shape'])}",
             f"{r['dense_s'] * 1e3:.1f} ms", f"{r['sparse_s'] * 1e3:.1f} ms", f"{r['speedup']:.2f}x",
             r["implementation"],
         )  # fmt: skip

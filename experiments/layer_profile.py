@@ -26,12 +26,13 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from dsb_jax.block_shapes import AUTO, shape_text
 from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS
 from dsb_jax.training.build import build
 from dsb_jax.training.config import DTYPES, Config
 from experiments import program, timing
-from experiments.flags import parse_block_shape
+from experiments.flags import parse_block_shape_or_auto
 from experiments.training_times import DENSE, LayerTime, sparse_configs, stepper, time_layers
 
 FLAGS = flags.FLAGS
@@ -42,7 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_list("models", ["wrn-22-2", "resnet18", "vgg16"], "Of convnet, resnet18, vgg16, wrn-DEPTH-WIDTH.")
     flags.DEFINE_list("sparsities", ["0.5", "0.8", "0.9", "0.95"], "Sparsities over the sparse layers.")
     flags.DEFINE_enum("distribution", "uniform", sorted(DISTRIBUTIONS), "Densities over the layers.")
-    flags.DEFINE_string("block_shape", "16x16", "Rows x columns of a block.")
+    flags.DEFINE_string("block_shape", AUTO, "Rows x columns of a block: auto (by layer), 16x16, 32x8, ...")
     flags.DEFINE_integer("batch_size", 128, "Images in a step.", lower_bound=1)
     flags.DEFINE_integer("image_size", 32, "Height and width of the images.", lower_bound=1)
     flags.DEFINE_integer("num_classes", 10, "Of the classifier: 100 for CIFAR-100.", lower_bound=2)
@@ -78,7 +79,7 @@ def layer_row(layer: LayerTime) -> dict[str, Any]:
     """One layer in the results; `sparse_s` and `speedup` are null if it stays dense."""
     return {
         "path": "/".join(layer.path), "shape": list(layer.shape), "input": list(layer.input_shape),
-        "num_blocks": layer.num_blocks, "dense_s": layer.dense_s, "sparse_s": layer.sparse_s,
+        **layer.blocks, "dense_s": layer.dense_s, "sparse_s": layer.sparse_s,
         "implementation": layer.implementation, "speedup": layer.speedup,
     }  # fmt: skip
 
@@ -95,7 +96,7 @@ def profile(dense: Config, sparsities: Sequence[str], distribution: str, rounds:
     Raises:
       ValueError: if a config cannot be.
     """
-    configs = sparse_configs(dense, sparsities, distribution)
+    configs = sparse_configs(dense, sparsities, [dense.block_shape], distribution)
     steps = timing.in_turns({DENSE: stepper(dense)} | {name: stepper(r) for name, r in configs.items()}, rounds)
     layers = time_layers(configs, rounds, dense_layers=True)
     dense_step_s = statistics.median(steps[DENSE])
@@ -103,7 +104,7 @@ def profile(dense: Config, sparsities: Sequence[str], distribution: str, rounds:
         {
             "model": dense.model,
             "sparsity": config.sparsity,
-            "block_shape": "x".join(map(str, config.block_shape)),
+            "block_shape": shape_text(config.block_shape),
             "distribution": distribution,
             "dense_step_s": dense_step_s,
             **estimate(dense_step_s, layers[name]),
@@ -122,13 +123,13 @@ def main() -> None:
     bases = [
         Config(
             dataset="random", input_shape=(FLAGS.image_size, FLAGS.image_size, 3), model=model, method="dense",
-            num_classes=FLAGS.num_classes, block_shape=parse_block_shape(FLAGS.block_shape),
+            num_classes=FLAGS.num_classes, block_shape=parse_block_shape_or_auto(FLAGS.block_shape),
             batch_size=FLAGS.batch_size, dtype=FLAGS.dtype, implementation=FLAGS.implementation,
         )
         for model in FLAGS.models
     ]  # fmt: skip
     for base in bases:  # what cannot be is refused before the first measurement, which takes minutes
-        for config in sparse_configs(base, FLAGS.sparsities, FLAGS.distribution).values():
+        for config in sparse_configs(base, FLAGS.sparsities, [base.block_shape], FLAGS.distribution).values():
             build(config)
     results: list[dict[str, Any]] = []
     names = ("batch_size", "image_size", "num_classes", "dtype", "implementation", "rounds")
@@ -176,8 +177,9 @@ def layer_table(row: dict[str, Any]) -> Table:
         stays = layer["sparse_s"] is None
         table.add_row(
             layer["path"], "x".join(map(str, layer["shape"])), "x".join(map(str, layer["input"])),
-            "-" if stays else str(layer["num_blocks"]), f"{layer['dense_s'] * 1e3:.2f} ms",
-            f"{layer['dense_s'] / row['dense_step_s']:.1%}", *_time_and_ratio(layer["sparse_s"], layer["speedup"]),
+            "-" if stays else f"{layer['num_blocks']} of {shape_text(layer['block_shape'])}",
+            f"{layer['dense_s'] * 1e3:.2f} ms", f"{layer['dense_s'] / row['dense_step_s']:.1%}",
+            *_time_and_ratio(layer["sparse_s"], layer["speedup"]),
             "stays dense" if stays else layer["implementation"],
         )  # fmt: skip
     return table

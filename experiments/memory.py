@@ -27,6 +27,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from dsb_jax.block_shapes import AUTO
 from dsb_jax.methods import GROW
 from dsb_jax.paths import nodes, weights_at
 from dsb_jax.topology import without_index
@@ -36,7 +37,7 @@ from dsb_jax.training.build import Components, build
 from dsb_jax.training.checkpoints import abstract_state
 from dsb_jax.training.config import METHODS, Config
 from experiments import program, timing
-from experiments.flags import parse_block_shape
+from experiments.flags import parse_block_shape_or_auto
 
 FLAGS = flags.FLAGS
 
@@ -47,7 +48,7 @@ def define_flags() -> None:
     flags.DEFINE_list("methods", list(METHODS), "Methods.")
     flags.DEFINE_float("sparsity", 0.9, "Over the sparse layers.")
     flags.DEFINE_string("distribution", "uniform", "Densities over the layers: uniform, erk.")
-    flags.DEFINE_string("block_shape", "16x16", "Rows x columns of a block.")
+    flags.DEFINE_string("block_shape", AUTO, "Rows x columns of a block: auto (by layer), 16x16, 32x8, ...")
     flags.DEFINE_enum("grow", "block_gradient", GROW, "Growth criterion of dsb.")
     flags.DEFINE_enum("optimizer", "sgd", ("sgd", "adamw"), "Whose moments are counted.")
     flags.DEFINE_integer("batch_size", 128, "Images in a step.")
@@ -165,7 +166,7 @@ def main() -> None:
     path = timing.results_path(FLAGS.json)
     base = Config(
         dataset="random", input_shape=(32, 32, 3), sparsity=FLAGS.sparsity, distribution=FLAGS.distribution,
-        block_shape=parse_block_shape(FLAGS.block_shape), grow=FLAGS.grow, optimizer=FLAGS.optimizer,
+        block_shape=parse_block_shape_or_auto(FLAGS.block_shape), grow=FLAGS.grow, optimizer=FLAGS.optimizer,
         batch_size=FLAGS.batch_size, adapt_batch_size=FLAGS.batch_size,
     ).to_json()  # fmt: skip
     results: list[dict[str, Any]] = []

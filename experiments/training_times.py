@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dsb_jax.block_shapes import BlockShape, shape_text
 from dsb_jax.linen import SparseConv, SparseDense
 from dsb_jax.ops import record_choices
 from dsb_jax.paths import Path
+from dsb_jax.spec import LayerSpec
 from dsb_jax.train import train_step
 from dsb_jax.training.build import Components, build
 from dsb_jax.training.config import Config
@@ -34,7 +36,7 @@ class LayerTime:
       path: of the module in the model.
       shape: `(out, in)` of its weight matrix; a convolution's is flattened.
       input_shape: `[N, H, W, C]` or `[N, C]`, whatever order of activations the model has.
-      num_blocks: that it holds; None if it stays dense.
+      spec: of the sparse layer; None if it stays dense.
       dense: seconds of the dense layer, round by round.
       sparse: of the sparse layer, in the same rounds; None if it stays dense.
       implementation: what computes it, "dense" if it stays dense.
@@ -43,10 +45,16 @@ class LayerTime:
     path: Path
     shape: tuple[int, int]
     input_shape: tuple[int, ...]
-    num_blocks: int | None
+    spec: LayerSpec | None
     dense: Sequence[float]
     sparse: Sequence[float] | None
     implementation: str
+
+    @property
+    def blocks(self) -> dict[str, Any]:
+        """For a table of results: `block_shape` and `num_blocks`, None if it stays dense."""
+        names = ("block_shape", "num_blocks")
+        return {name: None if self.spec is None else getattr(self.spec, name) for name in names}
 
     @property
     def dense_s(self) -> float:
@@ -64,8 +72,10 @@ class LayerTime:
         return None if self.sparse is None else timing.median_ratio([*self.dense], [*self.sparse])
 
 
-def sparse_configs(dense: Config, sparsities: Sequence[str], distribution: str) -> dict[str, Config]:
-    """The sparse candidates of a dense config, by their sparsity as text.
+def sparse_configs(
+    dense: Config, sparsities: Sequence[str], block_shapes: Sequence[BlockShape], distribution: str
+) -> dict[str, Config]:
+    """The sparse candidates of a dense config, by sparsity and block shape as text.
 
     Raises:
       ValueError: if a sparsity is not a number.
@@ -75,8 +85,11 @@ def sparse_configs(dense: Config, sparsities: Sequence[str], distribution: str) 
     except ValueError:
         raise ValueError(f"sparsities={','.join(sparsities)} are not all numbers; give such as 0.8,0.9.") from None
     return {
-        str(value): dataclasses.replace(dense, method="dsb", sparsity=value, distribution=distribution)
+        f"{value} in {shape_text(shape)}": dataclasses.replace(
+            dense, method="dsb", sparsity=value, block_shape=shape, distribution=distribution
+        )
         for value in values
+        for shape in block_shapes
     }
 
 
@@ -121,20 +134,20 @@ def find_inputs(config: Config, components: Components) -> dict[Path, tuple[nn.M
 def layer_candidates(
     modules: Mapping[str, Any],
     shape: tuple[int, ...],
-    counts: Mapping[str, int | None],
+    specs: Mapping[str, LayerSpec | None],
     config: Config,
     *,
     input_gradient: bool = True,
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """Forward and backward of one layer for each number of blocks (None: dense), and what "auto" chose for it.
+    """Forward and backward of one layer in its blocks (None: dense), and what "auto" chose for it.
 
     Each takes its input in the order of activations that its model has: feature-major or not.
 
     Args:
       modules: by the name of the candidate.
       shape: of the input, [N, H, W, C] or [N, C].
-      counts: number of blocks by the name of the candidate.
-      config: gives block shape and dtype.
+      specs: of the sparse layer, by the name of the candidate.
+      config: gives the dtype.
       input_gradient: whether backward computes the gradient of the input, too.
 
     Returns:
@@ -144,10 +157,9 @@ def layer_candidates(
     x = jax.random.normal(key, shape, jnp.dtype(config.dtype))
     calls: dict[str, Callable[[], Any]] = {}
     chosen: dict[str, str] = {}
-    for name, count in counts.items():
-        clone = modules[name].clone(
-            parent=None, name=None, plan=None, block_shape=config.block_shape, num_blocks=count
-        )  # fmt: skip
+    for name, spec in specs.items():
+        blocks = {} if spec is None else {"block_shape": spec.block_shape, "num_blocks": spec.num_blocks}
+        clone = modules[name].clone(parent=None, name=None, plan=None, **blocks)
         given = jnp.moveaxis(x, (0, -1), (-1, 0)) if clone.feature_major else x
         with record_choices() as choices:
             variables = jax.jit(clone.init)(key, given)
@@ -171,9 +183,9 @@ def layer_candidates(
 def time_layers(
     configs: Mapping[str, Config], rounds: int, *, dense_layers: bool = False
 ) -> dict[str, list[LayerTime]]:
-    """Times of the layers of every config; the configs differ in sparsity alone.
+    """Times of the layers of every config; the configs differ in sparsity and block shape alone.
 
-    Dense and all sparsities of a layer take turns; layers of equal sizes are measured once.
+    Dense and all candidates of a layer take turns; layers of equal sizes are measured once.
 
     Args:
       configs: of sparse models, by name.
@@ -190,26 +202,22 @@ def time_layers(
     measured: dict[Any, Any] = {}
     rows: dict[str, list[LayerTime]] = {name: [] for name in configs}
     for position, (path, (module, shape)) in enumerate(inputs[first].items()):
-        counts = {name: plan.sparse[path].num_blocks for name, plan in plans.items() if path in plan.sparse}
-        if not counts and not dense_layers:
+        specs = {name: plan.sparse[path] for name, plan in plans.items() if path in plan.sparse}
+        if not specs and not dense_layers:
             continue
         sizes = plans[first].sizes[path]
         how = tuple(str(getattr(module, name, None)) for name in ("strides", "padding", "use_bias"))
-        same = (shape, sizes, tuple(counts.items()), how, position == 0)
+        same = (shape, sizes, tuple(specs.items()), how, position == 0)
         if same not in measured:
             modules: dict[str, Any] = {DENSE: module.clone(feature_major=False)}
-            modules |= {name: inputs[name][path][0] for name in counts}
+            modules |= {name: inputs[name][path][0] for name in specs}
             calls, chosen = layer_candidates(
-                modules, shape, {DENSE: None, **counts}, configs[first], input_gradient=position > 0
+                modules, shape, {DENSE: None, **specs}, configs[first], input_gradient=position > 0
             )
             measured[same] = timing.in_turns(calls, rounds), chosen
         times, chosen = measured[same]
         for name in configs:
-            if name in counts or dense_layers:
-                rows[name].append(
-                    LayerTime(
-                        path, sizes.shape, shape, counts.get(name), times[DENSE], times.get(name),
-                        chosen.get(name, DENSE),
-                    )
-                )  # fmt: skip
+            if name in specs or dense_layers:
+                spec, time, choice = specs.get(name), times.get(name), chosen.get(name, DENSE)
+                rows[name].append(LayerTime(path, sizes.shape, shape, spec, times[DENSE], time, choice))
     return rows

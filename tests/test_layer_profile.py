@@ -7,11 +7,14 @@ import pytest
 from experiments import layer_profile
 from experiments.layer_profile import estimate
 from experiments.training_times import LayerTime
+from tests.conftest import make_spec
 from tests.test_programs import call, call_here
+
+SPEC = make_spec(64, 288, (3, 3)).with_blocks((8, 8), 7)
 
 
 def layer(dense, sparse):
-    return LayerTime((), (64, 288), (4, 8, 8, 32), None if sparse is None else 7, dense, sparse, "xla")
+    return LayerTime((), (64, 288), (4, 8, 8, 32), None if sparse is None else SPEC, dense, sparse, "xla")
 
 
 def test_the_estimate_by_hand():
@@ -33,7 +36,7 @@ def test_a_step_shorter_than_its_layers_has_no_estimated_speedup():
 def test_the_program_on_a_small_model(tmp_path):
     file = tmp_path / "profile.json"
     call_here(
-        layer_profile, "--models=convnet", "--sparsities=0.9", "--block_shape=128x96", "--batch_size=4",
+        layer_profile, "--models=convnet", "--sparsities=0.95", "--block_shape=auto", "--batch_size=4",
         "--image_size=8", "--rounds=1", "--num_classes=5", f"--json={file}",
     )  # fmt: skip
     written = json.loads(file.read_text())
@@ -41,7 +44,8 @@ def test_the_program_on_a_small_model(tmp_path):
     (row,) = written["results"]
     assert [entry["path"] for entry in row["layers"]] == ["stem", "conv_1", "conv_2", "conv_3", "head"]
     sparse = [entry for entry in row["layers"] if entry["sparse_s"] is not None]
-    assert [entry["path"] for entry in sparse] == ["conv_3"]  # alone it can hold such blocks: compiled fast
+    assert [entry["path"] for entry in sparse] == ["conv_1", "conv_2", "conv_3"]
+    assert [entry["block_shape"] for entry in sparse] == [[8, 4], [16, 8], [16, 16]]  # by layer
     assert row["layers"][-1]["shape"] == [5, 128]
     saved = sum(entry["dense_s"] - entry["sparse_s"] for entry in sparse)
     assert row["estimated_step_s"] == pytest.approx(row["dense_step_s"] - saved)

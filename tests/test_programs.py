@@ -123,7 +123,7 @@ def test_train_evaluate_and_resume(tmp_path):
 def test_benchmarks_write_what_is_promised(tmp_path):
     file = tmp_path / "training.json"
     result = call(
-        "benchmark_training", "--model=convnet", "--sparsities=0.9", "--block_shape=128x96", "--batch_size=4",
+        "benchmark_training", "--model=convnet", "--sparsities=0.9", "--block_shapes=128x96", "--batch_size=4",
         "--image_size=8", "--rounds=1", "--distributions=uniform", f"--json={file}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
