@@ -26,7 +26,7 @@ from dsb_jax.ops.statistics import AxisName, Statistic
 from dsb_jax.optimizer_states import (
     check_storage,
     check_transformation,
-    default_fill,
+    fill_of,
     flatten_state,
     followers,
     frozen_layers,
@@ -202,7 +202,7 @@ def _prepare(how: _Update, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, .
         if method.statistic is not None and not status:
             _check_statistic(method.name, method.statistic, path, node, measured.get(path))
         moments = tuple(i for i, follower in following.items() if follower.path == path)
-        fill = tuple(dict(how.fill).get(following[i].field, default_fill(following[i].field)) for i in moments)
+        fill = tuple(fill_of(following[i].field, how.fill) for i in moments)
         prepared[path] = _PreparedNode(NodeUpdate(status, fill), moments)
     return prepared
 

@@ -30,9 +30,16 @@ class Follower:
     field: str
 
 
-def default_fill(field: str) -> str:
-    """What a moment of newly active weights begins with that nobody names; evidence is in experiments/RESULTS.md."""
-    return "group_mean" if field in SECOND_MOMENTS else "zero"
+def fill_of(field: str, fill: tuple[tuple[str, Any], ...] = ()) -> Any:
+    """What a moment of newly active weights begins with, by the name of its field.
+
+    A second moment of zero did harm in experiments/RESULTS.md: the first updates are as large as the learning rate.
+
+    Args:
+      field: such as "nu".
+      fill: what a user chose, as `dsb_jax.filling.fill_pairs` gives it.
+    """
+    return dict(fill).get(field, "group_mean" if field in SECOND_MOMENTS else "zero")
 
 
 def check_transformation(optimizer: Any) -> None:

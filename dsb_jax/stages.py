@@ -6,14 +6,15 @@ plan, so a training that begins denser than it ends needs more memory at first.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
 
-from dsb_jax.filling import move_leaf, origins_of
+from dsb_jax.filling import check_fill, fill_pairs, move_and_fill, origins_of
 from dsb_jax.methods.base import LayerState, Method
-from dsb_jax.optimizer_states import check_storage, flatten_state, followers
+from dsb_jax.optimizer_states import check_storage, fill_of, flatten_state, followers
 from dsb_jax.paths import layer_path, nodes, path_name, replace_at, weights_at
 from dsb_jax.plan import SparsityPlan, check_plan
 from dsb_jax.spec import LayerSpec
@@ -29,6 +30,8 @@ def restage(
     method: Method,
     optimizer: optax.GradientTransformation,
     key: jax.Array,
+    *,
+    fill: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, Any]:
     """Brings every sparse layer to the number of blocks of a plan; the strongest weights stay, with their moments.
 
@@ -43,13 +46,14 @@ def restage(
       method: the one that the layers were made with.
       optimizer: the one that `opt_state` belongs to.
       key: for what is drawn where a layer grows.
+      fill: what the moments of newly active weights begin with, as in `dsb_jax.adaptation`.
 
     Returns:
-      The new params, topology and opt_state. Newly active weights and moments are 0.
+      The new params, topology and opt_state. Newly active weights are 0.
 
     Raises:
       ValueError: if the plan keeps a layer dense that is sparse now, or gives it another kernel or block shape; if the
-        optimizer's state cannot follow or is of other parameters.
+        optimizer's state cannot follow or is of other parameters; if `fill` names a field that it does not have.
     """
     check_storage(method, topology)
     plan = check_plan(plan)
@@ -72,23 +76,32 @@ def restage(
     key, old = check_key(key), nodes(topology)
     weights = weights_at(params, old)
     following = followers(optimizer, params, topology)
+    pairs = fill_pairs(fill)
+    check_fill(pairs, {follower.field for follower in following.values()})
     leaves, structure = flatten_state(opt_state, following, topology)
     moved, new = {}, {}
     for i, (path, spec) in enumerate(specs):
         if spec != old[path].spec:
             own = [j for j, follower in following.items() if follower.path == path]
             moments = tuple(leaves[j] for j in own)
+            fills = tuple(fill_of(following[j].field, pairs) for j in own)
             moved[path], new[path], moments = _resize(
-                method, spec, jax.random.fold_in(key, i), weights[path], old[path], moments
+                method, spec, fills, jax.random.fold_in(key, i), weights[path], old[path], moments
             )
             for j, leaf in zip(own, moments, strict=True):
                 leaves[j] = leaf
     return replace_at(params, moved), replace_at(topology, new), jax.tree.unflatten(structure, leaves)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _resize(
-    method: Method, spec: LayerSpec, key: jax.Array, blocks: jax.Array, node: LayerTopology, moments: tuple[Any, ...]
+    method: Method,
+    spec: LayerSpec,
+    fills: tuple[Any, ...],
+    key: jax.Array,
+    blocks: jax.Array,
+    node: LayerTopology,
+    moments: tuple[Any, ...],
 ) -> tuple[jax.Array, LayerTopology, tuple[jax.Array, ...]]:
     """One node in the sizes of `spec`; equal layers share what is compiled."""
 
@@ -104,4 +117,4 @@ def _resize(
     if not moments:
         return blocks, new, ()
     origin = origins_of(node, new)
-    return blocks, new, tuple(move_leaf(leaf, origin, new, 0) for leaf in moments)
+    return blocks, new, tuple(move_and_fill(leaf, origin, new, how) for leaf, how in zip(moments, fills, strict=True))

@@ -197,8 +197,9 @@ class _Training:
         assert stage.plan is not None
         key = jax.random.fold_in(step_key(state), 3)  # 1 and 2 are an adaptation's and the model's
         params, topology, opt_state = restage(
-            state.params, state.topology, state.opt_state, stage.plan, method, self.components.optimizer, key
-        )
+            state.params, state.topology, state.opt_state, stage.plan, method, self.components.optimizer, key,
+            fill=dict(self.components.fill),
+        )  # fmt: skip
         self.state = dataclasses.replace(state, params=params, topology=topology, opt_state=opt_state)
         jax.block_until_ready(self.state)
         seconds = time.perf_counter() - begin
