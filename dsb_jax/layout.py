@@ -220,9 +220,9 @@ def _deal(
 
     def deal(used: Int[Array, "window channels"], group: tuple[Array, Array]) -> tuple[Array, Array]:
         bits, wanted = group
-        window = lax.broadcasted_iota(jnp.int32, used.shape, 0)
-        order = lax.sort((used, bits.reshape(used.shape), window), dimension=0, num_keys=2)[2]
-        place = lax.sort((order, window), dimension=0, num_keys=1)[1]  # of each column among those of its channel
+        # The place of each column among those of its channel, by comparing all pairs: sorting takes longer to compile.
+        (mine, others), (my_bits, other_bits) = ((a[:, None], a[None]) for a in (used, bits.reshape(used.shape)))
+        place = ((mine > others) | ((mine == others) & (my_bits > other_bits))).sum(axis=1, dtype=jnp.int32)
         reads = (used.sum(axis=0, keepdims=True, dtype=jnp.int32) + place).reshape(-1)
         positions = jnp.arange(bits.size, dtype=jnp.int32)
         order = lax.sort((reads, bits, positions), num_keys=2)[2]
