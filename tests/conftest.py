@@ -5,11 +5,10 @@ import os
 import tempfile
 
 # Tests compile much and compute little: unoptimized machine code, in one piece, halves their time.
-QUICK = (
+os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_parallel_codegen_split_count=1"
+    f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
 )
-os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
 
 # Workers and the programs that tests start share what one of them has compiled.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
