@@ -2,11 +2,14 @@
 
 import json
 
+import jax
 import pytest
 
+from dsb_jax.linen import SparseDense
+from dsb_jax.training.config import Config
 from experiments import layer_profile
 from experiments.layer_profile import estimate
-from experiments.training_times import LayerTime
+from experiments.training_times import LayerTime, layer_candidates
 from tests.conftest import make_spec
 from tests.test_programs import call, call_here
 
@@ -33,10 +36,20 @@ def test_a_step_shorter_than_its_layers_has_no_estimated_speedup():
     assert estimate(2.0, [layer([3], [1])])["estimated_speedup"] is None
 
 
+def test_candidates_of_a_layer_may_differ_in_their_blocks():
+    spec = make_spec(16, 12)
+    specs = {"dense": None, "wide": spec.with_blocks((4, 6), 3), "tall": spec.with_blocks((8, 3), 2)}
+    calls, chosen = layer_candidates(dict.fromkeys(specs, SparseDense(16)), (5, 12), specs, Config())
+    sizes = {name: jax.eval_shape(call)[1][0] for name, call in calls.items()}
+    assert sizes["dense"]["kernel"].shape == (12, 16)
+    assert (sizes["wide"]["blocks"].shape, sizes["tall"]["blocks"].shape) == ((3, 4, 6), (2, 8, 3))
+    assert set(chosen) == set(specs)
+
+
 def test_the_program_on_a_small_model(tmp_path):
     file = tmp_path / "profile.json"
     call_here(
-        layer_profile, "--models=convnet", "--sparsities=0.95", "--block_shape=auto", "--batch_size=4",
+        layer_profile, "--models=convnet", "--sparsities=0.9", "--block_shape=128x96", "--batch_size=4",
         "--image_size=8", "--rounds=1", "--num_classes=5", f"--json={file}",
     )  # fmt: skip
     written = json.loads(file.read_text())
@@ -44,8 +57,8 @@ def test_the_program_on_a_small_model(tmp_path):
     (row,) = written["results"]
     assert [entry["path"] for entry in row["layers"]] == ["stem", "conv_1", "conv_2", "conv_3", "head"]
     sparse = [entry for entry in row["layers"] if entry["sparse_s"] is not None]
-    assert [entry["path"] for entry in sparse] == ["conv_1", "conv_2", "conv_3"]
-    assert [entry["block_shape"] for entry in sparse] == [[8, 4], [16, 8], [16, 16]]  # by layer
+    assert [entry["path"] for entry in sparse] == ["conv_3"]  # alone it can hold such blocks: compiled fast
+    assert sparse[0]["block_shape"] == [128, 96]
     assert row["layers"][-1]["shape"] == [5, 128]
     saved = sum(entry["dense_s"] - entry["sparse_s"] for entry in sparse)
     assert row["estimated_step_s"] == pytest.approx(row["dense_step_s"] - saved)
