@@ -64,7 +64,7 @@ class GradualDensity:
     start_step: int = 0
 
     def __post_init__(self) -> None:
-        check_number("initial_density", self.initial_density, 0, 1, hint="it is the share of weights at first")
+        check_number("initial_density", self.initial_density, 0, 1, hint="give the share of weights at first")
         object.__setattr__(self, "initial_density", float(self.initial_density))
         check_steps("end_step", self.end_step, least=1)
         check_steps("num_stages", self.num_stages, least=1)

@@ -268,7 +268,7 @@ def make_plan(
     rules = check_rules(rules)
     check_sparsity(sparsity)
     if block_shape != AUTO:
-        check_block_shape(block_shape)
+        check_block_shape(block_shape, f"{AUTO!r} or ")
     for name, count in (("min_blocks", min_blocks), ("min_group_blocks", min_group_blocks)):
         if not isinstance(count, int) or count < 0:
             raise ValueError(f"{name}={count!r} is no number of blocks; give 0 or more.")

@@ -61,11 +61,13 @@ def first_match(rules: tuple[Rule, ...], path: Path) -> Rule | None:
     return next((rule for rule in rules if rule.matches(path)), None)
 
 
-def check_block_shape(block_shape: Any) -> None:
-    """Raises ValueError unless it is two whole numbers above 0."""
+def check_block_shape(block_shape: Any, or_word: str = "") -> None:
+    """Raises ValueError unless it is two whole numbers above 0; `or_word` is what else could be given."""
     is_pair = isinstance(block_shape, tuple | list) and len(block_shape) == 2
     if not is_pair or not all(isinstance(size, int | np.integer) and size > 0 for size in block_shape):
-        raise ValueError(f"block_shape={block_shape!r} is no pair of sizes above 0; give (R, C), such as (16, 16).")
+        raise ValueError(
+            f"block_shape={block_shape!r} is no pair of sizes above 0; give {or_word}(R, C), such as (16, 16)."
+        )
 
 
 def check_effects(

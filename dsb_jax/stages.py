@@ -70,7 +70,8 @@ def restage(
         if (spec.shape, spec.block_shape) != (node.spec.shape, node.spec.block_shape):
             raise ValueError(
                 f"{path_name(layer)} is {node.spec.shape} in {node.spec.block_shape} blocks, but {spec.shape} in "
-                f"{spec.block_shape} in the plan; only the number of blocks may change."
+                f"{spec.block_shape} in the plan; only the number of blocks may change: give the plan the same block "
+                "shapes, by its block_shape or by rules."
             )
         specs.append((path, spec))
     key, old = check_key(key), nodes(topology)

@@ -125,11 +125,9 @@ def run_of(config: Mapping[str, Any]) -> Run:
     """
     known = Config.from_json(dict(config))
     settings = {k: v for k, v in dataclasses.asdict(known).items() if k not in (*grid.FROM_DATA, "seed")}
-    if known.dataset != "digits":
-        # The default interval of photographs is shorter in a short run (`flags.with_default_interval`).
-        longest = default_values(known.dataset)["update_interval"]
-        if known.update_interval == max(1, min(longest, known.update_end_step // 12)):
-            del settings["update_interval"]
+    longest = default_values(known.dataset)["update_interval"]  # shorter in a short run: `flags.with_default_interval`
+    if known.update_interval == max(1, min(longest, known.update_end_step // 12)):
+        del settings["update_interval"]
     return grid.make_run(settings, known.seed)
 
 

@@ -59,21 +59,21 @@ TEXT: dict[str, Any] = {
 }
 
 
-def parse_block_shape(text: str) -> tuple[int, int]:
+def parse_block_shape(text: str, or_word: str = "") -> tuple[int, int]:
     """'32x8' -> (32, 8).
 
     Raises:
-      ValueError: if the text is no such thing.
+      ValueError: if the text is no such thing; `or_word` is what else could be given.
     """
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
     if not match:
-        raise ValueError(f"block_shape={text!r} is not rows x columns; give sizes such as 16x16, 32x8 or 64x4.")
+        raise ValueError(f"block_shape={text!r} is not rows x columns; give {or_word}sizes such as 16x16 or 32x8.")
     return int(match[1]), int(match[2])
 
 
 def parse_block_shape_or_auto(text: str) -> BlockShape:
     """The same, but 'auto' is itself."""
-    return AUTO if text.strip() == AUTO else parse_block_shape(text)
+    return AUTO if text.strip() == AUTO else parse_block_shape(text, f"{AUTO} or ")
 
 
 def parse_seeds(texts: Sequence[str]) -> list[int]:
@@ -121,7 +121,11 @@ def define() -> None:
     )
     flags.DEFINE_float("anneal_fraction", None, "Nothing is dropped from this fraction of all steps on.")
     flags.DEFINE_float("backward_factor", 2.0, "Of topkast: weights that have a gradient over active ones, at least 1.")
-    flags.DEFINE_integer("update_interval", None, "Steps between adaptations; by default 100, fewer in a short run.")
+    flags.DEFINE_integer(
+        "update_interval",
+        None,
+        "Steps between adaptations; by default 40 for digits and 100 for photographs, fewer in a short run.",
+    )
     flags.DEFINE_integer(
         "adapt_batch_size", None, "Examples of a batch that an adaptation measures on; by default all of them."
     )
@@ -145,27 +149,23 @@ def define() -> None:
 
 
 def with_default_interval(config: Config) -> Config:
-    """The paper's 100 steps between adaptations are for 160 epochs: a short run adapts a dozen times all the same."""
-    if FLAGS.update_interval is not None or FLAGS.protocol is not None or not is_of_photographs(config.dataset):
+    """A default interval is for a run of the default length: a short one adapts a dozen times all the same."""
+    if FLAGS.update_interval is not None or FLAGS.protocol is not None:
         return config
     return config.with_adaptations(12)
-
-
-def is_of_photographs(dataset: str) -> bool:
-    """Whether a data set's defaults are `PHOTOGRAPHS`."""
-    return dataset not in ("digits", text.NAME) and "@" not in dataset
 
 
 @functools.cache
 def default_values(dataset: str) -> Mapping[str, Any]:
     """Values of all fields of a config for a data set: those of `Config` with those of its kind of data."""
-    small = {"digits": {}, text.NAME: TEXT}.get(dataset, SMALL_PHOTOGRAPHS)
-    own = PHOTOGRAPHS if is_of_photographs(dataset) else small
+    own = {"digits": {}, text.NAME: TEXT}.get(dataset, SMALL_PHOTOGRAPHS if "@" in dataset else PHOTOGRAPHS)
     return types.MappingProxyType(dataclasses.asdict(Config()) | own | {"dataset": dataset})
 
 
 def config_from_flags() -> Config:
     """The config of the parsed flags; sizes that depend on the data set are filled in by `dsb_jax.training.loop`."""
+    if FLAGS.steps is not None and FLAGS.epochs is not None:
+        raise ValueError(f"steps={FLAGS.steps} and epochs={FLAGS.epochs} both say how long to train; give one of them.")
     values = dict(default_values(FLAGS.dataset))
     if FLAGS.protocol is not None:
         values |= PROTOCOLS[FLAGS.protocol]

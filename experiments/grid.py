@@ -16,7 +16,7 @@ from typing import Any
 from dsb_jax.training import models
 from dsb_jax.training.build import default_drop_fraction, default_grow, make_method
 from dsb_jax.training.config import DENSE_METHODS, Config, check_config
-from experiments.flags import default_values, is_of_photographs, parse_block_shape_or_auto
+from experiments.flags import default_values, parse_block_shape_or_auto
 from experiments.presets import PRESETS
 
 # Filled in when a run begins, from the data set and for the device, hence not part of a cell.
@@ -49,6 +49,8 @@ def _without_effect(settings: Mapping[str, Any]) -> set[str]:
         idle.add("backward_factor")
     if method == "dense":
         idle.update(_OF_SPARSITY)
+    if settings.get("steps") is not None:
+        idle.add("epochs")
     if method in DENSE_METHODS:
         idle.add("initial_density")
     if method in DENSE_METHODS or settings.get("initial_density") is None:
@@ -98,7 +100,7 @@ class Run:
         except ValueError:
             return False
         unknown = set(FROM_DATA) | _without_effect(own)
-        if is_of_photographs(own["dataset"]) and "update_interval" not in dict(self.settings):
+        if "update_interval" not in dict(self.settings):
             unknown.add("update_interval")  # shorter in a short run, see experiments/flags.py
         if own["steps"] is not None:
             unknown.add("epochs")

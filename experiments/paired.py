@@ -124,6 +124,8 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """
     rows = []
     for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"tables={path} is no file; give the table.json of a sweep.")
         try:
             rows += json.loads(path.read_text())["rows"]
         except (json.JSONDecodeError, KeyError, TypeError):

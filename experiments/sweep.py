@@ -302,10 +302,12 @@ def main() -> None:
     preset = PRESETS.get(FLAGS.preset, {})
     together = bool(preset.get("together")) if FLAGS.together is None else FLAGS.together
     sweep = Sweep(root, runs, command, console, together=together)
-    cells = len({run.settings for run in runs})
+    cells = {run.cell for run in runs}
+    if FLAGS.against is not None and FLAGS.against not in cells:
+        raise ValueError(f"against={FLAGS.against!r} is no cell; choose one of {', '.join(sorted(cells))}.")
     left = format_seconds(sweep.estimate.left(sweep.left))
-    console.print(f"{len(runs)} runs of {cells} cells: {len(runs) - len(sweep.left)} done, {len(sweep.left)} left, "
-                  f"about {left}")  # fmt: skip
+    done = len(runs) - len(sweep.left)
+    console.print(f"{len(runs)} runs of {len(cells)} cells: {done} done, {len(sweep.left)} left, about {left}")
     if FLAGS.dry_run:
         for group in sweep.groups():
             console.print(shlex.join(command(group)), soft_wrap=True, highlight=False, markup=False)

@@ -132,9 +132,12 @@ def test_a_plan_that_is_denser_is_refused():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"initial_density": 0.05}, r"initial_density=0.05 is not in \[0.1, 1\]; it falls to 1 - sparsity=0.9"),
+        (
+            {"initial_density": 0.05},
+            r"initial_density=0.05 is not in \[0.1, 1\]: it falls to 0.1, the density of sparsity=0.9",
+        ),
         ({"initial_density": float("nan")}, r"initial_density=nan is not in \[0.1, 1\]"),
-        ({"density_stages": 3}, "density_stages=3, density_end_fraction=0.5 have no effect without an initial_density"),
+        ({"density_stages": 3}, "density_stages=3 has no effect without an initial_density"),
         ({"initial_density": 0.4, "density_stages": 0}, "density_stages=0 is not a positive number"),
         ({"initial_density": 0.4, "density_end_fraction": 1.0}, r"density_end_fraction=1.0 is not in \(0, 1\)"),
         ({"initial_density": 0.4, "method": "dense"}, "initial_density=0.4 has no effect on method=dense"),

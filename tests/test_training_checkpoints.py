@@ -198,11 +198,23 @@ def test_workdir_of_a_run_that_was_stopped_before_its_first_checkpoint(tmp_path)
         check_workdir(tmp_path, CONFIG, resume=True)
 
 
+TWO_DIFFER = (
+    r"config: sparsity is 0.9 there and 0.5 here, learning_rate is 0.05 there and 1.0 here.\nNothing was changed. "
+    "Give another --workdir, or sparsity=0.9, learning_rate=0.05 to resume that run"
+)
+
+
+def test_what_follows_from_the_number_of_steps_is_no_difference_of_its_own(run):
+    other = dataclasses.replace(CONFIG, steps=7, epochs=1, total_steps=7)
+    with pytest.raises(CheckpointError, match=r"config: steps is None there and 7 here.\nNothing"):
+        check_workdir(run, other, resume=True)
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_workdir_of_another_config_is_left_alone(run, resume):
     other = dataclasses.replace(CONFIG, sparsity=0.5, learning_rate=1.0)
     before = contents(run)
-    with pytest.raises(CheckpointError, match=r"sparsity is 0.9 there and 0.5 here.\nNothing was changed.*--workdir"):
+    with pytest.raises(CheckpointError, match=TWO_DIFFER):
         check_workdir(run, other, resume=resume)
     assert contents(run) == before
 

@@ -74,7 +74,8 @@ def check_annealing(method: Annealed) -> None:
 def check_steps(name: str, value: Any, *, least: int) -> None:
     """Raises ValueError unless `value` is a whole number of at least `least` that an int32, as steps are, can hold."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-        raise ValueError(f"{name}={value!r} is no whole number of at least {least} below 2**31; give a Python int.")
+        below = " below 2**31" if isinstance(value, int) and value >= 2**31 else ""
+        raise ValueError(f"{name}={value!r} is no whole number of at least {least}{below}; give a Python int.")
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, hint: str) -> None:

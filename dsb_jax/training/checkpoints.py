@@ -64,15 +64,14 @@ def check_workdir(workdir: str | os.PathLike[str], config: Config, *, resume: bo
         if file is None:
             return _decided(config), None
         saved = _read_config(file, "Give another --workdir.")
-    for field in dataclasses.fields(Config):
-        old, new = getattr(saved, field.name), getattr(config, field.name)
-        undecided = field.name == "feature_major" and None in (old, new)
-        if old != new and field.name not in RESUMABLE_FIELDS and not undecided:
-            raise CheckpointError(
-                f"{root} holds a run of another config: {field.name} is {old!r} there and {new!r} here.\n"
-                f"Nothing was changed. Give another --workdir, or {field.name}={old!r} to resume that run "
-                f"(only {', '.join(RESUMABLE_FIELDS)} may differ)."
-            )
+    if differing := _differing(saved, config):
+        told = ", ".join(f"{name} is {old!r} there and {new!r} here" for name, (old, new) in differing.items())
+        cures = ", ".join(f"{name}={old!r}" for name, (old, _) in differing.items())
+        raise CheckpointError(
+            f"{root} holds a run of another config: {told}.\n"
+            f"Nothing was changed. Give another --workdir, or {cures} to resume that run "
+            f"(only {', '.join(RESUMABLE_FIELDS)} may differ)."
+        )
     step = None if latest is None else int(latest.name)
     if not resume:
         raise CheckpointError(
@@ -82,6 +81,17 @@ def check_workdir(workdir: str | os.PathLike[str], config: Config, *, resume: bo
     if config.feature_major is None:  # of an old run decided by the implementation that it began with
         config = dataclasses.replace(config, feature_major=_decided(saved, tuned=True).feature_major)
     return config, step
+
+
+def _differing(saved: Config, config: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two runs differ that may not: values of both. What follows from `steps` is not told of."""
+    pairs = {f.name: (getattr(saved, f.name), getattr(config, f.name)) for f in dataclasses.fields(Config)}
+    differing = {name: (old, new) for name, (old, new) in pairs.items() if old != new and name not in RESUMABLE_FIELDS}
+    if None in differing.get("feature_major", ()):  # not decided yet
+        del differing["feature_major"]
+    if "steps" in differing:
+        differing = {name: pair for name, pair in differing.items() if name not in ("epochs", "total_steps")}
+    return differing
 
 
 def restore(

@@ -270,13 +270,10 @@ def check_config(config: Config) -> None:
 
 def _check_density(config: Config) -> None:
     """What can be said of the stages of density without the plan and the number of steps."""
-    defaults = (Config.density_stages, Config.density_end_fraction)
     if config.initial_density is None:
-        if (config.density_stages, config.density_end_fraction) != defaults:
-            raise ValueError(
-                f"density_stages={config.density_stages}, density_end_fraction={config.density_end_fraction} have no "
-                "effect without an initial_density; give one, such as 0.4."
-            )
+        for name in ("density_stages", "density_end_fraction"):
+            if (value := getattr(config, name)) != getattr(Config, name):
+                raise ValueError(f"{name}={value} has no effect without an initial_density; give one, such as 0.4.")
         return
     if config.method in DENSE_METHODS:
         raise ValueError(
@@ -285,8 +282,8 @@ def _check_density(config: Config) -> None:
         )
     if not 1 - config.sparsity <= config.initial_density <= 1:
         raise ValueError(
-            f"initial_density={config.initial_density} is not in [{1 - config.sparsity:g}, 1]; it falls to 1 - "
-            f"sparsity={config.sparsity:g}."
+            f"initial_density={config.initial_density} is not in [{1 - config.sparsity:g}, 1]: it falls to "
+            f"{1 - config.sparsity:g}, the density of sparsity={config.sparsity:g}."
         )
     if config.density_stages < 1:
         raise ValueError(f"density_stages={config.density_stages} is not a positive number; give such as 5.")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsb_jax import checkpoint
+from dsb_jax.methods import Static
 from dsb_jax.paths import nodes
 from dsb_jax.stages import restage
 from dsb_jax.telemetry import Explored, count_bytes
@@ -166,7 +167,7 @@ class _Training:
         self.explored, self.metrics, self.progress = explored, metrics, progress
         self.turnover = 0.0  # of the latest adaptation
         self.skipped: dict[str, str] = {}  # layers that it left as they were
-        self.is_compiled = False
+        self.is_compiled = self.adapting_is_compiled = False
         self.later_stages = {stage.step: stage for stage in components.stages[1:]}
         self.density: dict[str, float] = {}  # what is told of it once it has changed
 
@@ -183,6 +184,15 @@ class _Training:
             f"{sum(nbytes.values()) / 2**20:.1f} MiB"
         )
         self.density = {"sparsity": sparsity}
+
+    def note_if_static(self) -> None:
+        """Tells of a dynamic method without any adaptation: a short run with a long interval."""
+        config, is_static = self.config, isinstance(self.components.method, Static)
+        if nodes(self.state.topology) and not is_static and not any(map(self._is_due, range(config.total_steps))):
+            self.progress.note(
+                f"nothing is adapted: no step of {config.total_steps} is due with update_interval="
+                f"{config.update_interval}, update_end_fraction={config.update_end_fraction}; give a shorter interval"
+            )
 
     def _restage(self, stage: Stage) -> None:
         """Brings the layers to the plan of a stage that begins.
@@ -205,7 +215,7 @@ class _Training:
         seconds = time.perf_counter() - begin
         self.explored.update(self.state.topology)
         self.note_stage(stage, seconds=seconds)
-        self.is_compiled = False  # the next step is another program
+        self.is_compiled = self.adapting_is_compiled = False  # the next step is another program
 
     def _is_due(self, step: int) -> bool:
         method = self.components.method
@@ -237,9 +247,10 @@ class _Training:
             step,
             **totals,
             exploration=self.explored.share(),
-            seconds=seconds,
+            **({"seconds": seconds} if self.adapting_is_compiled else {}),
             layers=report_by_layer(report),
         )
+        self.adapting_is_compiled = True
         self.turnover = totals["turnover"]
         if totals["skipped"] != self.skipped:
             self.skipped = totals["skipped"]
@@ -319,6 +330,7 @@ def run(
         progress.begin(config, components, state, step)
         if resumed is None:
             training.note_stage(components.stages[0])
+            training.note_if_static()
         batches = _Batches(config, dataset)
         first = step // batches.steps_per_epoch if step < config.total_steps else config.epochs
         for epoch in range(first, config.epochs):
