@@ -14,7 +14,7 @@ from dsb_jax.filling import FILLS
 from dsb_jax.methods import COLUMNS, GRANULARITIES, GROW
 from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS, MIN_GROUP_BLOCKS
-from dsb_jax.training.build import default_drop_fraction, default_grow
+from dsb_jax.training.build import default_grow
 from dsb_jax.training.config import (
     DTYPES,
     KEEP_DENSE,
@@ -116,9 +116,7 @@ def define() -> None:
     flags.DEFINE_float("initial_density", None, "At step 0, falling to 1 - sparsity; by default constant.")
     flags.DEFINE_integer("density_stages", None, "Of constant density before the target; 5 by default.")
     flags.DEFINE_float("density_end_fraction", None, "The target is reached at this fraction of all steps; 0.5.")
-    flags.DEFINE_float(
-        "drop_fraction", None, "Share of the weights dropped at first, in [0, 1]; 0.5 for dsb with SGD, else 0.3."
-    )
+    flags.DEFINE_float("drop_fraction", None, "Share of the weights dropped at first, in [0, 1]; 0.3 by default.")
     flags.DEFINE_float("anneal_fraction", None, "Nothing is dropped from this fraction of all steps on.")
     flags.DEFINE_float("backward_factor", 2.0, "Of topkast: weights that have a gradient over active ones, at least 1.")
     flags.DEFINE_integer(
@@ -172,9 +170,8 @@ def config_from_flags() -> Config:
     for name in values:
         if name in FLAGS and FLAGS[name].value is not None:
             values[name] = FLAGS[name].value
-    values["grow"] = FLAGS.grow or default_grow(values["optimizer"])
-    if values["drop_fraction"] is None:
-        values["drop_fraction"] = default_drop_fraction(values["method"], values["granularity"], values["grow"])
+    if FLAGS.grow is None:
+        values["grow"] = default_grow(values["optimizer"])
     values["block_shape"] = parse_block_shape_or_auto(FLAGS.block_shape)
     values["keep_dense"] = tuple(FLAGS.keep_dense)
     return Config(**values)

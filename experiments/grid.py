@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsb_jax.training import models
-from dsb_jax.training.build import default_drop_fraction, default_grow, make_method
+from dsb_jax.training.build import default_grow, make_method
 from dsb_jax.training.config import DENSE_METHODS, Config, check_config
 from experiments.flags import default_values, parse_block_shape_or_auto
 from experiments.presets import PRESETS
@@ -165,11 +165,9 @@ def parse_value(name: str, text: Any) -> Any:
 
 
 def _defaults_beside(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What holds where `values` say nothing: how a method adapts depends on what they say, all else on the data set."""
+    """What holds where `values` say nothing: how DSB grows depends on the optimizer, all else on the data set."""
     defaults = dict(default_values(values["dataset"]))
-    defaults["grow"] = default_grow(values.get("optimizer", defaults["optimizer"]))
-    now = {**defaults, **values}
-    return defaults | {"drop_fraction": default_drop_fraction(now["method"], now["granularity"], now["grow"])}
+    return defaults | {"grow": default_grow(values.get("optimizer", defaults["optimizer"]))}
 
 
 def make_run(settings: Mapping[str, Any], seed: int) -> Run:

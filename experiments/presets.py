@@ -8,9 +8,9 @@ ALL_METHODS = ("dense", "small_dense", "ssb", "set", "rigl", "topkast", "dsb")
 SPARSITIES = (0.8, 0.9, 0.95)
 
 _BLOCKS = {"method": ("dsb",), "granularity": ("block",)}  # the paper's variant of dsb
-# As before the proxies: one block shape for all layers, columns drawn for each row group on its own, statistics of 32
-# examples, and the paper's drop fraction.
-_OLD = {"block_shape": "16x16", "columns": "random", "adapt_batch_size": 32, "drop_fraction": 0.3}
+# As before the proxies: one block shape for all layers, columns drawn for each row group on its own, and statistics of
+# 32 examples.
+_OLD = {"block_shape": "16x16", "columns": "random", "adapt_batch_size": 32}
 
 
 def _image_proxy(dataset: str, model: str) -> dict[str, Any]:
@@ -25,7 +25,6 @@ def _image_proxy(dataset: str, model: str) -> dict[str, Any]:
                 {"method": ALL_METHODS, **density},
                 {"method": ("dsb",), **{name: (value,) for name, value in _OLD.items()}, **density},
                 {"method": ("ssb", "dsb"), "block_shape": ("16x16",), **density},
-                {"method": ("rigl", "dsb"), "drop_fraction": (0.3, 0.5, 0.7), **density},
                 {"method": ("set", "rigl", "dsb"), **gradual, **density},
             ]
     return {
@@ -39,7 +38,6 @@ def _image_proxy(dataset: str, model: str) -> dict[str, Any]:
 def _language_proxy() -> dict[str, Any]:
     """A small transformer under AdamW; every arm at the best learning rate that was found for it."""
     parts: list[dict[str, Any]] = []
-    harm = {"grow": ("block_gradient",), "drop_fraction": (0.3,)}
     for steps, interval, dense, narrow in ((500, 20, 0.006, 0.012), (1500, 60, 0.003, 0.006)):
         length = {"steps": (steps,)}
         sparse = {"learning_rate": (0.024,), **length}
@@ -48,8 +46,8 @@ def _language_proxy() -> dict[str, Any]:
             {"method": ("ssb",), **sparse},
             {"method": ("dsb", "rigl"), **adapting},
             # What did harm: growth by raw gradients, second moments of zero, and both.
-            {"method": ("dsb",), **harm, **adapting},
-            {"method": ("dsb",), **harm, "fill": ("zero",), **adapting},
+            {"method": ("dsb",), "grow": ("block_gradient",), **adapting},
+            {"method": ("dsb",), "grow": ("block_gradient",), "fill": ("zero",), **adapting},
             {"method": ("dsb", "rigl"), "fill": ("zero",), **adapting},
             {"method": ("set",), "drop_fraction": (0.0,), **adapting},  # static single weights
             {"method": ("dense",), "learning_rate": (dense,), **length},

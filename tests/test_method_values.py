@@ -86,15 +86,7 @@ def test_the_registry():
 
 
 BAD_STEPS = (-1, 2.5, 3.0, float("nan"), float("inf"), True, "10", 2**31)
-BAD_SHARES = (-0.1, 1.5, float("nan"), float("inf"), True, "0.3", 10**400)
-
-
-def test_the_drop_fraction_of_dsb_goes_by_what_it_drops_and_how_it_grows():
-    assert DSB().drop_fraction == DSB(grow="norm").drop_fraction == 0.5
-    assert DSB(granularity="block").drop_fraction == DSB.paper().drop_fraction == DSB.for_adam().drop_fraction == 0.3
-    assert DSB(drop_fraction=0).drop_fraction == 0
-    assert DSB() == DSB(drop_fraction=None) == DSB(drop_fraction=0.5)
-    assert to_json(DSB())["drop_fraction"] == 0.5
+BAD_SHARES = (-0.1, 1.5, float("nan"), float("inf"), True, "0.3", 10**400, None)
 
 
 @pytest.mark.parametrize("method", [DSB, RigL, SET, TopKAST], ids=lambda method: method.name)
@@ -104,7 +96,7 @@ def test_invalid_settings_of_the_schedule(method):
         "update_start_step": (None, *BAD_STEPS),
         "update_end_step": (0, *BAD_STEPS),
         "anneal_steps": (0, *BAD_STEPS),
-        "drop_fraction": BAD_SHARES if method is DSB else (None, *BAD_SHARES),
+        "drop_fraction": BAD_SHARES,
     }
     for name in {field.name for field in dataclasses.fields(method)} & set(fields):
         for value in fields[name]:

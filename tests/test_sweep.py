@@ -76,11 +76,6 @@ def test_settings_without_effect_or_equal_to_the_default_make_no_new_run():
     assert grid.make_run({"method": "ssb", "grow": "norm"}, 0) == grid.make_run({"method": "ssb"}, 0)
     assert grid.make_run({"grow": "block_gradient", "epochs": "24"}, 0) == grid.make_run({}, 0)
     assert grid.make_run({"epochs": "24", "dataset": "cifar10"}, 0) != grid.make_run({"dataset": "cifar10"}, 0)
-    # The drop fraction of dsb is 0.5, but 0.3 where it moves blocks or grows at random.
-    for settings, usual in (({}, "0.5"), ({"granularity": "block"}, "0.3"), ({"grow": "random"}, "0.3")):
-        assert grid.make_run({**settings, "drop_fraction": usual}, 0) == (run := grid.make_run(settings, 0))
-        assert run.config.drop_fraction == float(usual)
-        assert grid.make_run({**settings, "drop_fraction": "0.4"}, 0).config.drop_fraction == 0.4
     rule = {"method": ("dsb",), "grow": ("norm", "gradient"), "block_aware_drop": ("true", "false")}
     assert len(digits_runs(**rule)) == 2  # whole panel columns know no rule
     assert len(digits_runs(**rule, granularity=("block",))) == 4
@@ -89,9 +84,8 @@ def test_settings_without_effect_or_equal_to_the_default_make_no_new_run():
     assert run.name == ("digits-convnet-dsb-0.9-32x8-block_aware_drop=False-granularity=block-learning_rate=0.1-seed3")
     assert {"--noblock_aware_drop", "--block_shape=32x8", "--seed=3"} <= set(run.arguments())
     assert run.config == dataclasses.replace(
-        Config(), block_shape=(32, 8), granularity="block", block_aware_drop=False, learning_rate=0.1, seed=3,
-        drop_fraction=0.3,
-    )  # fmt: skip
+        Config(), block_shape=(32, 8), granularity="block", block_aware_drop=False, learning_rate=0.1, seed=3
+    )
 
 
 def test_a_run_is_done_if_the_config_is_the_same(tmp_path):

@@ -38,8 +38,7 @@ class DSB:
 
     Attributes:
       drop_fraction, update_interval, update_start_step, update_end_step, anneal_steps: see
-        `dsb_jax.methods.schedule.Annealed`. A drop fraction of None becomes 0.5 where panel columns are grown by a
-        criterion (what the paper's 0.3 drops is mostly what was grown last: experiments/RESULTS.md), else 0.3.
+        `dsb_jax.methods.schedule.Annealed`.
       grow: growth criterion, one of `GROW`.
       granularity: "panel_column", or "block", the paper's.
       block_aware_drop: the paper's rule; False for the ablation of its Figures 14 and 15. For "block" only.
@@ -58,7 +57,7 @@ class DSB:
       ValueError: if a setting is invalid, or has no effect.
     """
 
-    drop_fraction: float = None  # type: ignore[assignment]  # a number after initialization
+    drop_fraction: float = 0.3
     update_interval: int = 100
     update_start_step: int = 0
     update_end_step: int | None = None
@@ -76,9 +75,6 @@ class DSB:
     storage: ClassVar[str] = "blocks"
 
     def __post_init__(self) -> None:
-        if self.drop_fraction is None:
-            by_criterion = self.granularity == "panel_column" and self.grow != "random"
-            object.__setattr__(self, "drop_fraction", 0.5 if by_criterion else 0.3)
         schedule.check_annealing(self)
         for name, known in (("grow", GROW), ("granularity", GRANULARITIES)):
             if (value := getattr(self, name)) not in known:

@@ -18,7 +18,7 @@ from flax import linen as nn
 from dsb_jax.gradual import GradualDensity, stage_after
 from dsb_jax.linen import SparseConv, SparseDense, find_layers
 from dsb_jax.losses import Loss, smoothed_cross_entropy
-from dsb_jax.methods import DSB, METHODS, SET, Method
+from dsb_jax.methods import DSB, METHODS, Method
 from dsb_jax.ops.convolution import conv_general_dilated
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, record_choices
 from dsb_jax.paths import KERNEL, WEIGHTS
@@ -117,11 +117,6 @@ def make_gradual(config: Config) -> GradualDensity | None:
 def default_grow(optimizer: str) -> str:
     """How DSB grows where nothing else is said, by the optimizer."""
     return (DSB.for_adam() if optimizer == "adamw" else DSB()).grow
-
-
-def default_drop_fraction(method: str, granularity: str, grow: str) -> float:
-    """The drop fraction where nothing else is said; of DSB by what it drops and how it grows."""
-    return (DSB(granularity=granularity, grow=grow) if method == "dsb" else SET()).drop_fraction
 
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -99,7 +99,6 @@ class Config:
       input_shape, num_classes: of the data, (H, W, C) or of text (T,); filled in from the data set.
       method: one of `METHODS`; "dense" and "small_dense" (as many weights as the sparse model stores, by a smaller
         width) have no sparse layers.
-      drop_fraction: share of the weights dropped at first, annealed to 0; None for the method's default.
       update_end_fraction: where adapting ends, as a fraction of all training steps.
       anneal_fraction: where the drop fraction is 0, as a fraction of all training steps, which may be above 1; None
         for where adapting ends.
@@ -146,7 +145,7 @@ class Config:
     regroup_interval: int | None = None
     keep_grouping: bool = True
     columns: str = "dealt"
-    drop_fraction: float | None = None
+    drop_fraction: float = 0.3
     update_interval: int = 40
     update_end_fraction: float = 0.75
     anneal_fraction: float | None = None
@@ -246,8 +245,7 @@ def check_config(config: Config) -> None:
         ("label_smoothing", 0.0, 1.0),
         ("momentum", 0.0, 1.0),
     ):
-        if (value := getattr(config, name)) is None:
-            continue
+        value = getattr(config, name)
         open_end = name not in ("drop_fraction", "update_end_fraction")
         if not (low <= value < high or (value == high and not open_end)):
             raise ValueError(f"{name}={value} is not in [{low:g}, {high:g}{')' if open_end else ']'}.")
