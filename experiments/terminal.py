@@ -12,7 +12,7 @@ from dsb_jax.ops import record_choices
 from dsb_jax.paths import Path, layer_path, nodes, path_name, weights_at
 from dsb_jax.train_state import TrainState
 from dsb_jax.training.build import Components
-from dsb_jax.training.config import Config
+from dsb_jax.training.config import DENSE_METHODS, Config
 from dsb_jax.training.summary import measure_sparsity
 
 
@@ -119,12 +119,13 @@ def outcome_table(summary: dict[str, Any]) -> Table:
     """The numbers of a summary that one looks at first."""
     table = Table(title="outcome", show_header=False)
     nbytes = summary["bytes"]
-    rows = [
-        ("test accuracy", f"{summary['test_accuracy']:.2%}"),
-        ("sparsity", f"{summary['sparsity']:.2%} over the sparse layers, {summary['sparsity_all']:.2%} over all"),
-        ("active weights", f"{summary['num_active']:,} in the sparse layers"),
-        ("bytes", ", ".join(f"{name} {format_bytes(count)}" for name, count in nbytes.items())),
-    ]
+    rows = [("test accuracy", f"{summary['test_accuracy']:.2%}")]
+    if summary["config"]["method"] not in DENSE_METHODS:
+        rows += [
+            ("sparsity", f"{summary['sparsity']:.2%} over the sparse layers, {summary['sparsity_all']:.2%} over all"),
+            ("active weights", f"{summary['num_active']:,} in the sparse layers"),
+        ]
+    rows.append(("bytes", ", ".join(f"{name} {format_bytes(count)}" for name, count in nbytes.items())))
     if len(stages := summary.get("stages", ())) > 1:
         average, peak = (
             f"{format_bytes(sum(summary[when]['bytes'].values()))} at density {summary[when]['density']:.3f}"
