@@ -25,7 +25,9 @@ def define():
 def results(define, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("memory")
     path, chart = tmp_path / "memory.json", tmp_path / "memory.png"
-    with flagsaver.flagsaver(models=["convnet"], xla=False, json=str(path), chart=str(chart), batch_size=4):
+    with flagsaver.flagsaver(
+        models=["convnet"], xla=False, json=str(path), chart=str(chart), batch_size=4, block_shape="16x16"
+    ):
         memory.main()
     assert chart.read_bytes().startswith(b"\x89PNG")
     return {(r["method"], r["phase"]): r for r in json.loads(path.read_text())["results"]}
