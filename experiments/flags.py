@@ -45,7 +45,7 @@ SMALL_PHOTOGRAPHS: dict[str, Any] = {
     "model": "narrow_convnet",
     "epochs": 3,
     "batch_size": 128,
-    "learning_rate": 0.1,
+    "learning_rate": 0.4,
     "update_interval": 60,
 }
 TEXT: dict[str, Any] = {
