@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from dsb_jax.training.config import Config
 from experiments import grid
-from experiments.flags import default_values
+from experiments.flags import with_default_interval
 from experiments.grid import Run
 from experiments.outcomes import find_summaries, mean_and_std, read_adaptations
 from experiments.presets import ALL_METHODS, PRESETS, SPARSITIES
@@ -125,8 +125,7 @@ def run_of(config: Mapping[str, Any]) -> Run:
     """
     known = Config.from_json(dict(config))
     settings = {k: v for k, v in dataclasses.asdict(known).items() if k not in (*grid.FROM_DATA, "seed")}
-    longest = default_values(known.dataset)["update_interval"]  # shorter in a short run: `flags.with_default_interval`
-    if known.update_interval == max(1, min(longest, known.update_end_step // 12)):
+    if known == with_default_interval(known):
         del settings["update_interval"]
     return grid.make_run(settings, known.seed)
 

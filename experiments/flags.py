@@ -147,10 +147,12 @@ def define() -> None:
 
 
 def with_default_interval(config: Config) -> Config:
-    """A default interval is for a run of the default length: a short one adapts a dozen times all the same."""
-    if FLAGS.update_interval is not None or FLAGS.protocol is not None:
-        return config
-    return config.with_adaptations(12)
+    """The config with the steps between adaptations that hold where nothing is said.
+
+    A data set's default is for a run of the default length: a short one adapts a dozen times all the same.
+    """
+    longest = default_values(config.dataset)["update_interval"]
+    return dataclasses.replace(config, update_interval=longest).with_adaptations(12)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from typing import Any
 from dsb_jax.training import models
 from dsb_jax.training.build import default_grow, make_method
 from dsb_jax.training.config import DENSE_METHODS, Config, check_config
-from experiments.flags import default_values, parse_block_shape_or_auto
+from experiments.flags import default_values, parse_block_shape_or_auto, with_default_interval
 from experiments.presets import PRESETS
 
 # Filled in when a run begins, from the data set and for the device, hence not part of a cell.
@@ -96,12 +96,13 @@ class Run:
         """Whether a summary's config is this run's, up to what depends on the data or has no effect on the method."""
         own = self.config.to_json()
         try:
-            config = Config.from_json(dict(config)).to_json()  # with the fields that are younger than the summary
+            known = Config.from_json(dict(config))
         except ValueError:
             return False
+        config = known.to_json()  # with the fields that are younger than the summary
         unknown = set(FROM_DATA) | _without_effect(own)
-        if "update_interval" not in dict(self.settings):
-            unknown.add("update_interval")  # shorter in a short run, see experiments/flags.py
+        if "update_interval" not in dict(self.settings) and known == with_default_interval(known):
+            unknown.add("update_interval")
         if own["steps"] is not None:
             unknown.add("epochs")
         return {k: v for k, v in own.items() if k not in unknown} == {

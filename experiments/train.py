@@ -67,7 +67,10 @@ def main() -> None:
     make_method(runs[0][0])
     dataset = data.load(runs[0][0].dataset, data_dir=FLAGS.data_dir)
     for config, workdir in runs:
-        train(config_flags.with_default_interval(loop.for_dataset(config, dataset)), dataset, workdir, console)
+        config = loop.for_dataset(config, dataset)
+        if FLAGS.update_interval is None and FLAGS.protocol is None:
+            config = config_flags.with_default_interval(config)
+        train(config, dataset, workdir, console)
 
 
 def train(config: Config, dataset: data.Dataset, workdir: Path, console: Console) -> None:

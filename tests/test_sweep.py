@@ -90,8 +90,9 @@ def test_settings_without_effect_or_equal_to_the_default_make_no_new_run():
 
 def test_a_run_is_done_if_the_config_is_the_same(tmp_path):
     run = grid.make_run({"dataset": "cifar10"}, 0)
-    config = run.config.to_json() | {"total_steps": 7, "input_shape": [32, 32, 3], "update_interval": 5}
-    assert run.matches(config)
+    config = run.config.to_json() | {"total_steps": 7, "input_shape": [32, 32, 3], "update_interval": 1}
+    assert run.matches(config)  # a short run adapts more often
+    assert not run.matches(config | {"update_interval": 2})
     assert not run.matches(config | {"weight_decay": 0.5})
     assert not run.matches({k: v for k, v in config.items() if k != "grow"})
     assert not grid.make_run({}, 0).matches(grid.make_run({}, 0).config.to_json() | {"update_interval": 5})
