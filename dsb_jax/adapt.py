@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dsb_jax.filling import check_fill, fill_pairs, move_leaf, origins_of
+from dsb_jax.filling import fill_pairs, move_leaf, origins_of
 from dsb_jax.layer_updates import NodeArrays, NodeUpdate, update_nodes
 from dsb_jax.measuring import LossFn, Measure, Measured, measure
 from dsb_jax.methods.base import LayerReport, Method
@@ -26,7 +26,7 @@ from dsb_jax.ops.statistics import AxisName, Statistic
 from dsb_jax.optimizer_states import (
     check_storage,
     check_transformation,
-    fill_of,
+    choose_fills,
     flatten_state,
     followers,
     frozen_layers,
@@ -191,7 +191,7 @@ def _prepare(how: _Update, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, .
     check_storage(method, topology)
     old = nodes(topology)
     following = followers(optimizer, params, topology)
-    check_fill(how.fill, {follower.field for follower in following.values()})
+    fills = choose_fills(following, how.fill)
     flatten_state(opt_state, following, topology)
     frozen = frozen_layers(optimizer, params, opt_state, topology)
     measured = by_path(statistics, leaf=Measured) if method.statistic is not None else {}
@@ -202,8 +202,7 @@ def _prepare(how: _Update, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, .
         if method.statistic is not None and not status:
             _check_statistic(method.name, method.statistic, path, node, measured.get(path))
         moments = tuple(i for i, follower in following.items() if follower.path == path)
-        fill = tuple(fill_of(following[i].field, how.fill) for i in moments)
-        prepared[path] = _PreparedNode(NodeUpdate(status, fill), moments)
+        prepared[path] = _PreparedNode(NodeUpdate(status, tuple(fills[i] for i in moments)), moments)
     return prepared
 
 

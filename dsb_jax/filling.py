@@ -2,7 +2,7 @@
 
 A second moment of zero is not neutral: the first updates of a weight that has it are as large as the learning rate.
 So the moments of an optimizer may begin with something else, by the name of their field; what they begin with where
-nothing is said is `dsb_jax.optimizer_states.fill_of`:
+nothing is said is `dsb_jax.optimizer_states.choose_fills`:
 
     "zero"          0
     "group_mean"    the mean over the weights of the same row group that stay active (of the layer if none does)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from dsb_jax.dataflow import dependencies
+from dsb_jax.filling import check_fill
 from dsb_jax.methods.base import check_method
 from dsb_jax.paths import Path, dense_path, layer_path, nodes, path_name, replace_at, weights_at
 
@@ -30,16 +31,24 @@ class Follower:
     field: str
 
 
-def fill_of(field: str, fill: tuple[tuple[str, Any], ...] = ()) -> Any:
-    """What a moment of newly active weights begins with, by the name of its field.
+def choose_fills(following: Mapping[int, Follower], fill: tuple[tuple[str, Any], ...]) -> dict[int, Any]:
+    """What each leaf that follows weights begins with where they are new, by its number.
 
     A second moment of zero did harm in experiments/RESULTS.md: the first updates are as large as the learning rate.
 
     Args:
-      field: such as "nu".
+      following: as `followers` gives it.
       fill: what a user chose, as `dsb_jax.filling.fill_pairs` gives it.
+
+    Raises:
+      ValueError: if a field is filled that the state does not have.
     """
-    return dict(fill).get(field, "group_mean" if field in SECOND_MOMENTS else "zero")
+    check_fill(fill, {follower.field for follower in following.values()})
+    chosen = dict(fill)
+    return {
+        i: chosen.get(follower.field, "group_mean" if follower.field in SECOND_MOMENTS else "zero")
+        for i, follower in following.items()
+    }
 
 
 def check_transformation(optimizer: Any) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import optax
 
-from dsb_jax.filling import check_fill, fill_pairs, move_and_fill, origins_of
+from dsb_jax.filling import fill_pairs, move_and_fill, origins_of
 from dsb_jax.methods.base import LayerState, Method
-from dsb_jax.optimizer_states import check_storage, fill_of, flatten_state, followers
+from dsb_jax.optimizer_states import check_storage, choose_fills, flatten_state, followers
 from dsb_jax.paths import layer_path, nodes, path_name, replace_at, weights_at
 from dsb_jax.plan import SparsityPlan, check_plan
 from dsb_jax.spec import LayerSpec
@@ -77,17 +77,15 @@ def restage(
     key, old = check_key(key), nodes(topology)
     weights = weights_at(params, old)
     following = followers(optimizer, params, topology)
-    pairs = fill_pairs(fill)
-    check_fill(pairs, {follower.field for follower in following.values()})
+    fills = choose_fills(following, fill_pairs(fill))
     leaves, structure = flatten_state(opt_state, following, topology)
     moved, new = {}, {}
     for i, (path, spec) in enumerate(specs):
         if spec != old[path].spec:
             own = [j for j, follower in following.items() if follower.path == path]
-            moments = tuple(leaves[j] for j in own)
-            fills = tuple(fill_of(following[j].field, pairs) for j in own)
+            moments, begins = (tuple(of[j] for j in own) for of in (leaves, fills))
             moved[path], new[path], moments = _resize(
-                method, spec, fills, jax.random.fold_in(key, i), weights[path], old[path], moments
+                method, spec, begins, jax.random.fold_in(key, i), weights[path], old[path], moments
             )
             for j, leaf in zip(own, moments, strict=True):
                 leaves[j] = leaf

@@ -9,7 +9,7 @@ Differences are in points of test accuracy; for text, in nats of test loss, wher
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +61,12 @@ def measures(row: Mapping[str, Any]) -> dict[str, float]:
     return {seed: 100 * value for seed, value in row["values"].items()}
 
 
+def check_against(cell: str | None, cells: Collection[str]) -> None:
+    """Raises ValueError for a cell that is not there; None is the first."""
+    if cell is not None and cell not in cells:
+        raise ValueError(f"against={cell!r} is no cell; choose one of {', '.join(cells)}.")
+
+
 def find_row(rows: Sequence[Mapping[str, Any]], cell: str | None) -> Mapping[str, Any]:
     """The row of a cell; None is the first.
 
@@ -69,10 +75,8 @@ def find_row(rows: Sequence[Mapping[str, Any]], cell: str | None) -> Mapping[str
     """
     if not rows:
         raise ValueError("there is nothing to compare: no run has finished.")
-    found = [row for row in rows if cell in (None, row["cell"])]
-    if not found:
-        raise ValueError(f"against={cell!r} is no cell; choose one of {', '.join(row['cell'] for row in rows)}.")
-    return found[0]
+    check_against(cell, [row["cell"] for row in rows])
+    return next(row for row in rows if cell in (None, row["cell"]))
 
 
 def paired_rows(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -38,7 +38,7 @@ from experiments import grid, program
 from experiments.flags import parse_seeds
 from experiments.grid import Run, workdir
 from experiments.outcomes import finished, make_rows, outcome_table
-from experiments.paired import paired_table
+from experiments.paired import check_against, paired_table
 from experiments.presets import PRESETS
 
 FLAGS = flags.FLAGS
@@ -302,9 +302,8 @@ def main() -> None:
     preset = PRESETS.get(FLAGS.preset, {})
     together = bool(preset.get("together")) if FLAGS.together is None else FLAGS.together
     sweep = Sweep(root, runs, command, console, together=together)
-    cells = {run.cell for run in runs}
-    if FLAGS.against is not None and FLAGS.against not in cells:
-        raise ValueError(f"against={FLAGS.against!r} is no cell; choose one of {', '.join(sorted(cells))}.")
+    cells = sorted({run.cell for run in runs})
+    check_against(FLAGS.against, cells)
     left = format_seconds(sweep.estimate.left(sweep.left))
     done = len(runs) - len(sweep.left)
     console.print(f"{len(runs)} runs of {len(cells)} cells: {done} done, {len(sweep.left)} left, about {left}")

@@ -187,8 +187,10 @@ class _Training:
 
     def note_if_static(self) -> None:
         """Tells of a dynamic method without any adaptation: a short run with a long interval."""
-        config, is_static = self.config, isinstance(self.components.method, Static)
-        if nodes(self.state.topology) and not is_static and not any(map(self._is_due, range(config.total_steps))):
+        config, method = self.config, self.components.method
+        if method is None or isinstance(method, Static) or not nodes(self.state.topology):
+            return
+        if not any(map(method.due, range(config.total_steps))):
             self.progress.note(
                 f"nothing is adapted: no step of {config.total_steps} is due with update_interval="
                 f"{config.update_interval}, update_end_fraction={config.update_end_fraction}; give a shorter interval"
