@@ -46,7 +46,7 @@ SMALL_PHOTOGRAPHS: dict[str, Any] = {
     "epochs": 3,
     "batch_size": 128,
     "learning_rate": 0.4,
-    "update_interval": 60,
+    "update_interval": 150,
 }
 TEXT: dict[str, Any] = {
     "model": "transformer-2-128",
@@ -149,10 +149,10 @@ def define() -> None:
 def with_default_interval(config: Config) -> Config:
     """The config with the steps between adaptations that hold where nothing is said.
 
-    A data set's default is for a run of the default length: a short one adapts a dozen times all the same.
+    A data set's default is for a run of the default length: a short one adapts a few times all the same.
     """
     longest = default_values(config.dataset)["update_interval"]
-    return dataclasses.replace(config, update_interval=longest).with_adaptations(12)
+    return dataclasses.replace(config, update_interval=longest).with_adaptations()
 
 
 @functools.cache

@@ -19,14 +19,16 @@ def _image_proxy(dataset: str, model: str, learning_rate: float) -> dict[str, An
     The learning rate is the best of 0.1, 0.2, 0.4, 0.8 and 1.6 for static blocks: it outweighs every method.
     """
     parts: list[dict[str, Any]] = []
-    for steps, interval in ((300, 15), (1200, 60)):
+    for steps, interval in ((300, 15), (1200, 150)):
         length = {"steps": (steps,), "update_interval": (interval,), "learning_rate": (learning_rate,)}
         for sparsity in (0.9, 0.95):
             density = {"sparsity": (sparsity,), **length}
+            often = {**density, "update_interval": (steps // 20,)}
             gradual = {"initial_density": (round(4 * (1 - sparsity), 2),)}
             parts += [
                 {"method": ALL_METHODS, **density},
-                {"method": ("dsb",), **{name: (value,) for name, value in _OLD.items()}, **density},
+                {"method": ("dsb",), **{name: (value,) for name, value in _OLD.items()}, **often},
+                {"method": ("rigl", "dsb"), **often},
                 {"method": ("ssb", "dsb"), "block_shape": ("16x16",), **density},
                 {"method": ("set", "rigl", "dsb"), **gradual, **density},
             ]
@@ -91,14 +93,18 @@ PRESETS: dict[str, dict[str, Any]] = {
             {"method": ("dsb", "ssb"), "sparsity": SPARSITIES, "block_shape": ("16x16", "32x8", "64x4")},
         ),
     },
-    # A small network and few epochs: an hour and a half on two cores.
+    # Photographs in full size, a small network, few epochs: two hours on two cores.
     "cifar10_small": {
         "seeds": (0, 1),
-        "common": {"dataset": "cifar10", "model": "wrn-10-2", "epochs": 2},
-        "parts": (
-            {"method": ("dense", "ssb", "rigl", "dsb"), "sparsity": (0.9,)},
-            {**_BLOCKS, "sparsity": (0.9,)},
-        ),
+        "common": {
+            "dataset": "cifar10",
+            "model": "wrn-10-2",
+            "epochs": 8,
+            "learning_rate": 0.4,
+            "learning_rate_schedule": "cosine",
+            "update_interval": 200,
+        },
+        "parts": ({"method": ("dense", "ssb", "rigl", "dsb"), "sparsity": (0.9,)},),
     },
     # Two networks that take seconds, and a language model that takes a minute.
     "images_8x8": _image_proxy("cifar10@8x8", "narrow_convnet", 0.4),

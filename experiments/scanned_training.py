@@ -38,7 +38,7 @@ from dsb_jax.train import adapt_step, eval_step, train_step
 from dsb_jax.train_state import TrainState
 from dsb_jax.training import data, loop
 from dsb_jax.training.build import Components
-from dsb_jax.training.config import Config
+from dsb_jax.training.config import LEAST_ADAPTATIONS, Config
 
 EVAL_BATCH = 1000  # test images at a time
 
@@ -144,7 +144,7 @@ class Outcome(NamedTuple):
     eval_s: list[float]
 
 
-def whole_segments(config: Config, least_adaptations: int = 12) -> Config:
+def whole_segments(config: Config, least_adaptations: int = LEAST_ADAPTATIONS) -> Config:
     """The config with a number of steps that whole segments make up, and no fewer adaptations than these.
 
     Args:

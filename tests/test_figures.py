@@ -12,6 +12,7 @@ from absl import flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsb_jax.training.config import LEAST_ADAPTATIONS
 from experiments import epoch_times, figure_data, figure_drawings, figures, grid, sweep, sweep_commands
 from experiments.epoch_times import EpochTime
 from experiments.figure_data import BLOCK_AWARE, BLOCKS, METHODS, PANEL_COLUMNS, WITHOUT_RULE, Statistic
@@ -97,7 +98,7 @@ def test_the_interval_of_a_short_run_of_photographs_is_its_default(tmp_path):
     run = grid.make_run({"dataset": "cifar10", "epochs": 2}, 0)
     assert run.config.update_interval == 100
     steps = 2 * 390
-    config = run.config.to_json() | {"total_steps": steps, "update_interval": steps // 2 // 12}
+    config = run.config.to_json() | {"total_steps": steps, "update_interval": steps // 2 // LEAST_ADAPTATIONS}
     assert figure_data.run_of(config) == run
     other = figure_data.run_of(config | {"update_interval": 7})
     assert other == grid.make_run({"dataset": "cifar10", "epochs": 2, "update_interval": 7}, 0)

@@ -25,6 +25,7 @@ OPTIMIZERS = ("sgd", "adamw")
 LEARNING_RATE_SCHEDULES = ("cosine", "step", "rigl_step", "constant")
 DTYPES = ("float32", "bfloat16")
 KEEP_DENSE = ("stem", "head")  # the first convolution and the classifier of our models
+LEAST_ADAPTATIONS = 6  # of a short run: more of them gain nothing, in 300 steps or in 1,200 (experiments/RESULTS.md)
 
 # Published protocols for WRN-22-2 on CIFAR, by name; steps scale with the length of a run.
 _AUTHORS_STEPS = 62_560  # 160 epochs
@@ -189,7 +190,7 @@ class Config:
         """The step at which the drop fraction is 0; None for where adapting ends."""
         return None if self.anneal_fraction is None else max(round(self.anneal_fraction * self.total_steps), 1)
 
-    def with_adaptations(self, least: int) -> "Config":
+    def with_adaptations(self, least: int = LEAST_ADAPTATIONS) -> "Config":
         """The same with a shorter `update_interval`, if it is so long that there would be fewer adaptations."""
         return dataclasses.replace(
             self, update_interval=max(1, min(self.update_interval, self.update_end_step // least))
