@@ -131,8 +131,8 @@ class DSB:
     def for_adam(cls, **changes: Any) -> "DSB":
         """The defaults for optimizers that normalize gradients, such as Adam: growth is random.
 
-        A large gradient is no sign of a useful weight there. On a language model this is level with static blocks at 0.9
-        and worse at 0.97: `Static()` is the choice if nothing else speaks for adapting (experiments/RESULTS.md).
+        A large gradient is no sign of a useful weight there. In a language model it is level with static blocks at 0.9
+        and worse at 0.97: `Static()` is the choice unless something else speaks for adapting (experiments/RESULTS.md).
 
         Args:
           **changes: other values of fields.
