@@ -25,7 +25,7 @@ OPTIMIZERS = ("sgd", "adamw")
 LEARNING_RATE_SCHEDULES = ("cosine", "step", "rigl_step", "constant")
 DTYPES = ("float32", "bfloat16")
 KEEP_DENSE = ("stem", "head")  # the first convolution and the classifier of our models
-LEAST_ADAPTATIONS = 6  # of a short run: more of them gain nothing, in 300 steps or in 1,200 (experiments/RESULTS.md)
+LEAST_ADAPTATIONS = 6  # of a short run: more gain nothing, in 300 steps or 1,200 (experiments/RESULTS.md)
 
 # Published protocols for WRN-22-2 on CIFAR, by name; steps scale with the length of a run.
 _AUTHORS_STEPS = 62_560  # 160 epochs
