@@ -43,7 +43,7 @@ def _image_proxy(dataset: str, model: str, learning_rate: float) -> dict[str, An
 def _language_proxy() -> dict[str, Any]:
     """A small transformer under AdamW; every arm at the best learning rate that was found for it."""
     parts: list[dict[str, Any]] = []
-    for steps, interval, dense, narrow in ((500, 20, 0.006, 0.012), (1500, 60, 0.003, 0.006)):
+    for steps, interval, dense, narrow in ((500, 20, 0.003, 0.012), (1500, 60, 0.003, 0.006)):
         length = {"steps": (steps,)}
         sparse = {"learning_rate": (0.024,), **length}
         adapting = {"update_interval": (interval,), **sparse}
