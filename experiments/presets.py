@@ -94,7 +94,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             {"method": ("dsb", "ssb"), "sparsity": SPARSITIES, "block_shape": ("16x16", "32x8", "64x4")},
         ),
     },
-    # Photographs in full size, a small network, few epochs: two hours on two cores.
+    # Photographs in full size, a small network, few epochs: about four hours on two cores.
     "cifar10_small": {
         "seeds": (0, 1),
         "common": {
