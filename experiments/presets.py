@@ -58,12 +58,10 @@ def _language_proxy() -> dict[str, Any]:
             {"method": ("dense",), "learning_rate": (dense,), **length},
             {"method": ("small_dense",), "learning_rate": (narrow,), **length},
         ]
-    sparsest = {"sparsity": (0.97,), "learning_rate": (0.024,), "steps": (1500,)}
+    sparsest = {"sparsity": (0.97,), "learning_rate": (0.024,), "steps": (1500,), "initial_density": (None, 0.12)}
     parts += [
         {"method": ("ssb",), **sparsest},
-        {"method": ("ssb",), "initial_density": (0.12,), **sparsest},
         {"method": ("dsb",), "update_interval": (60,), **sparsest},
-        {"method": ("dsb",), "update_interval": (60,), "initial_density": (0.12,), **sparsest},
     ]
     return {
         "seeds": tuple(range(8)),
