@@ -102,8 +102,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "linen":
-        return importlib.import_module("dsb_jax.linen")
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"dsb_jax.{name}")
     if name in ("SparseConv", "SparseDense"):
         return getattr(importlib.import_module("dsb_jax.linen"), name)
     raise AttributeError(f"module 'dsb_jax' has no attribute {name!r}")

@@ -155,6 +155,26 @@ def at_density(dense: LayerSpec, density: float, block_shape: tuple[int, int], m
     return dense.with_blocks(block_shape, count)
 
 
+def by_arguments(
+    dense: LayerSpec,
+    *,
+    density: float | None,
+    num_blocks: int | None,
+    block_shape: tuple[int, int],
+    min_group_blocks: int,
+) -> LayerSpec | None:
+    """A layer that is given a density, or a number of blocks, of its own; None if neither makes it sparse.
+
+    Raises:
+      ValueError: if the density is not in (0, 1], or the blocks do not fit the layer.
+    """
+    if density is not None and density != 1:
+        if not 0 < density < 1:
+            raise ValueError(f"density={density} is not in (0, 1]; density is 1 - sparsity.")
+        return at_density(dense, density, block_shape, min_group_blocks)
+    return None if num_blocks is None else dense.with_blocks(block_shape, num_blocks)
+
+
 def check_sparsity(sparsity: Any) -> None:
     """Raises ValueError unless it is a fraction."""
     if not isinstance(sparsity, int | float | np.number) or not 0 <= sparsity <= 1:

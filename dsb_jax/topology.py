@@ -109,7 +109,7 @@ def _drop(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
 
-def insert_axes(shape: tuple[int, ...], axes: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
+def insert_axes(shape: tuple[Any, ...], axes: tuple[int, ...], sizes: tuple[Any, ...]) -> tuple[Any, ...]:
     rest, lifted = iter(shape), dict(zip(axes, sizes, strict=True))
     return tuple(lifted[axis] if axis in lifted else next(rest) for axis in range(len(shape) + len(axes)))
 

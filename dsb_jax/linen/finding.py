@@ -17,17 +17,27 @@ from flax import linen as nn
 from flax.core import DenyList, init, meta
 
 from dsb_jax.boxes import BOX, unboxed
+from dsb_jax.equations import Equation
 from dsb_jax.linen.layers import SparseConv, SparseDense
-from dsb_jax.linen.products import REWRITE_KERNELS, as_tuple, unserved
+from dsb_jax.linen.products import REWRITE_KERNELS, equation_of, inputs_of
 from dsb_jax.paths import Path, by_path
 from dsb_jax.plan import FoundLayer, FoundModel
+from dsb_jax.refusals import (
+    KEPT_DENSE,
+    LOOKED_UP,
+    as_tuple,
+    inside_of_cell,
+    no_sparse_form,
+    of_foreign_module,
+    rewritten_by,
+    unserved,
+)
 from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
 
-KEPT_DENSE = "kept dense"
-LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv)
+LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv)
+_NAMES = ", ".join(layer.__name__ for layer in LAYERS)
 _EXACTLY = (*LAYERS, SparseDense, SparseConv)  # any other subclass may compute anything
 
-_NOT_MULTIPLIED = {nn.Embed: "nn.Embed looks its rows up"}
 _COUNTER = itertools.count()
 
 
@@ -87,11 +97,11 @@ class _Watch:
             return call(*args, **kwargs)
         self._inside.append(module)
         try:
-            if context.method_name == "__call__" or type(module) in _NOT_MULTIPLIED:
+            if context.method_name == "__call__" or type(module) is nn.Embed:
                 self.kinds.setdefault(module.path, type(module).__name__)
             if context.method_name != "__call__" or not isinstance(module, LAYERS):
                 return call(*args, **kwargs)
-            if reason := self._reason(module):
+            if reason := self._reason(module, args, kwargs):
                 self.reasons.setdefault(module.path, reason)
                 return call(*args, **kwargs)
             if type(module) not in _EXACTLY:  # a lifted one (nn.remat(nn.Dense)), inside of which the layer is called
@@ -100,12 +110,12 @@ class _Watch:
             if self.keep_dense(module.path):
                 self.reasons.setdefault(module.path, KEPT_DENSE)
                 return call(*args, **kwargs)
-            with _boxed_kernel(module, _spec(module, args[0] if args else kwargs["inputs"])):
+            with _boxed_kernel(module, _spec(module, *inputs_of(args, kwargs))):
                 return call(*args, **kwargs)
         finally:
             self._inside.pop()
 
-    def _reason(self, module: Any) -> str | None:
+    def _reason(self, module: Any, args: Any, kwargs: Any) -> str | None:
         if isinstance(module, SparseDense | SparseConv) and module.has_weights_of_its_own:
             return "sparse by its own arguments"
         for outer in reversed(self._inside):
@@ -114,17 +124,22 @@ class _Watch:
                 is_sparse = module.path[len(outer.path) :] in how.plan.sparse
                 return f"{'sparse' if is_sparse else 'kept dense'} by a plan of its own"
             if isinstance(outer, nn.RNNCellBase):
-                return f"inside of {type(outer).__name__}, a recurrent cell"
+                return inside_of_cell(outer)
             if isinstance(outer, REWRITE_KERNELS):
-                return f"{type(outer).__name__} rewrites its kernel"
+                return rewritten_by(outer)
         if any("map_variables(" in name for name in module.scope.debug_path):
             return "nn.map_variables rewrites its kernel"
         why = unserved(module)
-        return None if why is None else f"{why} has no sparse form"
+        if why is None and isinstance(module, nn.Einsum):
+            text = equation_of(module, inputs_of(args, kwargs)[1])
+            why = None if Equation.parse(text).is_product else f"einsum_str={text}"
+        return None if why is None else no_sparse_form(why)
 
 
-def _spec(module: Any, x: Any) -> LayerSpec:
+def _spec(module: Any, x: Any, einsum_str: str | None) -> LayerSpec:
     """The sizes of a layer, from its attributes and its input."""
+    if isinstance(module, nn.Einsum):
+        return Equation.parse(equation_of(module, einsum_str)).spec(tuple(module.shape))
     channels = jnp.shape(x)[0 if getattr(module, "feature_major", False) else -1]
     if isinstance(module, nn.Dense):
         return linear_spec(channels, module.features)
@@ -244,8 +259,7 @@ def _layer(path: Path, leaf: Any, watch: _Watch) -> tuple[Path, FoundLayer] | No
     layer = path[:-1] if is_kernel else path
     kind = watch.kinds.get(path[:-1], "")
     if (reason := watch.reasons.get(path[:-1])) is None:
-        known = next((text for cls, text in _NOT_MULTIPLIED.items() if cls.__name__ == kind), None)
-        reason = known or f"a parameter of {kind or 'a module'}, which is none of Dense, DenseGeneral, Conv"
+        reason = LOOKED_UP if kind == nn.Embed.__name__ else of_foreign_module(kind, _NAMES)
     rank = len(leaf.shape)
     return layer, FoundLayer(LayerSpec(leaf.shape, (rank - 1,), tuple(range(rank - 1))), reason, str(leaf.dtype))
 

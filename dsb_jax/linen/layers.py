@@ -17,29 +17,27 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax.core import meta
-from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from dsb_jax.boxes import boxed_as, unboxed
-from dsb_jax.distributions import at_density
+from dsb_jax.distributions import by_arguments
 from dsb_jax.initialization import initialize
 from dsb_jax.linen.products import (
-    Weights,
-    as_tuple,
-    conv_geometry,
     convolution,
+    feature_major_convolution,
     layer_name,
     linear,
     refuse_normalized,
-    refuse_unserved,
     without_topology,
 )
 from dsb_jax.methods import Static
 from dsb_jax.methods.base import Method, check_method
-from dsb_jax.ops.convolution import add_bias, conv_general_dilated, convolve
+from dsb_jax.ops.convolution import conv_general_dilated
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, Choice, check_implementation, record
 from dsb_jax.paths import WEIGHTS
 from dsb_jax.plan import SparsityPlan
+from dsb_jax.products import Weights
+from dsb_jax.refusals import as_tuple, refuse_unserved
 from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
 
 
@@ -66,11 +64,10 @@ def _planned(layer: "SparseDense | SparseConv", dense: LayerSpec) -> LayerSpec |
                 f"{where} has a kernel of {dense.kernel_shape}, but its plan was made for {sizes.kernel_shape}."
             )
         return planned if isinstance(planned, LayerSpec) else None
-    if layer.density is not None and layer.density != 1:
-        if not 0 < layer.density < 1:
-            raise ValueError(f"density={layer.density} is not in (0, 1]; density is 1 - sparsity.")
-        return at_density(dense, layer.density, layer.block_shape, layer.min_group_blocks)
-    return None if layer.num_blocks is None else dense.with_blocks(layer.block_shape, layer.num_blocks)
+    return by_arguments(
+        dense, density=layer.density, num_blocks=layer.num_blocks, block_shape=layer.block_shape,
+        min_group_blocks=layer.min_group_blocks,
+    )  # fmt: skip
 
 
 def _weights(layer: Any, dense: LayerSpec) -> Weights | None:
@@ -125,7 +122,7 @@ class SparseDense(nn.Dense):
             record(self.path, Choice.all("dense", A_DENSE_LAYER))
             y = super().__call__(inputs.T if self.feature_major else inputs)
             return y.T if self.feature_major else y
-        refuse_unserved(self)
+        refuse_unserved(self, layer_name(self))
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         return linear(self, inputs, weights, bias, feature_major=self.feature_major)
 
@@ -156,13 +153,10 @@ class SparseConv(nn.Conv):
             record(self.path, Choice.all("dense", A_DENSE_LAYER))
             if not self.feature_major:
                 return super().__call__(inputs)
-            refuse_unserved(self)
-            geometry, x = conv_geometry(self, inputs, feature_major=True)
+            refuse_unserved(self, layer_name(self))
             kernel = self.param("kernel", self.kernel_init, (*kernel_size, channels, self.features), self.param_dtype)
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
-            x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-            y = convolve(x, kernel, geometry=geometry, feature_major=True, precision=self.precision)
-            return add_bias(y, bias, 0)
-        refuse_unserved(self)
+            return feature_major_convolution(self, inputs, kernel, bias)
+        refuse_unserved(self, layer_name(self))
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         return convolution(self, inputs, weights, bias, feature_major=self.feature_major)

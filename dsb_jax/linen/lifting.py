@@ -17,10 +17,11 @@ from flax import linen as nn
 
 from dsb_jax.boxes import boxed_as, unboxed
 from dsb_jax.initialization import initialize
-from dsb_jax.linen.products import Weights, without_topology
+from dsb_jax.linen.products import without_topology
 from dsb_jax.methods.base import Method
 from dsb_jax.paths import KERNEL, WEIGHTS, Path, nested, path_name
 from dsb_jax.plan import SparsityPlan
+from dsb_jax.products import Weights
 
 COLLECTIONS = ("params", "topology", "statistics")
 

@@ -20,7 +20,7 @@ from flax import linen as nn
 from dsb_jax.linen import lifting
 from dsb_jax.linen.finding import check_model
 from dsb_jax.linen.layers import SparseConv, SparseDense
-from dsb_jax.linen.products import convolution, general, linear, refuse_normalized
+from dsb_jax.linen.products import convolution, einsum, general, inputs_of, linear, refuse_normalized
 from dsb_jax.methods import Static
 from dsb_jax.methods.base import Method, check_method
 from dsb_jax.ops.dispatch import check_implementation
@@ -30,6 +30,7 @@ from dsb_jax.plan import SparsityPlan, check_plan
 _PRODUCTS: Mapping[type, Callable[..., jax.Array]] = {
     nn.Dense: linear,
     nn.DenseGeneral: general,
+    nn.Einsum: einsum,
     nn.Conv: convolution,
     SparseDense: lambda module, *args: linear(module, *args, feature_major=module.feature_major),
     SparseConv: lambda module, *args: convolution(module, *args, feature_major=module.feature_major),
@@ -196,4 +197,5 @@ def _intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -
     if product is None or (weights := lifting.weights_of(module)) is None:
         return call(*args, **kwargs)
     bias = nn.meta.unbox(module.get_variable("params", "bias")) if module.use_bias else None
-    return product(module, args[0] if args else kwargs["inputs"], weights, bias)
+    x, equation = inputs_of(args, kwargs)
+    return product(module, x, weights, bias, *(() if equation is None else (equation,)))
