@@ -70,9 +70,9 @@ def adapt(
       ValueError: as `dsb_jax.adaptation`; if the model has no sparse layers, or the optimizer was made before it had.
     """
     trees = _Trees.of(model, optimizer)
-    graphdef, _, rest = nnx.split(model, Topology, ...)
+    graphdef, *states = nnx.split(model, Topology, ...)
     measured = measure(_Loss(loss_fn, graphdef), method, axis_name=axis_name, has_aux=has_aux)
-    statistics = measured(nnx.as_pure(rest), topology(model), *batch)
+    statistics = measured(nnx.as_pure(states[1]), topology(model), *batch)
     params, layouts, opt_state, report = update(
         method, optimizer.tx, trees.params, trees.topology, trees.opt_state, step, key, statistics, where=where,
         fill=fill,

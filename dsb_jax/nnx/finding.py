@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from dsb_jax.nnx.layers import SPARSE, sparse_class
+from dsb_jax.nnx.layers import SPARSE, dense_spec, sparse_class
 from dsb_jax.nnx.variables import Keys, check_model, modules_of, names
 from dsb_jax.paths import KERNEL, WEIGHTS, Path
 from dsb_jax.plan import FoundLayer, FoundModel
@@ -111,7 +111,7 @@ def _layer(keys: Keys, array: Any, module: nnx.Module | None, reasons: Mapping[K
     shape, dtype = tuple(array.shape), str(array.dtype)
     kind = sparse_class(module) if module is not None and keys[-1] in (KERNEL, WEIGHTS) else None
     if kind is not None:
-        own = kind.dense_spec(module) if unserved(module) is None else unknown_spec(shape)
+        own = dense_spec(module) if unserved(module) is None else unknown_spec(shape)
         if keys[-1] == WEIGHTS:
             return FoundLayer(own, reasons[keys[:-1]], dtype)
         spec = stacked_spec(own, shape)

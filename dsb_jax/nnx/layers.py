@@ -67,14 +67,15 @@ class Sparse:
         check_implementation(implementation)
         if density is not None and num_blocks is not None:
             raise ValueError(f"density={density} and num_blocks={num_blocks} are both given; give one of them.")
+        if num_blocks is None and density in (None, 1):
+            return
         module: Any = self
+        refuse_unserved(module, type(self).__name__)
         planned = by_arguments(
-            module.dense_spec(self), density=density, num_blocks=num_blocks, block_shape=block_shape,
+            dense_spec(module), density=density, num_blocks=num_blocks, block_shape=block_shape,
             min_group_blocks=min_group_blocks,
         )  # fmt: skip
-        if planned is None:
-            return
-        refuse_unserved(self, type(self).__name__)
+        assert planned is not None
         kernel = module.kernel.get_value()
         ((blocks, node),) = initialize(method, rngs.params(), {(): kernel}, {(): planned}).values()
         make_sparse(self, blocks, node, implementation)
@@ -126,11 +127,6 @@ class SparseLinear(nnx.Linear, Sparse):
         self.feature_major = feature_major
         self._initialize(nnx.Linear, args, rngs, arguments)
 
-    @staticmethod
-    def dense_spec(module: Any) -> LayerSpec:
-        """The sizes of such a layer, sparse or dense."""
-        return linear_spec(module.in_features, module.out_features)
-
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         weights = self._weights(out_sharding)
         if weights is None:
@@ -147,13 +143,6 @@ class SparseLinearGeneral(nnx.LinearGeneral, Sparse):
     def __init__(self, *args: Any, rngs: nnx.Rngs, **arguments: Any) -> None:
         self._initialize(nnx.LinearGeneral, args, rngs, arguments)
 
-    @staticmethod
-    def dense_spec(module: Any) -> LayerSpec:
-        """The sizes of such a layer, sparse or dense."""
-        count = len(module.in_features)
-        shape = (*module.in_features, *module.out_features)
-        return LayerSpec(shape, tuple(range(count, len(shape))), tuple(range(count)))
-
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         weights = self._weights(out_sharding)
         if weights is None:
@@ -168,11 +157,6 @@ class SparseEinsum(nnx.Einsum, Sparse):
 
     def __init__(self, *args: Any, rngs: nnx.Rngs, **arguments: Any) -> None:
         self._initialize(nnx.Einsum, args, rngs, arguments)
-
-    @staticmethod
-    def dense_spec(module: Any) -> LayerSpec:
-        """The sizes of such a layer, sparse or dense."""
-        return Equation.parse(module.einsum_str).spec(tuple(module.kernel_shape))
 
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None) -> jax.Array:
         weights = self._weights(out_sharding)
@@ -195,12 +179,6 @@ class SparseConv(nnx.Conv, Sparse):
     def __init__(self, *args: Any, rngs: nnx.Rngs, feature_major: bool = False, **arguments: Any) -> None:
         self.feature_major = feature_major
         self._initialize(nnx.Conv, args, rngs, arguments)
-
-    @staticmethod
-    def dense_spec(module: Any) -> LayerSpec:
-        """The sizes of such a layer, sparse or dense."""
-        channels = module.in_features // module.feature_group_count
-        return conv_spec(tuple(module.kernel_size), channels, module.out_features)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         weights = self._weights(out_sharding)
@@ -231,11 +209,23 @@ def sparse_class(module: nnx.Module) -> Any:
     return type(module) if type(module) in _DENSE else SPARSE.get(type(module))
 
 
+def dense_spec(module: Any) -> LayerSpec:
+    """The sizes of one layer, sparse or dense, from its attributes."""
+    if isinstance(module, nnx.Linear):
+        return linear_spec(module.in_features, module.out_features)
+    if isinstance(module, nnx.Conv):
+        channels = module.in_features // module.feature_group_count
+        return conv_spec(tuple(module.kernel_size), channels, module.out_features)
+    if isinstance(module, nnx.Einsum):
+        return Equation.parse(module.einsum_str).spec(tuple(module.kernel_shape))
+    count = len(module.in_features)
+    shape = (*module.in_features, *module.out_features)
+    return LayerSpec(shape, tuple(range(count, len(shape))), tuple(range(count)))
+
+
 def sizes_text(module: Any) -> str:
     """A layer in words: an NNX module does not know where it lies in a model."""
-    spec = module.dense_spec(module)
-    kernel = "x".join(map(str, spec.kernel_shape))
-    return f"{type(module).__name__} {kernel}"
+    return f"{type(module).__name__} {'x'.join(map(str, dense_spec(module).kernel_shape))}"
 
 
 def make_sparse(module: Any, blocks: jax.Array, node: LayerTopology, implementation: str) -> None:
