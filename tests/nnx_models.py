@@ -1,5 +1,6 @@
 """Models in both faces of Flax, with the same names: an MLP, a convolutional network, an attention block."""
 
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
@@ -43,17 +44,23 @@ class CNN(nnx.Module):
         return self.third(x.mean(axis=(1, 2)))
 
 
+def attention_weights(query, key, value, *args, **kwargs):
+    """Plainly, for the two faces multiply in another order."""
+    scores = jnp.einsum("bqhk,bshk->bhqs", query, key) / query.shape[-1] ** 0.5
+    return jnp.einsum("bhqs,bshk->bqhk", nnx.softmax(scores), value)
+
+
 class LinenAttention(nn.Module):
     @nn.compact
     def __call__(self, x):
-        x = x + nn.MultiHeadAttention(num_heads=4, name="attention")(x)
+        x = x + nn.MultiHeadAttention(num_heads=4, attention_fn=attention_weights, name="attention")(x)
         x = nn.Einsum((WIDTH, 2, 16), "btd,dhk->bthk", name="einsum")(x)
         return nn.DenseGeneral(CLASSES, axis=(-2, -1), name="out")(nn.relu(x)).mean(axis=1)
 
 
 class Attention(nnx.Module):
     def __init__(self, rngs):
-        self.attention = nnx.MultiHeadAttention(4, WIDTH, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(4, WIDTH, attention_fn=attention_weights, decode=False, rngs=rngs)
         self.einsum = nnx.Einsum("btd,dhk->bthk", (WIDTH, 2, 16), (2, 16), rngs=rngs)
         self.out = nnx.LinearGeneral((2, 16), CLASSES, axis=(-2, -1), rngs=rngs)
 
