@@ -54,6 +54,8 @@ def unserved(module: Any) -> str | None:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str(dict(value))
     return getattr(value, "__name__", None) or (f"an array {value.shape}" if hasattr(value, "shape") else str(value))
 
 

@@ -10,7 +10,9 @@
 
 from dsb_jax.nnx.adapting import adapt as adapt
 from dsb_jax.nnx.adapting import check_optimizer as check_optimizer
+from dsb_jax.nnx.adapting import measure as measure
 from dsb_jax.nnx.adapting import restage as restage
+from dsb_jax.nnx.adapting import update as update
 from dsb_jax.nnx.finding import find_layers as find_layers
 from dsb_jax.nnx.layers import SparseConv as SparseConv
 from dsb_jax.nnx.layers import SparseEinsum as SparseEinsum
@@ -34,10 +36,12 @@ __all__ = [
     "check_optimizer",
     "find_layers",
     "from_dense",
+    "measure",
     "params",
     "plan",
     "restage",
     "sparsify",
     "to_dense",
     "topology",
+    "update",
 ]

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsb_jax import optimizer_states, stages
-from dsb_jax.adapt import Report, Where, update
-from dsb_jax.measuring import measure
+from dsb_jax import adapt as core_adapt
+from dsb_jax import measuring, optimizer_states, stages
+from dsb_jax.adapt import Report, Where
 from dsb_jax.methods.base import Method
 from dsb_jax.nnx.variables import (
     TOPOLOGY,
@@ -68,12 +68,49 @@ def adapt(
 
     Raises:
       ValueError: as `dsb_jax.adaptation`; if the model has no sparse layers, or the optimizer was made before it had.
+        The model is then what it was.
     """
     trees = _Trees.of(model, optimizer)
+    optimizer_states.check_storage(method, trees.topology)
+    statistics = measure(model, loss_fn, method, *batch, axis_name=axis_name, has_aux=has_aux)
+    return update(model, optimizer, method, statistics, step=step, key=key, where=where, fill=fill)
+
+
+def measure(
+    model: nnx.Module,
+    loss_fn: Callable[..., Any],
+    method: Method,
+    *batch: Any,
+    axis_name: AxisName = None,
+    has_aux: bool = False,
+) -> Any:
+    """The first half of an adaptation: what `method` must know of the backward pass, on a copy of the model.
+
+    Arguments as in `adapt`.
+
+    Returns:
+      Statistics for `update`, a tree like `dsb_jax.nnx.topology(model)`; they may be averaged over steps.
+    """
+    check_model(model)
     graphdef, *states = nnx.split(model, Topology, ...)
-    measured = measure(_Loss(loss_fn, graphdef), method, axis_name=axis_name, has_aux=has_aux)
-    statistics = measured(nnx.as_pure(states[1]), topology(model), *batch)
-    params, layouts, opt_state, report = update(
+    measured = measuring.measure(_Loss(loss_fn, graphdef), method, axis_name=axis_name, has_aux=has_aux)
+    return measured(nnx.as_pure(states[1]), topology(model), *batch)
+
+
+def update(
+    model: nnx.Module,
+    optimizer: nnx.Optimizer,
+    method: Method,
+    statistics: Any,
+    *,
+    step: Any,
+    key: jax.Array,
+    where: Where | None = None,
+    fill: Mapping[str, Any] | None = None,
+) -> Report:
+    """The second half of an adaptation, in place. Arguments, result and errors as in `adapt`."""
+    trees = _Trees.of(model, optimizer)
+    params, layouts, opt_state, report = core_adapt.update(
         method, optimizer.tx, trees.params, trees.topology, trees.opt_state, step, key, statistics, where=where,
         fill=fill,
     )  # fmt: skip

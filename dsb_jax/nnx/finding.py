@@ -70,7 +70,7 @@ def find_layers(
             other_nbytes += array.size * array.dtype.itemsize
         else:
             path = names(keys[:-1])
-            layers[names(keys) if keys[-1] not in (KERNEL, WEIGHTS, "embedding") or path in layers else path] = layer
+            layers[names(keys) if keys[-1] not in (KERNEL, "embedding") or path in layers else path] = layer
     return FoundModel(layers, num_other, other_nbytes)
 
 
@@ -109,13 +109,11 @@ def _by_structure(modules: Mapping[Keys, nnx.Module]) -> dict[Keys, str]:
 def _layer(keys: Keys, array: Any, module: nnx.Module | None, reasons: Mapping[Keys, str]) -> FoundLayer | None:
     """A parameter as a layer; None for biases, scales and the like."""
     shape, dtype = tuple(array.shape), str(array.dtype)
-    kind = sparse_class(module) if module is not None and keys[-1] in (KERNEL, WEIGHTS) else None
-    if kind is not None:
+    if keys[-1] == WEIGHTS and keys[:-1] in reasons:
+        return FoundLayer(unknown_spec(shape), reasons[keys[:-1]], dtype)
+    if keys[-1] == KERNEL and module is not None and sparse_class(module):
         own = dense_spec(module) if unserved(module) is None else unknown_spec(shape)
-        if keys[-1] == WEIGHTS:
-            return FoundLayer(own, reasons[keys[:-1]], dtype)
-        spec = stacked_spec(own, shape)
-        reason = reasons.get(keys[:-1])
+        spec, reason = stacked_spec(own, shape), reasons.get(keys[:-1])
         if spec is None:
             reason = reason or f"its kernel {list(own.kernel_shape)} became {list(shape)} in an unknown way"
         return FoundLayer(spec or unknown_spec(shape), reason, dtype)

@@ -56,7 +56,7 @@ def sparsify[Model: nnx.Module](
     check_method(method)
     check_implementation(implementation)
     layers = _planned(model, check_plan(plan))
-    key = rngs.params() if isinstance(rngs, nnx.Rngs) else check_key(rngs)
+    key = _key(rngs)
     kernels = {path: module.kernel.get_value() for path, module in layers.items()}
     for path, (blocks, node) in initialize(method, key, kernels, plan.sparse).items():
         make_sparse(layers[path], blocks, node, implementation)
@@ -111,6 +111,14 @@ def to_dense[Model: nnx.Module](model: Model) -> Model:
             inner = inner[key]
         make_dense(module, inner[KERNEL])
     return dense
+
+
+def _key(rngs: Any) -> jax.Array:
+    if isinstance(rngs, nnx.Rngs):
+        return rngs.params()
+    if not isinstance(rngs, jax.Array):
+        raise ValueError(f"rngs={rngs!r} is neither nnx.Rngs nor a PRNG key; give nnx.Rngs(0) or another.")
+    return check_key(rngs)
 
 
 def _planned(model: Any, plan: SparsityPlan) -> dict[Path, Any]:
