@@ -1,7 +1,8 @@
 """Dynamic shuffled-block sparse training in JAX: truly sparse from the first step to the last.
 
     your model   linen.plan, linen.sparsify, Rule        any Linen model made sparse, its code unchanged
-    layers       linen.SparseDense, linen.SparseConv     nn.Dense and nn.Conv with a density, to write models with
+                 nnx.plan, nnx.sparsify, nnx.adapt       any NNX model, in place
+    layers       linen.SparseDense, nnx.SparseLinear     and others: layers of Flax with a density, to write models with
     plans        make_plan, SparsityPlan                 how many blocks each layer of a model holds
     methods      methods.DSB() and others, methods.METHODS
     any model    adaptation, measure, update, restage, GradualDensity, repack, check_optimizer
@@ -11,8 +12,9 @@
                  reblock, block_aware_drop
     products     sparse_matmul, sparse_conv
 
-`linen` is loaded when it is touched (`from dsb_jax import SparseDense` touches it). Checkpoints are in
-`dsb_jax.checkpoint`; data sets, models and whole trainings in `dsb_jax.training`.
+`linen` and `nnx` are loaded when they are touched (`from dsb_jax import SparseDense` touches the first). Say `dsb.nnx`:
+`from dsb_jax import nnx` would hide Flax's. Checkpoints are in `dsb_jax.checkpoint`; data sets, models and whole
+trainings in `dsb_jax.training`.
 """
 
 import importlib

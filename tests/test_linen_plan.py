@@ -55,6 +55,7 @@ class Everything(nn.Module):
         nn.DenseGeneral((2, 8), name="out_axes")(x)
         nn.DenseGeneral(16, axis=(1, -1), name="in_axes")(text)
         nn.DenseGeneral(16, axis=(1, 2), name="leading")(image)
+        nn.Einsum((16, 2, 8), "btd,dhk->bthk", name="einsum")(text)
         nn.MultiHeadDotProductAttention(2, name="mha")(text, text)
         nn.SelfAttention(2, name="sa")(text)
         nn.remat(nn.Dense)(16, name="rematted")(x)
@@ -70,6 +71,7 @@ class Everything(nn.Module):
         nn.Conv(16, (3, 3), mask=jnp.ones((3, 3, 16, 16)), name="masked")(image)
         nn.Dense(16, dot_general=own_product, name="own_product")(x)
         nn.DenseGeneral(16, batch_dims=(0,), name="batched")(text)
+        nn.Einsum((2, 8, 8), name="by_head")(text.reshape(2, 6, 2, 8), "bthk,hkj->bthj")
         nn.RNN(nn.LSTMCell(16, name="lstm"))(text)
         nn.RNN(nn.GRUCell(16, name="gru"))(text)
         nn.WeightNorm(nn.Dense(16, name="weight_normed"))(x)
@@ -86,7 +88,7 @@ class Everything(nn.Module):
 
 GATES = [f"lstm/{kind}{gate}" for gate in "ifgo" for kind in "ih"]
 ATTENTION = [f"{name}/{part}" for name in ("mha", "sa") for part in ("query", "key", "value", "out")]
-SPARSE = ["linear", "conv", "out_axes", "in_axes", "leading", *ATTENTION, "rematted", "jitted", "of_ours"]
+SPARSE = ["linear", "conv", "out_axes", "in_axes", "leading", "einsum", *ATTENTION, "rematted", "jitted", "of_ours"]
 DENSE = {
     "embed": "Embed looks its rows up",
     "transposed": "a parameter of ConvTranspose, which is none of Dense, DenseGeneral, Einsum, Conv",
@@ -99,6 +101,7 @@ DENSE = {
     "masked": "mask=an array (3, 3, 16, 16) has no sparse form",
     "own_product": "dot_general=own_product has no sparse form",
     "batched": "batch_dims=(0,) has no sparse form",
+    "by_head": "einsum_str=bthk,hkj->bthj has no sparse form",
     **dict.fromkeys(GATES, "inside of LSTMCell, a recurrent cell"),
     **{f"gru/{kind}{gate}": "inside of GRUCell, a recurrent cell" for gate in "rzn" for kind in "ih"},
     "weight_normed": "WeightNorm rewrites its kernel",

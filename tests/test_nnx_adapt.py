@@ -137,6 +137,17 @@ def test_a_layer_that_is_called_twice():
     assert not any(int(layer.status) for layer in report.values())
 
 
+def test_replicas_agree_over_a_named_axis(before):
+    def on_each(x, labels):
+        both = nnx.merge(*before, copy=True)
+        dsb.nnx.adapt(*both, loss_fn, METHOD, x, labels, step=2, key=KEY, axis_name="replicas")
+        return nnx.state(both, (nnx.Param, dsb.nnx.Topology))
+
+    halves = jax.vmap(on_each, axis_name="replicas")(X.reshape(2, 4, WIDTH), LABELS.reshape(2, 4))
+    for leaf in jax.tree.leaves(halves):
+        np.testing.assert_array_equal(leaf[0], leaf[1])
+
+
 def test_in_tree_mode(before):
     with nnx.set_graph_mode(False):
         model = sparse(MLP(nnx.Rngs(0)), X, implementation="dense")

@@ -21,7 +21,10 @@ def test_a_star_import_leaves_other_names_alone():
     assert space["adaptation"] is dsb_jax.adaptation
     assert not any(isinstance(space[name], types.ModuleType) for name in dsb_jax.__all__)
     space = dict(names)
-    exec("from dsb_jax.linen import *\nfrom dsb_jax.methods import *\nfrom dsb_jax.ops import *", space)
+    exec(
+        "from dsb_jax.linen import *\nfrom dsb_jax.nnx import *\nfrom dsb_jax.methods import *\nfrom dsb_jax.ops import *",
+        space,
+    )
     assert {name: space[name] for name in names} == names
 
 
@@ -32,7 +35,7 @@ def test_modules_are_modules():
     assert m.reblock is dsb_jax.reblock
     exported = {name for name in vars(dsb_jax) if not isinstance(getattr(dsb_jax, name), types.ModuleType)}
     assert set(dsb_jax.__all__) <= exported
-    for package in (dsb_jax, dsb_jax.linen, dsb_jax.methods, dsb_jax.ops):
+    for package in (dsb_jax, dsb_jax.linen, dsb_jax.nnx, dsb_jax.methods, dsb_jax.ops):
         for module in pkgutil.iter_modules(package.__path__):
             # No function or class hides a module of its package.
             found = getattr(package, module.name, None)
@@ -45,6 +48,12 @@ def test_every_name_is_there():
         assert getattr(dsb_jax, name).__doc__, name
     assert sorted(dsb_jax.__all__) == list(dsb_jax.__all__)
     assert importlib.import_module("dsb_jax").linen.SparseDense is not None
+    for face in (dsb_jax.linen, dsb_jax.nnx):
+        assert sorted(face.__all__) == list(face.__all__)
+        assert all(getattr(face, name).__doc__ for name in face.__all__)
+    assert {"plan", "sparsify", "find_layers"} <= set(dsb_jax.linen.__all__) & set(
+        dsb_jax.nnx.__all__
+    )  # the same words
 
 
 def test_the_core_loads_neither_linen_nor_what_a_training_needs():
@@ -56,6 +65,7 @@ def test_the_core_loads_neither_linen_nor_what_a_training_needs():
         "PIL",
         "orbax",
         "dsb_jax.linen",
+        "dsb_jax.nnx",
         "dsb_jax.training",
     ]
     program = f"import sys, dsb_jax; print([name for name in {heavy} if name in sys.modules])"

@@ -15,10 +15,34 @@ def blocks(title):
     return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def run(lines):
+    """A program of its own, from the root of the repository."""
+    program = "\n".join(lines)
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=README.parent)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def check_numbers(text):
+    """The lines that are not the user's own."""
+    assert re.findall(r"# (\d)$", text, flags=re.MULTILINE) == [str(i + 1) for i in range(6)]
+
+
+def test_an_nnx_model():
+    first, *others = blocks("An NNX model")
+    check_numbers(first)
+    checks = [
+        "assert float(loss) < 2.3, loss",  # ten classes at random: log(10)
+        "assert 0 < float(sum(layer.accepted for layer in report.values()))",
+        "plan.check(dsb.nnx.params(model))",
+    ]
+    after = ["assert type(Net(nnx.Rngs(0)).first) is nnx.Conv", "assert pruned is dense"]
+    run([first, *checks, *others, *after])
+
+
 def test_your_own_model():
     first, *others = blocks("Your own model")
-    numbered = re.findall(r"# (\d)$", first, flags=re.MULTILINE)
-    assert numbered == [str(i + 1) for i in range(6)]  # the lines that are not the user's own
+    check_numbers(first)
     checks = [
         "losses = [float(loss_fn({'params': params, 'topology': topology}, x, y))]",
         "assert losses[0] < 2.3, losses",  # ten classes at random: log(10)
@@ -27,8 +51,6 @@ def test_your_own_model():
         "print(plan)",
     ]
     rules = "assert dsb.linen.plan(Net(), x, rules=rules)['Dense_0',] == \"kept dense by 'Dense_0'\""
-    program = "\n".join([first, *checks, others[0], rules, *others[1:], "print(metrics)"])
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=README.parent)
-    assert run.returncode == 0, run.stderr
+    shown = run([first, *checks, others[0], rules, *others[1:], "print(metrics)"])
     table = re.search(r"^```\n(layer +kernel.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert table[1] in run.stdout  # what the README shows is what it prints
+    assert table[1] in shown  # what the README shows is what it prints

@@ -37,6 +37,8 @@ class Attention(nn.Module):
         x += nn.MultiHeadDotProductAttention(2)(x, x)
         shared = nn.Dense(16)
         x = nn.tanh(shared(nn.tanh(shared(x))))
+        x = nn.Einsum((16, 4, 4))(x, einsum_str="...d,dhk->...hk")  # an equation of the call
+        x = nn.Einsum((4, 4, 16), "...hk,hkd->...d", use_bias=False)(inputs=x)
         return nn.DenseGeneral((2, 8), axis=(0, -2))(inputs=x)
 
 
@@ -93,7 +95,7 @@ MODELS = {
     "inline": (Inline(False), Inline()),
     "twice sparse": (Wrapper(WithSetup()), sparse(Wrapper(MODEL), X)),
 }
-LAYERS = {"attention": 6, "wrapper": 3, "twice sparse": 3, "a layer alone": 1, "tied": 1}
+LAYERS = {"attention": 8, "wrapper": 3, "twice sparse": 3, "a layer alone": 1, "tied": 1}
 
 
 @pytest.mark.parametrize("name", MODELS)

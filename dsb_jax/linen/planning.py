@@ -27,10 +27,10 @@ def plan(
 ) -> SparsityPlan:
     """A plan of a dense model, which is traced abstractly: nothing of it is computed.
 
-    Sparse can be `nn.Dense`, `nn.Conv` (2-D, one feature group, dilation 1) and `nn.DenseGeneral`, and with it
-    `nn.MultiHeadDotProductAttention` and `nn.SelfAttention`; lifted along axis 0 or 1 or not at all. Everything else
-    stays dense, and `print(plan)` says why. A kernel that the model's own code reads (`self.dense.variables`) must be
-    kept dense by a rule.
+    Sparse can be `nn.Dense`, `nn.Conv` (2-D, one feature group, dilation 1), `nn.DenseGeneral`, and with it
+    `nn.MultiHeadDotProductAttention` and `nn.SelfAttention`, and `nn.Einsum` where it is a matrix product; lifted along
+    axis 0 or 1 or not at all. Everything else stays dense, and `print(plan)` says why. A kernel that the model's
+    own code reads (`self.dense.variables`) must be kept dense by a rule.
 
     Args:
       model: any Linen module, not bound.
