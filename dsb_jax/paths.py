@@ -78,9 +78,9 @@ def replace_at(tree: Any, values: Mapping[Path, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(replaced, tree, is_leaf=lambda node: isinstance(node, LayerTopology))
 
 
-def nested(values: Mapping[Path, Any]) -> dict[str, Any]:
-    """Nested dictionaries with a value at each path."""
-    tree: dict[str, Any] = {}
+def nested(values: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
+    """Nested dictionaries with a value at each path; the parts of a path, texts or numbers, are their keys."""
+    tree: dict[Any, Any] = {}
     for path, value in values.items():
         inner = tree
         for name in path[:-1]:

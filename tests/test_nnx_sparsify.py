@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import dsb_jax as dsb
 from dsb_jax.nnx.layers import SPARSE
@@ -153,6 +155,27 @@ def test_sharding_metadata_follows():
         model = sparse(Net(nnx.Rngs(0)))
         assert model.linear.blocks.get_metadata("out_sharding") == (None, None, None)
         assert dsb.nnx.to_dense(model).linear.kernel.get_metadata("out_sharding") == (None, None)
+
+
+@settings(max_examples=4)  # the geometry is what Linen layers have, and tested there
+@given(
+    kernel_size=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    strides=st.sampled_from([None, 1, 2, (2, 1)]),
+    padding=st.sampled_from(["SAME", "VALID", "CIRCULAR", "REFLECT", 1, (1, 2), ((0, 1), (2, 0))]),
+    use_bias=st.booleans(),
+    batch=st.sampled_from([(), (2,), (2, 1)]),
+    dtype=st.sampled_from([None, jnp.bfloat16]),
+)
+def test_convolutions_are_those_of_flax(kernel_size, strides, padding, use_bias, batch, dtype):
+    layer = dsb.nnx.SparseConv(
+        4, 8, kernel_size, strides, padding=padding, use_bias=use_bias, dtype=dtype, rngs=nnx.Rngs(0), density=0.5,
+        block_shape=(4, 2), implementation="dense",
+    )  # fmt: skip
+    x = jax.random.normal(KEY, (*batch, 5, 6, 4))
+    ours, theirs = layer(x), dsb.nnx.to_dense(layer)(x)
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    tolerance = 1e-5 if dtype is None else 3e-2
+    np.testing.assert_allclose(np.float32(ours), np.float32(theirs), rtol=tolerance, atol=tolerance)
 
 
 def test_layers_by_hand():

@@ -25,12 +25,11 @@ from dsb_jax.nnx.variables import (
     Topology,
     check_model,
     names,
-    nested,
     sparse_modules,
     topology,
 )
 from dsb_jax.ops.statistics import AxisName, Zero
-from dsb_jax.paths import WEIGHTS, by_path, key_name, nodes, path_name, weights_at
+from dsb_jax.paths import WEIGHTS, by_path, key_name, nested, nodes, path_name, weights_at
 from dsb_jax.plan import SparsityPlan
 from dsb_jax.topology import LayerTopology
 

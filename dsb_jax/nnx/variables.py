@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 
 from dsb_jax.ops.statistics import Zero
-from dsb_jax.paths import WEIGHTS, Path, path_name
+from dsb_jax.paths import WEIGHTS, Path, nested
 from dsb_jax.topology import LayerTopology
 
 TOPOLOGY = "topology"
@@ -72,19 +72,3 @@ def check_model(model: Any) -> None:
     """Raises ValueError for what is no model of NNX."""
     if not isinstance(model, nnx.Module):
         raise ValueError(f"model={model!r} is no nnx.Module; give a model of flax.nnx, built.")
-
-
-def layer_name(keys: Keys) -> str:
-    """The path of a layer as text, for messages."""
-    return path_name(names(keys)) or "the layer"
-
-
-def nested(values: dict[Keys, Any]) -> dict[Any, Any]:
-    """Nested dictionaries whose keys are those of the model, numbers included."""
-    tree: dict[Any, Any] = {}
-    for keys, value in values.items():
-        inner = tree
-        for key in keys[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[keys[-1]] = value
-    return tree
