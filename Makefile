@@ -25,8 +25,8 @@ test-foreign: $(VENV)/.installed-foreign
 # Direct dependencies at their lower bounds, theirs at the newest (what an old environment looks like after an upgrade).
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n auto --dist=worksteal $(addprefix tests/test_,$(addsuffix .py,\
-		adapt_layers checkpoint convert data layout linen_layers measuring method_contract ops optimizer_states packaging \
-		paths settings sharding wrong_arguments))
+		adapt_layers checkpoint convert data layout linen_layers measuring method_contract nnx_adapt nnx_lifts nnx_plan ops \
+		optimizer_states packaging paths settings sharding wrong_arguments))
 	$(OLDEST)/bin/python -m experiments.train --epochs=1
 
 lint: $(VENV)/.installed-dev
