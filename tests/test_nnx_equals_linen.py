@@ -77,10 +77,7 @@ def test_sixty_steps_and_three_adaptations_give_equal_bits(name):
     params, topology = variables["params"], variables["topology"]
     found = dsb.nnx.plan(model, x, **SIZES)
     assert found.sparse == plan.sparse
-    dense = nnx.state(model, nnx.Param)
-    nnx.replace_by_pure_dict(dense, dsb.to_dense(params, topology))
-    nnx.update(model, dense)
-    dsb.nnx.from_dense(model, topology=topology, implementation="dense")
+    dsb.nnx.load_params(model, params, topology, implementation="dense")
     tx = optax.adamw(3e-3)
     sparse = dsb.linen.sparsify(linen, plan, implementation="dense")
     ours = trained_by_linen(sparse, params, topology, tx, shape)

@@ -213,9 +213,39 @@ def test_feature_major_layers(density):
     assert dsb.nnx.to_dense(conv)(image.transpose(3, 1, 2, 0)).shape == (WIDTH, 5, 5, 2)
 
 
-class Reads(MLP):
-    def __call__(self, x):
-        return x @ self.first.kernel[...]
+def test_parameters_from_elsewhere():
+    """By the names of the model; those of a list as numbers or as texts. Or nothing changes."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(2)])
+
+        def __call__(self, x):
+            return self.layers[1](self.layers[0](x))
+
+    model = sparse(Net(nnx.Rngs(0)))
+    params, topology = dsb.nnx.params(model), dsb.nnx.topology(model)
+    as_text = {"layers": {str(i): layer for i, layer in params["layers"].items()}}
+    for named in (params, as_text):
+        other = dsb.nnx.load_params(Net(nnx.Rngs(2)), named, topology)
+        assert_same_bits(nnx.state(other), nnx.state(model))
+    np.testing.assert_array_equal(
+        dsb.nnx.load_params(Net(nnx.Rngs(2)), dsb.to_dense(params, topology))(X), dsb.nnx.to_dense(model)(X)
+    )
+    other = Net(nnx.Rngs(2))
+    before = nnx.state(other)
+    wrong = {
+        "layers/1/bias is missing in params": ({"layers": {0: params["layers"][0], 1: {"blocks": 0}}}, topology),
+        "layers/0/blocks is .* in params and missing in the model": (params, None),
+        "layers/0/bias is .3,. in params and .32,. in": (
+            {"layers": {**params["layers"], 0: params["layers"][0] | {"bias": jnp.zeros(3)}}}, topology
+        ),
+        "no layer Dense_0": (params, {"Dense_0": topology["layers"][0]}),
+    }  # fmt: skip
+    for message, (values, where) in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            dsb.nnx.load_params(other, values, where)
+    assert_same_bits(nnx.state(other), before)
 
 
 def other_plan():

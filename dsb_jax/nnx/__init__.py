@@ -20,6 +20,7 @@ from dsb_jax.nnx.layers import SparseLinear as SparseLinear
 from dsb_jax.nnx.layers import SparseLinearGeneral as SparseLinearGeneral
 from dsb_jax.nnx.planning import plan as plan
 from dsb_jax.nnx.sparsifying import from_dense as from_dense
+from dsb_jax.nnx.sparsifying import load_params as load_params
 from dsb_jax.nnx.sparsifying import sparsify as sparsify
 from dsb_jax.nnx.sparsifying import to_dense as to_dense
 from dsb_jax.nnx.variables import Topology as Topology
@@ -36,6 +37,7 @@ __all__ = [
     "check_optimizer",
     "find_layers",
     "from_dense",
+    "load_params",
     "measure",
     "params",
     "plan",

@@ -13,13 +13,14 @@ from flax import nnx
 from jaxtyping import Array
 
 from dsb_jax import convert
+from dsb_jax.boxes import BOX, unboxed
 from dsb_jax.initialization import initialize
 from dsb_jax.methods import Static
 from dsb_jax.methods.base import Method, check_method
 from dsb_jax.nnx.layers import make_dense, make_sparse, sparse_class
 from dsb_jax.nnx.variables import check_model, modules_of, names, params, sparse_modules, topology
 from dsb_jax.ops.dispatch import check_implementation
-from dsb_jax.paths import KERNEL, WEIGHTS, Path, layer_path, nodes, path_name, weights_at
+from dsb_jax.paths import KERNEL, WEIGHTS, Path, by_path, dense_path, layer_path, nodes, path_name, weights_at
 from dsb_jax.plan import SparsityPlan, check_plan
 from dsb_jax.step_and_key import check_key
 
@@ -93,6 +94,52 @@ def from_dense[Model: nnx.Module](
     found = nodes(where)
     for path, blocks in weights_at(sparse, found).items():
         make_sparse(layers[layer_path(path)], blocks, found[path], implementation)
+    return model
+
+
+def load_params[Model: nnx.Module](
+    model: Model, params: Any, topology: Any = None, *, implementation: str = "auto"
+) -> Model:
+    """Gives a dense model the parameters of a sparse one, from a file or of another face, in place.
+
+    Args:
+      model: as its code builds it, dense. If anything is wrong, it stays as it is.
+      params: nested dictionaries with the names of the model, as `dsb_jax.nnx.params`, `load_safetensors` or a Linen
+        model of the same names give them. What is in a list may be called by its number or by that as a text.
+      topology: that belongs to them: its layers become sparse.
+      implementation: of the products, see `dsb_jax.ops.dispatch`.
+
+    Returns:
+      The model itself.
+
+    Raises:
+      ValueError: if a parameter is missing, unknown or of another shape.
+    """
+    check_implementation(implementation)
+    found = nodes({} if topology is None else topology)
+    layers = _layers(model, {layer_path(path) for path in found})
+    variables = {names(keys): variable for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    wanted = {path: tuple(variable.get_value().shape) for path, variable in variables.items()}
+    for path, node in found.items():
+        wanted.pop(dense_path(path), None)
+        kernel = tuple(layers[layer_path(path)].kernel.get_value().shape)
+        if node.kernel_shape != kernel:
+            raise ValueError(
+                f"{path_name(layer_path(path))} has a kernel of {kernel}, its topology {node.kernel_shape}."
+            )
+        wanted[path] = node.blocks_shape
+    arrays = by_path(params, leaf=BOX)
+    for path in sorted(wanted.keys() | arrays.keys()):
+        have = tuple(jnp.shape(unboxed(arrays[path]))) if path in arrays else None
+        if have != wanted.get(path):
+            raise ValueError(
+                f"{path_name(path)} is {have or 'missing'} in params and {wanted.get(path) or 'missing'} in the model; "
+                "give the parameters of this model, and their topology."
+            )
+    for path, node in found.items():
+        make_sparse(layers[layer_path(path)], jnp.asarray(unboxed(arrays.pop(path))), node, implementation)
+    for path, array in arrays.items():
+        variables[path].set_value(jnp.asarray(unboxed(array)))
     return model
 
 
