@@ -7,6 +7,7 @@
     methods      methods.DSB() and others, methods.METHODS
     any model    adaptation, measure, update, restage, GradualDensity, repack, check_optimizer
                  report, masks, permutations, to_dense, from_dense, validate_topology, with_index, without_index
+    files        export, save_safetensors, load_safetensors, to_bsr
     classifiers  TrainState, create_train_state, train_step, eval_step, adapt_step
     structure    LayerSpec, LayerTopology, KernelIndex, BlockLayout, pack, unpack, to_mask, validate, random_layout,
                  reblock, block_aware_drop
@@ -25,11 +26,14 @@ from dsb_jax.adapt import Adaptation as Adaptation
 from dsb_jax.adapt import adaptation as adaptation
 from dsb_jax.adapt import repack as repack
 from dsb_jax.adapt import update as update
+from dsb_jax.bsr import to_bsr as to_bsr
 from dsb_jax.convert import from_dense as from_dense
 from dsb_jax.convert import masks as masks
 from dsb_jax.convert import permutations as permutations
 from dsb_jax.convert import to_dense as to_dense
 from dsb_jax.drop import block_aware_drop as block_aware_drop
+from dsb_jax.exporting import ExportReport as ExportReport
+from dsb_jax.exporting import export as export
 from dsb_jax.gradual import GradualDensity as GradualDensity
 from dsb_jax.layout import BlockLayout as BlockLayout
 from dsb_jax.layout import pack as pack
@@ -48,6 +52,8 @@ from dsb_jax.plan import SparsityPlan as SparsityPlan
 from dsb_jax.plan import make_plan as make_plan
 from dsb_jax.reblocking import reblock as reblock
 from dsb_jax.rules import Rule as Rule
+from dsb_jax.safetensors_files import load_safetensors as load_safetensors
+from dsb_jax.safetensors_files import save_safetensors as save_safetensors
 from dsb_jax.spec import LayerSpec as LayerSpec
 from dsb_jax.stages import restage as restage
 from dsb_jax.topology import KernelIndex as KernelIndex
@@ -64,6 +70,7 @@ from dsb_jax.train_state import create_train_state as create_train_state
 __all__ = [
     "Adaptation",
     "BlockLayout",
+    "ExportReport",
     "GradualDensity",
     "KernelIndex",
     "LayerSpec",
@@ -78,7 +85,9 @@ __all__ = [
     "check_optimizer",
     "create_train_state",
     "eval_step",
+    "export",
     "from_dense",
+    "load_safetensors",
     "make_plan",
     "masks",
     "measure",
@@ -89,8 +98,10 @@ __all__ = [
     "repack",
     "report",
     "restage",
+    "save_safetensors",
     "sparse_conv",
     "sparse_matmul",
+    "to_bsr",
     "to_dense",
     "to_mask",
     "train_step",

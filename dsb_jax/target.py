@@ -1,4 +1,4 @@
-"""The device that programs are traced for: that of this process, unless `compiling_for` says otherwise."""
+"""The device that programs are traced for: that of this process, unless a context of this file says otherwise."""
 
 import contextlib
 import contextvars
@@ -16,6 +16,8 @@ class Target(NamedTuple):
     backend: str
     device_kind: str
 
+
+ANY = Target("any", "any platform")  # a program may be lowered for several, of which tracing knows nothing
 
 _given: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
 
@@ -38,6 +40,19 @@ def compiling_for(backend: str, device_kind: str) -> Iterator[None]:
         _given.reset(token)
 
 
+@contextlib.contextmanager
+def compiling_for_any() -> Iterator[None]:
+    """Inside, models are traced for programs that are lowered for several platforms, as `dsb_jax.export` does.
+
+    "auto" takes what serves all of them. What was traced before keeps what it was traced for, as in `compiling_for`.
+    """
+    token = _given.set(ANY)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
 def _check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(
@@ -46,12 +61,12 @@ def _check_backend(backend: str) -> None:
 
 
 def given_target() -> Target | None:
-    """What `compiling_for` says, or None."""
+    """What `compiling_for` says, or `ANY`, or None."""
     return _given.get()
 
 
 def current_backend(asked_for: str | None = None) -> str:
-    """Of jax: the one asked for, else that of `compiling_for`, else this process' own.
+    """Of jax: the one asked for, else that of `compiling_for` (or "any"), else this process' own.
 
     Raises:
       ValueError: for a name that is none of `BACKENDS`.

@@ -25,8 +25,9 @@ from jaxtyping import Array, Bool, Float
 
 from dsb_jax.layout import BlockLayout
 from dsb_jax.spec import LayerSpec
+from dsb_jax.static_json import register_for_export
 from dsb_jax.target import current_backend
-from pallas_kernels.kernel_index import KernelIndex, derive, entries_for
+from pallas_kernels.kernel_index import Inverse, KernelIndex, Pieces, derive, entries_for
 
 
 class Aux(Protocol):
@@ -262,3 +263,5 @@ def _resized(target: LayerTopology, state: Mapping[str, Any]) -> LayerTopology:
 
 flax.serialization.register_serialization_state(BlockLayout, _to_state_dict, _from_state_dict)
 flax.serialization.register_serialization_state(LayerTopology, _layer_to_state_dict, _layer_from_state_dict)
+for _pytree in (BlockLayout, LayerTopology, KernelIndex, Pieces, Inverse):
+    register_for_export(_pytree)

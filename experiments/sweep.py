@@ -33,7 +33,7 @@ from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dsb_jax.training.json_files import write_atomically
+from dsb_jax.drafts import write_text
 from experiments import grid, program
 from experiments.flags import parse_seeds
 from experiments.grid import Run, workdir
@@ -248,7 +248,7 @@ class Sweep:
         self.failed.append(run)
         cause = f"exit code {code}" if code else "it wrote no summary of this config"
         note = self.root / f"{run.name}.failure.txt"
-        write_atomically(note, f"{shlex.join(self.command([run]))}\n{cause}\n\n{output}")
+        write_text(note, f"{shlex.join(self.command([run]))}\n{cause}\n\n{output}")
         self._tell(run, f"[red]failed[/red] ({cause}): {note}")
 
     def _tell(self, run: Run, outcome: str) -> None:
@@ -320,7 +320,7 @@ def main() -> None:
         console.print("\ninterrupted; the same command goes on")
         raise SystemExit(130) from None
     rows = make_rows(root, runs)
-    write_atomically(root / "table.json", json.dumps({"rows": rows}, indent=1) + "\n")
+    write_text(root / "table.json", json.dumps({"rows": rows}, indent=1) + "\n")
     console.print(outcome_table(rows))
     if any(row["n"] > 1 for row in rows):
         console.print(paired_table(rows, FLAGS.against))

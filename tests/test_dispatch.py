@@ -16,7 +16,7 @@ from dsb_jax.ops.dispatch import record
 from dsb_jax.ops.layer_call import LayerCall
 from dsb_jax.ops.tuning import Result
 from dsb_jax.paths import nodes
-from dsb_jax.target import compiling_for
+from dsb_jax.target import compiling_for, compiling_for_any
 from dsb_jax.topology import with_index
 from pallas_kernels import ConvGeometry, matmul_geometry
 from pallas_kernels.interface import Passes
@@ -246,7 +246,22 @@ def test_a_choice_that_was_made_is_taken_as_it_is():
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="implementation='cuda' is unknown; choose one of auto, xla, dense, "):
         choose("cuda", layout_of(0.1), **SIZES)
-    assert set(IMPLEMENTATIONS) == {"auto", "pallas", "triton", "xla", "dense", "reference"}
+    assert set(IMPLEMENTATIONS) == {"auto", "pallas", "triton", "xla", "dense", "reference", "portable"}
+
+
+def test_without_a_batch_or_a_device_the_choice_serves_all():
+    (batch,) = jax.export.symbolic_shape("b")
+    with compiling_for_any():
+        anywhere = [choose("auto", layout_of(density), **SIZES) for density in (0.05, 0.95)]
+    of_any_batch = [choose("auto", layout_of(d), backend="gpu", **{**SIZES, "batch": batch}) for d in (0.05, 0.95)]
+    for what, choices in (("any platform", anywhere), ("a batch of any size", of_any_batch)):
+        assert [choice.implementation for choice in choices] == ["portable", "dense"]
+        assert all(choice.reason.startswith(f"for {what}: predicted ") for choice in choices)
+    for name in ("xla", "dense", "reference", "portable"):
+        assert choose(name, layout_of(0.1), **{**SIZES, "batch": batch}) == Choice.all(name, "asked for")
+    for name in ("pallas", "triton"):
+        with pytest.raises(NotImplementedError, match=f"implementation='{name}' cannot .* for a batch of any size: "):
+            choose(name, layout_of(0.1), backend="gpu", **{**SIZES, "batch": batch})
 
 
 def test_a_measured_layer_takes_the_winner_and_its_tiles(monkeypatch, tmp_path):

@@ -21,10 +21,8 @@ def test_a_star_import_leaves_other_names_alone():
     assert space["adaptation"] is dsb_jax.adaptation
     assert not any(isinstance(space[name], types.ModuleType) for name in dsb_jax.__all__)
     space = dict(names)
-    exec(
-        "from dsb_jax.linen import *\nfrom dsb_jax.nnx import *\nfrom dsb_jax.methods import *\nfrom dsb_jax.ops import *",
-        space,
-    )
+    for package in ("linen", "nnx", "methods", "ops"):
+        exec(f"from dsb_jax.{package} import *", space)
     assert {name: space[name] for name in names} == names
 
 

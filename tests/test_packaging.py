@@ -14,9 +14,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS_NEED = {"absl-py", "flax", "jax", "jaxtyping", "numpy", "optax", "orbax-checkpoint"}
-EXTRAS = {"train", "data", "cuda", "triton", "foreign", "dev"}
+EXTRAS = {"train", "data", "cuda", "triton", "export", "foreign", "dev"}
 # What only the extras bring, by the name of the module; scipy, which jax brings, takes half a second to import.
-OF_EXTRAS = {"PIL", "array_record", "importlib_resources", "matplotlib", "sklearn", "tensorflow_datasets", "triton"}
+OF_EXTRAS = {
+    "PIL", "array_record", "importlib_resources", "matplotlib", "safetensors", "sklearn",
+    "tensorflow_datasets", "triton",
+}  # fmt: skip
 NOT_LOADED = OF_EXTRAS | {"dsb_jax.training", "experiments", "scipy", "tensorflow"}
 
 
@@ -82,7 +85,7 @@ def test_every_requirement_has_a_lower_bound(metadata):
 
 
 def test_dev_brings_all_that_the_tests_use(project):
-    assert "dsb-jax[train,data]" in project["optional-dependencies"]["dev"]
+    assert "dsb-jax[train,data,export]" in project["optional-dependencies"]["dev"]
 
 
 def test_the_citation_is_of_this_version(project):

@@ -98,7 +98,7 @@ class SparseDense(nn.Dense):
       num_blocks: the number of blocks, instead of `density`.
       block_shape: `(R, C)`.
       plan: takes both from a `SparsityPlan` by the module's path, instead of `density`.
-      implementation: "auto", "pallas", "triton", "xla", "dense" or "reference"; see `dsb_jax.ops.dispatch`.
+      implementation: one of `dsb_jax.ops.IMPLEMENTATIONS`; see `dsb_jax.ops.dispatch`.
       feature_major: inputs and outputs are [in, N] and [out, N].
       method: how the layer begins and what it stores; by default shuffled blocks, which `DSB` adapts.
       min_group_blocks: blocks that each row group has at the least, with `density`; 0 lets outputs be without weights.

@@ -31,8 +31,10 @@ from dsb_jax.methods.identity import count_empty_groups, identity_outside
 from dsb_jax.methods.sizes import check_init, check_resize
 from dsb_jax.select import select_largest
 from dsb_jax.spec import LayerSpec
+from dsb_jax.static_json import register_for_export
 
 
+@register_for_export
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ForwardSet:

@@ -7,7 +7,7 @@ Every argument of the dense class means what it means there, and these are added
     block_shape         (R, C), by default (16, 16)
     min_group_blocks    blocks that each row group has at the least, with `density`; by default 1
     method              how the layer begins and what it stores; by default shuffled blocks, which `DSB` adapts
-    implementation      "auto", "pallas", "triton", "xla", "dense" or "reference"; see `dsb_jax.ops.dispatch`
+    implementation      one of `dsb_jax.ops.IMPLEMENTATIONS`; see `dsb_jax.ops.dispatch`
     feature_major       of SparseLinear and SparseConv: activations are [in, N] or [C, H, W, N], outputs likewise
 
 A sparse layer has `blocks` and `topology` (`dsb_jax.nnx.variables`) in the place of `kernel`. `sparsify` gives these

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
 
 from dsb_jax.layout import BlockLayout, check_arrays, validate
@@ -91,7 +92,7 @@ def sparse_conv(
       layout: where the blocks lie in `W[out, in]`, `in` in HWIO order.
       geometry: kernel size, strides, padding.
       bias: [out], added to every position of an output; kernels add it before they round, at next to no cost.
-      implementation: "auto", "pallas", "triton", "xla", "dense" or "reference", or what `dsb_jax.ops.choose` gave.
+      implementation: one of `dsb_jax.ops.IMPLEMENTATIONS`, or what `dsb_jax.ops.choose` gave.
       feature_major: activations come and go as [C, H, W, N], the form the kernels use, without a transpose.
       precision: as in `jax.lax.dot`.
       kernel_index: of the same layout, as its node carries it; None derives in the call what the products need.
@@ -119,7 +120,8 @@ def sparse_conv(
     if path is not None:
         out_positions = math.prod(geometry.output_size(height, width)) * batch
         record(path, choice, 0 if (height, width) == (1, 1) else x.size + layout.shape[0] * out_positions)
-    passes = choice.passes if batch > 0 else Passes("dense", "dense", "dense")  # nothing to tile
+    empty = not is_symbolic_dim(batch) and batch == 0  # nothing to tile
+    passes = Passes("dense", "dense", "dense") if empty else choice.passes
     is_dense = set(passes) == {"dense"}  # which takes either order of activations
     kernels = _kernels_by_pass(passes, choice.tiles, feature_major or not is_dense)
     product = Product(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from dsb_jax.ops.convolution import add_bias, convolve
 from pallas_kernels.interface import ConvGeometry, Index, Kernels, matmul_geometry
@@ -79,8 +80,11 @@ def _permutes_output(positions: int, in_features: int) -> bool:
 
     On a CPU, forward and backward of 512x512x3x3 took 54 instead of 69 ms at 2x2 positions and batch 128, 163 instead
     of 169 ms at 4x4; at equal sizes (512x256x3x3 at 4x4) the kernel is the better one, 82 against 92 ms.
+
+    Where the batch may be any (`jax.export`), it is the kernel: of weights that are constants of the program, XLA does
+    that once, while it compiles.
     """
-    return 2 * positions <= in_features
+    return not is_symbolic_dim(positions) and 2 * positions <= in_features
 
 
 def _product(

@@ -5,12 +5,16 @@
     triton      GPU kernels in jax-triton
     dense       unpack, then XLA's dense product; serves everything everywhere
     reference   the readable specification, slow
+    portable    xla if the program is lowered for a CPU, else dense: for `jax.export`, which lowers for several
 
 "auto" decides for forward, input gradient and weight gradient, whose bounds differ, each by itself. It looks the layer
 up in the tuned tables (`dsb_jax.ops.tuning`), takes the fastest implementation that serves it, and falls back on the
 cost model (`dsb_jax.ops.cost_model`) for layers that nothing near was measured of. All of it is plain Python on static
 sizes, while a model is traced; but the first time that a GPU kernel would be taken on a device, the kernel is checked
 there (`dsb_jax.ops.self_check`), and one that fails is not taken.
+
+A batch of any size (a symbolic dimension of `jax.export`), or a program for any platform (`compiling_for_any`), has
+neither sizes nor a device to measure on: there "auto" is portable or dense, by the cost model of a CPU.
 """
 
 import contextlib
@@ -22,17 +26,18 @@ from typing import Any, Literal, get_args
 
 import jax
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from dsb_jax.layout import BlockLayout
 from dsb_jax.ops import self_check, tuning
 from dsb_jax.ops.cost_model import predicted_ratios
 from dsb_jax.ops.layer_call import LayerCall
-from dsb_jax.target import Target, given_target
+from dsb_jax.target import ANY, Target, given_target
 from pallas_kernels import limits
 from pallas_kernels.interface import ConvGeometry, Passes
 from pallas_kernels.tiles import KernelTiles
 
-Implementation = Literal["auto", "xla", "dense", "reference", "pallas", "triton"]
+Implementation = Literal["auto", "xla", "dense", "reference", "portable", "pallas", "triton"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 GPU_KERNELS = ("pallas", "triton")
 
@@ -40,6 +45,8 @@ A_DENSE_LAYER = "a dense layer"  # the reason of a layer that stores its whole k
 
 # Models, and measurements of another layer, are good to some 20 to 30 % at the best: a small predicted gain is none.
 CLEAR_WIN = 0.9
+
+NOMINAL_BATCH = 64  # that the cost model is asked for where the batch may be any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +170,7 @@ def choose(
       layout: of the layer.
       geometry: kernel size, strides, padding.
       input_size: height and width of the input; (1, 1) for a linear layer.
-      batch: N.
+      batch: N, or a symbolic dimension of `jax.export`.
       dtype: of activations and blocks.
       precision: of the products, as in `jax.lax.dot`.
       backend: "cpu", "gpu", ...; by default that of `dsb_jax.target`.
@@ -180,16 +187,19 @@ def choose(
         return Choice.all(implementation, "asked for")
     if implementation == "auto" and batch == 0:
         return Choice.all("dense", "an empty batch")
+    any_batch = is_symbolic_dim(batch)
     layer = LayerCall.of(
         layout.shape[0],
         geometry,
         block_shape=layout.block_shape,
         num_blocks=layout.num_blocks,
         input_size=input_size,
-        batch=batch,
+        batch=NOMINAL_BATCH if any_batch else batch,
         dtype=dtype,
     )
     target, is_here = _find_target(backend, device_kind)
+    if any_batch or target == ANY:
+        return _choose_portable(implementation, layer, "a batch of any size" if any_batch else ANY.device_kind)
     if implementation == "auto":
         choice = _choose(layer, target, precision)
         return _checked(choice, layer, target, precision) if is_here else choice
@@ -205,6 +215,20 @@ def _find_target(backend: str | None, device_kind: str | None) -> tuple[Target, 
     if (given := given_target()) is not None:
         return given, False
     return Target(jax.default_backend(), device_kind or jax.local_devices()[0].device_kind), True
+
+
+def _choose_portable(implementation: str, layer: LayerCall, any_what: str) -> Choice:
+    """What "auto" takes for `any_what`, of what knows neither batch nor device before it is lowered."""
+    if implementation != "auto":
+        raise NotImplementedError(
+            f"implementation={implementation!r} cannot compute a layer of {layer.spec.out}x{layer.spec.in_} for "
+            f"{any_what}: its kernels are compiled for one GPU and one batch size; use auto, xla or dense."
+        )
+    predicted = predicted_ratios(layer, "cpu", "cpu")
+    assert predicted is not None  # there is a model for CPUs
+    ratio = predicted.forward
+    reason = f"for {any_what}: predicted {ratio:.2f} of the dense time on a CPU"
+    return Choice.all("portable", f"{reason}, dense elsewhere") if ratio < CLEAR_WIN else Choice.all("dense", reason)
 
 
 def _checked(choice: Choice, layer: LayerCall, target: Target, precision: lax.PrecisionLike) -> Choice:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsb_jax.drafts import write_text
 from dsb_jax.layout import random_layout
 from dsb_jax.ops import tuning
 from dsb_jax.ops.implementations import kernels_of
@@ -158,6 +159,6 @@ def _remember(device_kind: str, what: str, outcome: str) -> None:
     }  # fmt: skip
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tuning.write_text(path, json.dumps(body, indent=1) + "\n")
+        write_text(path, json.dumps(body, indent=1) + "\n")
     except OSError as error:  # a home that cannot be written: each process finds out for itself
         warnings.warn(f"what was checked on {device_kind} is not remembered: {path}: {error.strerror}.", stacklevel=2)

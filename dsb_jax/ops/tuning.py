@@ -31,12 +31,12 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dsb_jax.drafts import write_text
 from dsb_jax.ops.layer_call import LayerCall
 from pallas_kernels.interface import ConvGeometry, Passes
 from pallas_kernels.tiles import KernelTiles, Tiles
@@ -148,19 +148,6 @@ def write(path: str | os.PathLike[str], table: Table) -> None:
     lines = ",\n".join(json.dumps(entry) for entry in entries)  # one line an entry: a change shows as one line
     text = json.dumps({**head, "command": table.command}, indent=1)[:-2] + f',\n "entries": [\n{lines}\n ]\n}}\n'
     write_text(path, text)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def tables(device_kind: str) -> list[Table]:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from pallas_kernels.interface import ConvGeometry, Index, Kernels, accumulator_dtype
 from pallas_kernels.kernel_index import Pieces, pieces, row_place
@@ -66,11 +67,22 @@ def _tiling(geometry: ConvGeometry, height: int, width: int, batch: int) -> _Til
     (kernel_h, kernel_w), (stride_h, stride_w) = geometry.kernel_size, geometry.strides
     phases = min(kernel_h, stride_h), min(kernel_w, stride_w)
     rows, cols = out_h + (kernel_h - 1) // stride_h, out_w + (kernel_w - 1) // stride_w
-    batch_tiles = min(batch, -(-out_w * batch // TILE_POSITIONS))
-    batch_tile = -(-batch // batch_tiles)
-    most_rows = max(1, TILE_POSITIONS // (out_w * batch_tile))
-    row_tile = max(rows for rows in range(1, out_h + 1) if out_h % rows == 0 and rows <= most_rows)
+    if is_symbolic_dim(batch):
+        # As many rows as for one example, so that only the cut of the batch is symbolic; jax can compare that.
+        row_tile = _row_tile(out_h, out_w)
+        batch_tiles = -(-batch // max(1, TILE_POSITIONS // (row_tile * out_w)))
+        batch_tile = -(-batch // batch_tiles)
+    else:
+        batch_tiles = min(batch, -(-out_w * batch // TILE_POSITIONS))
+        batch_tile = -(-batch // batch_tiles)
+        row_tile = _row_tile(out_h, out_w * batch_tile)
     return _Tiling(batch, batch_tile, batch_tiles, row_tile, out_h, out_w, phases, rows, cols)
+
+
+def _row_tile(out_h: int, width: int) -> int:
+    """The most rows of `width` positions that divide the output and fit a tile."""
+    most = max(1, TILE_POSITIONS // width)
+    return max(rows for rows in range(1, out_h + 1) if out_h % rows == 0 and rows <= most)
 
 
 def _to_tiles(x: jax.Array, geometry: ConvGeometry, tiling: _Tiling) -> jax.Array:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dsb_jax.adapt import Report
+from dsb_jax.drafts import write_text
 from dsb_jax.methods.base import STATUS
 from dsb_jax.paths import path_name
-from dsb_jax.training.json_files import finite, write_atomically
+from dsb_jax.training.json_files import finite
 
 BEFORE_A_STEP = ("adapt", "stage")
 
@@ -34,7 +35,7 @@ class Metrics:
                 for entry in read_metrics(path)
                 if entry["step"] < resumed_at or (entry["step"] == resumed_at and entry["kind"] not in BEFORE_A_STEP)
             ]
-        write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in self.lines))
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.lines))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Adds an entry."""
