@@ -1,7 +1,7 @@
 # Each target does all of its own set-up: a virtual environment from Python 3.12 and what the project needs in it.
 #   make train [ARGS="--sparsity=0.95 --block_shape=32x8"]
 #   make test
-#   make test-foreign                  # models of `transformers` made sparse
+#   make test-foreign                  # models of other people's packages made sparse
 #   make test-oldest                   # the layers with the oldest versions that pyproject.toml allows
 #   make gpu-check [BIN=/usr/bin]      # on a machine with an NVIDIA GPU; with BIN, the python there, nothing is installed
 #   make gpu-accuracy [BIN=/usr/bin] ARGS=--data_dir=DIR

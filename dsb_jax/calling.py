@@ -1,8 +1,10 @@
-"""Calling a model whose code is not known: its inputs, and its argument for training mode whatever that is called."""
+"""Calling a model whose code is not known: its inputs, abstract or not, and its argument for training mode."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 # Names of the argument that tells training from evaluation, and what it is in training.
 _TRAIN_ARGUMENTS = {
@@ -12,6 +14,16 @@ _TRAIN_ARGUMENTS = {
     "deterministic": False,
     "inference": False,
 }
+
+
+def abstract_array(leaf: Any) -> jax.ShapeDtypeStruct | None:
+    """What tracing must know of an argument, its axes of a mesh included; None for what is no array."""
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        return None
+    sharding = getattr(leaf, "sharding", None)
+    return jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+    )
 
 
 def call_model(model: Any, first: Any, inputs: Any, *, train: bool, method: str = "apply", **options: Any) -> Any:

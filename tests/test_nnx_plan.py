@@ -175,6 +175,19 @@ def test_another_method_and_arguments_by_name():
     }  # fmt: skip
 
 
+def test_a_mesh_with_explicit_axes():
+    class Placed(MLP):
+        def __call__(self, x):
+            return self.second(self.first(x), out_sharding=jax.sharding.PartitionSpec("data", None))
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None)))
+        plan = dsb.nnx.plan(Placed(nnx.Rngs(0)), x, **SIZES)
+    assert set(plan.sparse) == {("first",)}
+    assert plan["second",] == "called with out_sharding"
+
+
 def test_rules_make_exceptions():
     rules = [dsb.Rule("first", dense=True), dsb.Rule("sec.*", sparsity=0.5)]
     plan = dsb.nnx.plan(MLP(nnx.Rngs(0)), X, rules=rules, **SIZES)

@@ -17,6 +17,7 @@ from flax import linen as nn
 from flax.core import DenyList, init, meta
 
 from dsb_jax.boxes import BOX, unboxed
+from dsb_jax.calling import abstract_array
 from dsb_jax.equations import Equation
 from dsb_jax.linen.layers import SparseConv, SparseDense
 from dsb_jax.linen.products import REWRITE_KERNELS, equation_of, inputs_of
@@ -187,7 +188,7 @@ def find_layers(
     """
     check_model(model)
     leaves, structure = jax.tree.flatten((args, dict(kwargs or {})))
-    arrays = {i: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves) if _is_array(leaf)}
+    arrays = {i: array for i, leaf in enumerate(leaves) if (array := abstract_array(leaf)) is not None}
     rngs = jax.random.key(0) if rngs is None else rngs
     watch = _Watch(keep_dense)
 
@@ -240,10 +241,6 @@ def _method(model: nn.Module, method: str | Callable[..., Any] | None) -> Callab
     if callable(method):
         return getattr(method, "__func__", method)  # of a bound one, `model.encode`
     return getattr(type(model), "__call__" if method is None else method)
-
-
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def _layer(path: Path, leaf: Any, watch: _Watch) -> tuple[Path, FoundLayer] | None:

@@ -5,6 +5,7 @@ shapes of its kernels. What only a call can show is traced abstractly, on a copy
 kernels that the model's own code reads.
 """
 
+import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dsb_jax.calling import abstract_array
 from dsb_jax.nnx.layers import SPARSE, dense_spec, sparse_class
 from dsb_jax.nnx.variables import Keys, check_model, modules_of, names
 from dsb_jax.paths import KERNEL, WEIGHTS, Path
@@ -54,10 +56,9 @@ def find_layers(
     reasons: dict[Keys, str] = {}
     order: dict[Keys, int] = {}
     if args or kwargs:
-        called, read = _watch(model, args, dict(kwargs or {}), call_method)
-        order = {keys: i for i, keys in enumerate(called)}
+        order, seen = _watch(model, args, dict(kwargs or {}), call_method)
         reasons = {keys: "never called by this call of the model" for keys in _candidates(modules) if keys not in order}
-        reasons |= dict.fromkeys(read, "the model's own code reads its kernel")
+        reasons |= seen
     reasons |= _by_structure(modules)
     layers: dict[Path, FoundLayer] = {}
     num_other = other_nbytes = 0
@@ -145,37 +146,36 @@ def stacked_spec(own: LayerSpec, shape: tuple[int, ...]) -> LayerSpec | None:
 
 def _watch(
     model: nnx.Module, args: Any, kwargs: Any, call_method: str | Callable[..., Any] | None
-) -> tuple[list[Keys], set[Keys]]:
-    """Traces a call of a copy: which layers are called, in order, and whose kernels are read by others."""
-    called: dict[Keys, None] = {}
-    read: set[Keys] = set()
+) -> tuple[dict[Keys, int], dict[Keys, str]]:
+    """Traces a call of a copy: when each layer is called first, and what keeps some of them dense."""
+    order: dict[Keys, int] = {}
+    reasons: dict[Keys, str] = {}
     running: list[Keys] = []
     graphdef, state = nnx.split(model)
     leaves, structure = jax.tree.flatten((args, kwargs))
-    arrays = {
-        i: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for i, leaf in enumerate(leaves)
-        if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-    }
+    arrays = {i: array for i, leaf in enumerate(leaves) if (array := abstract_array(leaf)) is not None}
 
     def run(state: Any, arrays: Mapping[int, Any]) -> None:
         copy = nnx.merge(graphdef, state, copy=True)
         for keys, module in _candidates(dict(modules_of(copy))).items():
-            module.__class__ = _watched(type(module), called, read, running)
+            module.__class__ = _watched(type(module), order, reasons, running)
             module.dsb_keys = keys  # type: ignore[attr-defined]
         args, kwargs = jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
         method = call_method if callable(call_method) else getattr(type(copy), call_method or "__call__")
         getattr(method, "__func__", method)(copy, *args, **kwargs)  # of a bound one, `model.encode`
 
     jax.eval_shape(run, nnx.as_pure(state), arrays)
-    return list(called), read
+    return order, reasons
 
 
-def _watched(base: Any, called: dict[Keys, None], read: set[Keys], running: list[Keys]) -> type:
+def _watched(base: Any, order: dict[Keys, int], reasons: dict[Keys, str], running: list[Keys]) -> type:
     """The class of a layer, whose calls and whose kernel are watched."""
+    signature = inspect.signature(base.__call__)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        called[self.dsb_keys] = None
+        order.setdefault(self.dsb_keys, len(order))
+        if signature.bind(self, *args, **kwargs).arguments.get("out_sharding") is not None:
+            reasons[self.dsb_keys] = "called with out_sharding"
         running.append(self.dsb_keys)
         try:
             return base.__call__(self, *args, **kwargs)
@@ -184,7 +184,7 @@ def _watched(base: Any, called: dict[Keys, None], read: set[Keys], running: list
 
     def get(self: Any) -> Any:
         if running[-1:] != [self.dsb_keys]:
-            read.add(self.dsb_keys)
+            reasons[self.dsb_keys] = "the model's own code reads its kernel"
         return vars(self)[KERNEL]
 
     kernel = property(get, lambda self, value: vars(self).__setitem__(KERNEL, value))

@@ -1,4 +1,4 @@
-"""Models of `transformers`, with random weights: code that nobody here wrote. Two CPU devices, for `pmap`.
+"""Models of other code bases, with random weights: code that nobody here wrote. Two CPU devices, for `pmap`.
 
 They need the extra `foreign`, so pytest finds these tests only when it is given their folder: `make test-foreign`.
 """

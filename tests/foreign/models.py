@@ -1,4 +1,4 @@
-"""The foreign models in small configurations: module, batch, outputs."""
+"""Linen models of `transformers` in small configurations: module, batch, outputs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -61,6 +61,12 @@ def translation(key):
     return source, jnp.ones_like(source), target, jnp.ones_like(target), *positions
 
 
+def speech(key):
+    """Mel features, of which a convolution with stride 2 keeps every other; words, their mask and their positions."""
+    features, (*_, target, mask, _, positions) = jax.random.normal(key, (BATCH, 8, 2 * LENGTH)), translation(key)
+    return features, target, mask, positions
+
+
 def bert():
     config = transformers.BertConfig(vocab_size=WORDS, max_position_embeddings=16, num_labels=CLASSES, **SIZES)
     return transformers.FlaxBertForSequenceClassification.module_class(config)
@@ -77,6 +83,13 @@ def resnet():
     return transformers.FlaxResNetForImageClassification.module_class(config)
 
 
+def regnet():
+    config = transformers.RegNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], groups_width=8, layer_type="y", num_labels=CLASSES
+    )
+    return transformers.FlaxRegNetForImageClassification.module_class(config)
+
+
 def bart():
     config = transformers.BartConfig(
         vocab_size=WORDS, max_position_embeddings=16, d_model=32, encoder_layers=1, decoder_layers=1,
@@ -85,10 +98,21 @@ def bart():
     return transformers.FlaxBartForConditionalGeneration.module_class(config)
 
 
+def whisper():
+    config = transformers.WhisperConfig(
+        vocab_size=WORDS, num_mel_bins=8, max_source_positions=LENGTH, max_target_positions=16, d_model=32,
+        encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64, encoder_attention_heads=4,
+        decoder_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    return transformers.FlaxWhisperForConditionalGeneration.module_class(config)
+
+
 TRAIN = {"deterministic": False}
 MODELS = {
     "bert": Foreign(bert, text, TRAIN, num_sparse=8),  # q, k, v, out, two of the MLP; pooler, classifier
     "vit": Foreign(vit, image, TRAIN, num_sparse=8),  # the same six; patches, classifier
     "resnet": Foreign(resnet, image, TRAIN, num_sparse=7, mutable=("batch_stats",)),
+    "regnet": Foreign(regnet, image, TRAIN, num_sparse=10, mutable=("batch_stats",)),  # its grouped ones are dense
     "bart": Foreign(bart, translation, TRAIN, num_sparse=16),  # encoder 4 + 2, decoder 8 + 2; the tied head is dense
+    "whisper": Foreign(whisper, speech, TRAIN, num_sparse=16),  # likewise, and two 1-D convolutions
 }
