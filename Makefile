@@ -2,6 +2,7 @@
 #   make train [ARGS="--sparsity=0.95 --block_shape=32x8"]
 #   make test
 #   make test-foreign                  # models of other people's packages made sparse
+#   make campaign                      # the long tests, which make test leaves out
 #   make test-oldest                   # the layers with the oldest versions that pyproject.toml allows
 #   make gpu-check [BIN=/usr/bin]      # on a machine with an NVIDIA GPU; with BIN, the python there, nothing is installed
 #   make gpu-accuracy [BIN=/usr/bin] ARGS=--data_dir=DIR
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
-.PHONY: train test test-foreign test-oldest lint gpu-check gpu-accuracy gpu-compiler clean
+.PHONY: train test campaign test-foreign test-oldest lint gpu-check gpu-accuracy gpu-compiler clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m experiments.train $(ARGS)
@@ -18,6 +19,9 @@ train: $(VENV)/.installed
 # Tests of one file mostly stay together, and so does what they compile.
 test: $(VENV)/.installed-dev $(VENV)/.installed-gpu-compiler lint
 	$(BIN)/python -m pytest -n auto --dist=worksteal
+
+campaign: $(VENV)/.installed-dev $(VENV)/.installed-gpu-compiler
+	$(BIN)/python -m pytest -n auto --dist=worksteal -m campaign
 
 test-foreign: $(VENV)/.installed-foreign
 	$(BIN)/python -m pytest -n auto --dist=worksteal --durations=5 tests/foreign

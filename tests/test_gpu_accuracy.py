@@ -20,6 +20,7 @@ on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what happe
 ENVIRONMENT = {"device": "a GPU", "jax": "1"}
 
 
+@pytest.mark.campaign
 @on_a_cpu
 def test_a_rehearsal_trains_writes_and_goes_on_where_it_ended(tmp_path, monkeypatch, capsys):
     """With two of its arms; `--rehearse` alone trains all of them."""

@@ -117,6 +117,7 @@ def test_adapting_adds_the_scratch_of_one_layer():
     assert total(columns) < total(adapt) - 2 * DENSE_LAYER  # no layer is written out in dense form
 
 
+@pytest.mark.campaign
 def test_layers_of_different_sizes_share_their_scratch():
     """No two sizes share a compiled loop, and still there is one layer in dense form at a time."""
 

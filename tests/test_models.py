@@ -177,7 +177,10 @@ def test_layer_classes_are_arguments():
     assert built == ["stem", "conv_1", "conv_2", "conv_3", "head"]
 
 
-@pytest.mark.parametrize("name", ["convnet", "resnet18", "vgg16", "wrn-10-1"])
+LONG = [pytest.param(name, marks=pytest.mark.campaign) for name in ("resnet18", "vgg16")]
+
+
+@pytest.mark.parametrize("name", ["convnet", "wrn-10-1", *LONG])
 def test_feature_major_models_compute_the_same(name):
     images = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
     models_ = [

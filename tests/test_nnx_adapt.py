@@ -19,7 +19,15 @@ X, LABELS = jax.random.normal(KEY, (8, WIDTH)), jnp.arange(8) % 4
 METHOD = DSB(update_interval=2, update_end_step=100)
 
 
-class Net(MLP):
+class Square(MLP):
+    """Two equal layers, which share what is compiled for them."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.first, self.second = (nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(2))
+
+
+class Net(Square):
     """With everything that counts in a forward pass."""
 
     def __init__(self, rngs):
@@ -128,7 +136,7 @@ def test_layers_that_the_optimizer_does_not_train_stay(before):
 def test_a_layer_that_is_called_twice():
     """The norm of the sum, not the sum of the norms: as the core counts it, whatever the face."""
 
-    class Twice(MLP):
+    class Twice(Square):
         def __call__(self, x):
             return self.third(self.second(nnx.relu(self.first(nnx.relu(self.second(nnx.relu(self.first(x))))))))
 
@@ -150,13 +158,13 @@ def test_replicas_agree_over_a_named_axis(before):
 
 def test_in_tree_mode(before):
     with nnx.set_graph_mode(False):
-        model = sparse(MLP(nnx.Rngs(0)), X, implementation="dense")
+        model = sparse(Square(nnx.Rngs(0)), X, implementation="dense")
         optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
         assert all(layer.accepted > 0 for layer in adapt(model, optimizer).values())
 
 
 def test_an_optimizer_of_the_dense_model_is_refused_by_name():
-    model = MLP(nnx.Rngs(0))
+    model = Square(nnx.Rngs(0))
     plan, optimizer = dsb.nnx.plan(model, X, **SIZES), nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
     dsb.nnx.sparsify(model, plan, rngs=nnx.Rngs(1))
     state = nnx.state(model)

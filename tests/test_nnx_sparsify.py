@@ -157,7 +157,7 @@ def test_sharding_metadata_follows():
         assert dsb.nnx.to_dense(model).linear.kernel.get_metadata("out_sharding") == (None, None)
 
 
-@settings(max_examples=4)  # the geometry is what Linen layers have, and tested there
+@settings(max_examples=3)  # the geometry is what Linen layers have, and tested there
 @given(
     kernel_size=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     strides=st.sampled_from([None, 1, 2, (2, 1)]),

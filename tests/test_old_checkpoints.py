@@ -83,7 +83,9 @@ def test_an_old_run_is_restored(name, old, expected):
     assert checksums(restored.state) == expected[name]["restored"]
 
 
-@pytest.mark.parametrize("name", GOING_ON)
+@pytest.mark.parametrize(
+    "name", [GOING_ON[0], *(pytest.param(name, marks=pytest.mark.campaign) for name in GOING_ON[1:])]
+)
 def test_an_old_run_goes_on(name, old, expected, batches):
     found, want = go_on(restore(old / name), batches), expected[name]
     assert (found["adapted"] != {}) == (name != "dense")

@@ -53,7 +53,11 @@ def trained_step_by_step(config, components, dataset, seed):
     return state, num_adaptations
 
 
-@pytest.mark.parametrize(("method", "seeds"), [("dsb", (3,)), ("set", (0, 5))], ids=["one seed", "two together"])
+@pytest.mark.parametrize(
+    ("method", "seeds"),
+    [pytest.param("dsb", (3,), marks=pytest.mark.campaign), ("set", (0, 5))],
+    ids=["one seed", "two together"],
+)
 def test_scans_are_the_loop_over_steps(digits, method, seeds):
     config = whole_segments(loop.for_dataset(dataclasses.replace(CONFIG, method=method), digits), least_adaptations=1)
     assert (config.total_steps, config.update_interval) == (20, 4)
