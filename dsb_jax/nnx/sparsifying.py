@@ -125,7 +125,8 @@ def load_params[Model: nnx.Module](
         kernel = tuple(layers[layer_path(path)].kernel.get_value().shape)
         if node.kernel_shape != kernel:
             raise ValueError(
-                f"{path_name(layer_path(path))} has a kernel of {kernel}, its topology {node.kernel_shape}."
+                f"{path_name(layer_path(path))} has a kernel of {kernel}, its topology is of {node.kernel_shape}; give "
+                "the parameters of this model, and their topology."
             )
         wanted[path] = node.blocks_shape
     arrays = by_path(params, leaf=BOX)
