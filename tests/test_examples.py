@@ -33,7 +33,7 @@ def test_an_example_fits_on_a_page_and_says_how_to_run_it(path):
 
 
 def test_own_linen_model():
-    table = rows("examples/own_linen_model.py", "--steps=120")
+    table = rows("examples/own_linen_model.py", "--steps=80")
     for name in ("dense", "masked", "sparse"):
         accuracy, _, milliseconds = table[name]
         assert accuracy > 0.9, table
@@ -42,7 +42,7 @@ def test_own_linen_model():
 
 
 def test_own_nnx_model():
-    table = rows("-m", "examples.own_nnx_model", "--steps=160")  # adapts at 50, before it is saved, and at 100
+    table = rows("-m", "examples.own_nnx_model", "--steps=140")  # adapts at 50, before it is saved, and at 100
     accuracy, *_, weights, _ = table["sparse"]
     assert accuracy > 0.9, table
     assert table["restored"] == table["sparse"]
@@ -51,21 +51,22 @@ def test_own_nnx_model():
 
 
 def test_transformer():
-    table = rows("examples/transformer.py", "--steps=30", "--width=64", "--layers=1")
-    (dense, *middle, last) = (table[sparsity] for sparsity in ("0", "0.8", "0.9"))
-    for sparse in (*middle, last):
-        assert sparse[:3] == [6, "of", 9]  # query, key, value, out, up and down
-    for *_, parameters, megabytes, bits, seconds in (dense, *middle, last):
-        assert bits < 6 < 6.6  # the logarithm of 97 characters
-        assert abs(megabytes - 12 * parameters / 1e6) < 0.1  # weights and two moments, and the positions
+    table = rows("examples/transformer.py", "--steps=20", "--width=64", "--layers=1")
+    dense, *sparse = models = [table[sparsity] for sparsity in ("0", "0.8", "0.9")]
+    assert dense[:3] == [0, "of", 9]
+    for *counts, parameters, _, _, _ in sparse:
+        assert counts == [6, "of", 9]  # query, key, value, out, up and down
+        assert parameters < dense[3] / 2
+    for *_, parameters, megabytes, bits, seconds in models:
+        assert abs(megabytes - 12 * parameters / 1e6) < 0.1  # weights and two moments, and where they lie
+        assert bits < 6  # of 6.6, the logarithm of 97 characters
         assert seconds > 0
-    assert dense[3] > 2 * last[3]
 
 
 def test_finetune_dense():
-    table = rows("examples/finetune_dense.py", "--steps=240", "--seeds=0")
-    dense, pruned, finetuned, gradual, *kept = table["0"]
-    assert kept == ["equal", "bits"]
+    table = rows("examples/finetune_dense.py", "--steps=150", "--seeds=0")
+    dense, pruned, finetuned, gradual, kept, _, planned = table["0"]
+    assert kept == planned == table["parameters:"][0]  # none changed, none lost
     assert dense > 0.95
     assert pruned < dense
     assert min(finetuned, gradual) > max(pruned, dense - 0.03), table
