@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 # Names of the argument that tells training from evaluation, and what it is in training.
 _TRAIN_ARGUMENTS = {
@@ -21,8 +22,9 @@ def abstract_array(leaf: Any) -> jax.ShapeDtypeStruct | None:
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         return None
     sharding = getattr(leaf, "sharding", None)
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype) if isinstance(leaf, np.ndarray) else leaf.dtype
     return jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+        leaf.shape, dtype, sharding=sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
     )
 
 

@@ -46,7 +46,9 @@ class GradualDensity:
                 params, topology, opt_state, report = adapt(params, topology, opt_state, step, key, *batch)
             params, opt_state = train(params, topology, opt_state, *batch)
 
-    The model serves every stage, since sizes are read from the topology; each stage compiles the steps once.
+    The model serves every stage, since sizes are read from the topology; each stage compiles the steps once. Of an NNX
+    model it is `dsb.nnx.restage(model, optimizer, stages[step], method, key)`, with the method that its layers were
+    made with: `Static()`, shuffled blocks, where none was given.
 
     Attributes:
       initial_density: of the first stage, over the layers of a plan that can be sparse, in (0, 1].

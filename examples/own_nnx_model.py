@@ -1,7 +1,7 @@
 """A model of Flax's NNX, written without a word of sparsity, becomes sparse by the numbered lines and learns digits.
 Half way Orbax saves the training; restored into what `nnx.eval_shape` gives, it goes on to the same bits.
 
-    python examples/own_nnx_model.py [--sparsity=0.9 --steps=600 --seed=0]    # seeds 0, 1, 2: 98.6, 98.3, 98.6 %
+    python examples/own_nnx_model.py [--sparsity=0.9 --steps=400 --seed=0]   # seeds 0-4: 98.1, 98.9, 98.3, 99.2, 98.1 %
 """
 
 import tempfile
@@ -17,7 +17,7 @@ import dsb_jax as dsb  # 1
 from dsb_jax.training import data
 
 SPARSITY = flags.DEFINE_float("sparsity", 0.9, "Fraction of zeros over the layers that can be sparse.")
-STEPS = flags.DEFINE_integer("steps", 600, "Training steps.")
+STEPS = flags.DEFINE_integer("steps", 400, "Training steps.")
 SEED = flags.DEFINE_integer("seed", 0, "Of weights, pattern and batches.")
 
 
@@ -45,12 +45,12 @@ def train_step(model, optimizer, x, y):
 def create(sparsity):
     model = Net(nnx.Rngs(SEED.value))
     plan = dsb.nnx.plan(model, jax.ShapeDtypeStruct((1, 8, 8, 1), "float32"), sparsity=sparsity)  # 2
-    dsb.nnx.sparsify(model, plan, rngs=nnx.Rngs(SEED.value))  # 3
-    return model, nnx.Optimizer(model, optax.sgd(optax.cosine_decay_schedule(0.1, STEPS.value), 0.9), wrt=nnx.Param)
+    dsb.nnx.sparsify(model, plan, rngs=nnx.Rngs(SEED.value + 1))  # 3
+    return model, nnx.Optimizer(model, optax.adamw(optax.cosine_decay_schedule(5e-3, STEPS.value)), wrt=nnx.Param)
 
 
 def train(model, optimizer, batches):
-    method = dsb.methods.DSB(update_interval=50, update_end_step=3 * STEPS.value // 4)  # 4
+    method = dsb.methods.DSB.for_adam(update_interval=50, update_end_step=3 * STEPS.value // 4)  # 4
     for step, batch in batches:
         if method.due(step) and dsb.nnx.topology(model):  # 5
             dsb.nnx.adapt(model, optimizer, loss_fn, method, *batch, step=step, key=jax.random.key(step))  # 6
@@ -60,7 +60,7 @@ def train(model, optimizer, batches):
 def main(_):
     logging.set_verbosity(logging.WARNING)
     digits, half = data.load("digits"), STEPS.value // 2
-    order = np.random.default_rng(SEED.value).integers(len(digits.train_labels), size=(STEPS.value, 64))
+    order = np.random.default_rng(SEED.value).integers(len(digits.train_labels), size=(STEPS.value, 128))
     batches = list(enumerate(zip(digits.train_inputs[order] / 255, digits.train_labels[order], strict=True)))
     dense, sparse, restored = create(0), create(SPARSITY.value), nnx.eval_shape(lambda: create(SPARSITY.value))
     train(*sparse, batches[:half])
