@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,9 +175,38 @@ def _as_function(model: Any, variables: Any, kwargs: Mapping[str, Any] | None, m
         model, options = model.apply, options | ({} if method is None else {"method": method})
     elif method is not None:
         raise ValueError(f"method={method!r} is for Linen modules; give the method itself as the model.")
+    elif _is_nnx(model):
+        if variables is not None:
+            raise ValueError("variables are given beside an NNX model, which holds its own; give None.")
+        model = _pure(model)
     elif not callable(model):
         raise ValueError(f"{model!r} is neither a Linen module nor a function; give what computes the outputs.")
     return lambda *inputs: model(*before, *inputs, **options)
+
+
+def _is_nnx(model: Any) -> bool:
+    """Whether it is a model of NNX, which nobody has who did not import it."""
+    nnx: Any = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(model, nnx.Module)
+
+
+def _pure(model: Any) -> Callable[..., Any]:
+    """A function of the inputs that leaves the model alone: transformations inside of it change what they are given.
+
+    Raises:
+      ValueError: if a module of it is in training mode.
+    """
+    nnx: Any = sys.modules["flax.nnx"]
+    for path, module in nnx.iter_modules(model):
+        drops = getattr(module, "deterministic", None) is False and getattr(module, "rate", 1) != 0
+        if drops or getattr(module, "use_running_average", None) is False:
+            where = "/".join(map(str, path)) or "the model"
+            raise ValueError(
+                f"the model wants to be trained: {where} ({type(module).__name__}) is in training mode. Export it "
+                "after model.eval()."
+            )
+    graphdef, state = nnx.split(model)
+    return lambda *inputs, **options: nnx.merge(graphdef, state, copy=True)(*inputs, **options)
 
 
 def _with_cpu_index(variables: Any) -> Any:

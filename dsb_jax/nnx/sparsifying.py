@@ -43,8 +43,8 @@ def sparsify[Model: nnx.Module](
       model: the dense model that the plan was made of. If anything is wrong, it stays as it is.
       plan: see `dsb_jax.nnx.plan`.
       method: how layers begin and what they store; by default shuffled blocks, which `DSB` adapts.
-      rngs: what the method draws from, its stream `params`; or a PRNG key. Of another seed than the model's, which draws
-        its first kernel from the same numbers.
+      rngs: what the method draws from, its stream `params`; or a PRNG key. Not of the model's own seed, from which its
+        first kernel was drawn.
       implementation: of the products, see `dsb_jax.ops.dispatch`.
 
     Returns:
