@@ -1,7 +1,7 @@
 """Calling a model whose code is not known: its inputs, abstract or not, and its argument for training mode."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,15 +17,39 @@ _TRAIN_ARGUMENTS = {
 }
 
 
-def abstract_array(leaf: Any) -> jax.ShapeDtypeStruct | None:
-    """What tracing must know of an argument, its axes of a mesh included; None for what is no array."""
-    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-        return None
-    sharding = getattr(leaf, "sharding", None)
-    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype) if isinstance(leaf, np.ndarray) else leaf.dtype
+def abstract_arguments(args: Any, kwargs: Any) -> tuple[dict[int, Any], Callable[[Mapping[int, Any]], Any]]:
+    """The arrays among the arguments of a call, to be traced.
+
+    Returns:
+      What tracing must know of each, by number, and a function that gives `(args, kwargs)` with other arrays in their
+      places; what is no array (`train=True`) stays.
+    """
+    leaves, structure = jax.tree.flatten((args, kwargs))
+
+    def with_arrays(arrays: Mapping[int, Any]) -> Any:
+        return jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return {i: _abstract(leaf) for i, leaf in enumerate(leaves) if _is_array(leaf)}, with_arrays
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _abstract(array: Any) -> jax.ShapeDtypeStruct:
+    """With its axes of a mesh, and in a dtype that jax has."""
+    sharding = getattr(array, "sharding", None)
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype) if isinstance(array, np.ndarray) else array.dtype
     return jax.ShapeDtypeStruct(
-        leaf.shape, dtype, sharding=sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+        array.shape, dtype, sharding=sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
     )
+
+
+def method_of(model: Any, method: str | Callable[..., Any] | None) -> Callable[..., Any]:
+    """The function of a model's class that is meant, by default `__call__`; it takes the model first."""
+    if callable(method):
+        return getattr(method, "__func__", method)  # of a bound one, `model.encode`
+    return getattr(type(model), "__call__" if method is None else method)
 
 
 def call_model(model: Any, first: Any, inputs: Any, *, train: bool, method: str = "apply", **options: Any) -> Any:

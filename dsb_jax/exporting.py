@@ -29,9 +29,9 @@ import numpy as np
 from dsb_jax.drafts import draft_of
 from dsb_jax.example_batch import BatchAxis, ExampleBatch, as_text
 from dsb_jax.ops.dispatch import A_DENSE_LAYER, Choice, record_choices
-from dsb_jax.tables import Table
+from dsb_jax.tables import AsTable, Table
 from dsb_jax.target import compiling_for, compiling_for_any
-from dsb_jax.topology import LayerTopology, with_index
+from dsb_jax.topology import is_node, with_index
 from pallas_kernels.kernel_index import entries_for
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -42,7 +42,7 @@ CHECKED_SIZES = (1, 7)  # beside the one that is given: the smallest, and an odd
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportReport:
+class ExportReport(AsTable):
     """What was written, and how near it comes to the model.
 
     Attributes:
@@ -77,15 +77,6 @@ class ExportReport:
         for size, difference in self.differences.items():
             rows.append((f"batch {size}" if size else "checked", f"differs from the model by {difference:.1e}"))
         return Table(("file", str(self.path)), rows)
-
-    def __str__(self) -> str:
-        return str(self.table)
-
-    def _repr_html_(self) -> str:
-        return self.table.html()
-
-    def __rich__(self) -> Any:
-        return self.table.rich()
 
 
 def export(
@@ -211,10 +202,6 @@ def _pure(model: Any) -> Callable[..., Any]:
 
 def _with_cpu_index(variables: Any) -> Any:
     """Variables whose layouts have beside them what the product on a CPU reads: nobody derives that in a call, then."""
-
-    def is_node(leaf: Any) -> bool:
-        return isinstance(leaf, LayerTopology)
-
     nodes = filter(is_node, jax.tree.leaves(variables, is_leaf=is_node))
     lacking = (
         node for node in nodes

@@ -12,7 +12,7 @@ from dsb_jax.convert import to_dense
 from dsb_jax.optimizer_states import undecayed_layers
 from dsb_jax.paths import Path, by_path, layer_path, nodes, path_name, weights_at
 from dsb_jax.plan import SparsityPlan, check_plan
-from dsb_jax.tables import Table
+from dsb_jax.tables import AsTable, Table
 from dsb_jax.telemetry import active_positions, layers_of
 from dsb_jax.topology import LayerTopology, without_index
 
@@ -49,7 +49,7 @@ class SparseLayer:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelReport:
+class ModelReport(AsTable):
     """The sparse layers, the kernels that stay dense with the reason if a plan tells it, and bytes.
 
     Attributes:
@@ -99,15 +99,6 @@ class ModelReport:
         return Table(
             ("layer", "kernel", "density", "blocks", "dead outputs", "unread inputs", "bytes"), rows, tuple(notes)
         )
-
-    def __str__(self) -> str:
-        return str(self.table)
-
-    def _repr_html_(self) -> str:
-        return self.table.html()
-
-    def __rich__(self) -> Any:
-        return self.table.rich()
 
 
 def report(

@@ -21,7 +21,7 @@ from dsb_jax.paths import Path, by_path, path_name
 from dsb_jax.plan_table import plan_table
 from dsb_jax.rules import Rule, check_block_shape, check_effects, check_rules, first_match
 from dsb_jax.spec import LayerSpec
-from dsb_jax.tables import Table
+from dsb_jax.tables import AsTable, Table
 
 DISTRIBUTIONS = {"uniform": uniform, "erk": erk}
 MIN_BLOCKS = 8
@@ -79,7 +79,7 @@ class PlannedLayer(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SparsityPlan(Mapping[Path, LayerSpec | str]):
+class SparsityPlan(AsTable, Mapping[Path, LayerSpec | str]):
     """The plan of a whole model: path -> `LayerSpec` in blocks, or the reason (a text) why the layer stays dense.
 
     Hashable, so that it can be an attribute of Flax modules. `print(plan)` shows it as a table.
@@ -200,18 +200,9 @@ class SparsityPlan(Mapping[Path, LayerSpec | str]):
         """What `print`, rich and a notebook show."""
         return plan_table(self)
 
-    def __str__(self) -> str:
-        return str(self.table)
-
     def __repr__(self) -> str:
         kept = len(self.layers) - len(self.sparse)
         return f"<SparsityPlan: {len(self.sparse)} layers sparse ({self.sparsity():.2%}), {kept} dense; print it>"
-
-    def _repr_html_(self) -> str:
-        return self.table.html()
-
-    def __rich__(self) -> Any:
-        return self.table.rich()
 
 
 def _holds(spec: LayerSpec, blocks: Any) -> bool:

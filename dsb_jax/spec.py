@@ -173,3 +173,9 @@ def conv_spec(kernel_size: tuple[int, ...], c_in: int, out: int) -> LayerSpec:
         in_axes=tuple(range(rank + 1)),
         spatial_axes=tuple(range(rank)),
     )
+
+
+def kept_spec(shape: tuple[int, ...]) -> LayerSpec:
+    """Any kernel that stays dense: rows are its last axis, columns all others."""
+    last = len(shape) - 1
+    return LayerSpec(shape, (last,), tuple(range(last)))

@@ -46,3 +46,20 @@ class Table(NamedTuple):
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))
         return Group(table, *(Text(note) for note in self.notes))
+
+
+class AsTable:
+    """What has a `table` is shown by it: printed, in a notebook, and by rich."""
+
+    @property
+    def table(self) -> Table:
+        raise NotImplementedError(f"{type(self).__name__} has no table.")
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
+
+    def __rich__(self) -> Any:
+        return self.table.rich()

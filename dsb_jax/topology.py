@@ -184,19 +184,20 @@ def index_as(tree: Any, like: Any) -> Any:
     """A concrete tree without indexes with those that its nodes have in `like`, a tree of shapes; made anew."""
 
     def add(leaf: Any, old: Any) -> Any:
-        if not _is_node(leaf) or old.index is None:
+        if not is_node(leaf) or old.index is None:
             return leaf
         return _index_anew(leaf, old.index.entries)
 
-    return jax.tree.map(add, tree, like, is_leaf=_is_node)
+    return jax.tree.map(add, tree, like, is_leaf=is_node)
 
 
-def _is_node(leaf: Any) -> bool:
+def is_node(leaf: Any) -> bool:
+    """Whether it is the topology of a layer, which functions over trees take for a leaf."""
     return isinstance(leaf, LayerTopology)
 
 
 def _map_nodes(function: Callable[[LayerTopology], LayerTopology], tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: function(leaf) if _is_node(leaf) else leaf, tree, is_leaf=_is_node)
+    return jax.tree.map(lambda leaf: function(leaf) if is_node(leaf) else leaf, tree, is_leaf=is_node)
 
 
 def _index_anew(node: LayerTopology, entries: tuple[str, ...]) -> LayerTopology:

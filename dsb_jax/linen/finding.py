@@ -17,7 +17,7 @@ from flax import linen as nn
 from flax.core import DenyList, init, meta
 
 from dsb_jax.boxes import BOX, unboxed
-from dsb_jax.calling import abstract_array
+from dsb_jax.calling import abstract_arguments, method_of
 from dsb_jax.equations import Equation
 from dsb_jax.linen.layers import SparseConv, SparseDense
 from dsb_jax.linen.products import REWRITE_KERNELS, equation_of, inputs_of
@@ -33,7 +33,7 @@ from dsb_jax.refusals import (
     rewritten_by,
     unserved,
 )
-from dsb_jax.spec import LayerSpec, conv_spec, linear_spec
+from dsb_jax.spec import LayerSpec, conv_spec, kept_spec, linear_spec
 
 LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv)
 _NAMES = ", ".join(layer.__name__ for layer in LAYERS)
@@ -187,16 +187,15 @@ def find_layers(
         kernel of a layer.
     """
     check_model(model)
-    leaves, structure = jax.tree.flatten((args, dict(kwargs or {})))
-    arrays = {i: array for i, leaf in enumerate(leaves) if (array := abstract_array(leaf)) is not None}
+    arrays, with_arrays = abstract_arguments(args, dict(kwargs or {}))
     rngs = jax.random.key(0) if rngs is None else rngs
     watch = _Watch(keep_dense)
 
     def run(scope: Any, *args: Any, **kwargs: Any) -> Any:
-        return _method(model, call_method)(model.clone(parent=scope, _deep_clone=True), *args, **kwargs)
+        return method_of(model, call_method)(model.clone(parent=scope, _deep_clone=True), *args, **kwargs)
 
     def params_of(arrays: Mapping[int, Any]) -> Any:
-        args, kwargs = jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+        args, kwargs = with_arrays(arrays)
         # The flag belongs to the cache key of `nn.jit`, whose trace of the unwatched model would not be watched.
         begin = init(run, mutable=DenyList("intermediates"), flags={"dsb_jax": watch.flag})
         with nn.intercept_methods(watch):
@@ -237,12 +236,6 @@ def check_model(model: Any) -> None:
         raise ValueError(f"this {type(model).__name__} is sparse already; give the dense model.")
 
 
-def _method(model: nn.Module, method: str | Callable[..., Any] | None) -> Callable[..., Any]:
-    if callable(method):
-        return getattr(method, "__func__", method)  # of a bound one, `model.encode`
-    return getattr(type(model), "__call__" if method is None else method)
-
-
 def _layer(path: Path, leaf: Any, watch: _Watch) -> tuple[Path, FoundLayer] | None:
     """A parameter as a layer by its path; None for biases, scales and the like."""
     if isinstance(leaf, _Found):
@@ -257,8 +250,7 @@ def _layer(path: Path, leaf: Any, watch: _Watch) -> tuple[Path, FoundLayer] | No
     kind = watch.kinds.get(path[:-1], "")
     if (reason := watch.reasons.get(path[:-1])) is None:
         reason = LOOKED_UP if kind == nn.Embed.__name__ else of_foreign_module(kind, _NAMES)
-    rank = len(leaf.shape)
-    return layer, FoundLayer(LayerSpec(leaf.shape, (rank - 1,), tuple(range(rank - 1))), reason, str(leaf.dtype))
+    return layer, FoundLayer(kept_spec(leaf.shape), reason, str(leaf.dtype))
 
 
 def _lifted(spec: LayerSpec, lifted: tuple[int, ...], shape: tuple[int, ...]) -> tuple[LayerSpec, str | None]:
@@ -278,4 +270,4 @@ def _lifted(spec: LayerSpec, lifted: tuple[int, ...], shape: tuple[int, ...]) ->
 def _unstacked(spec: LayerSpec, shape: tuple[int, ...]) -> LayerSpec:
     if math.prod(shape) == spec.size:
         return spec
-    return LayerSpec(shape, (len(shape) - 1,), tuple(range(len(shape) - 1)))
+    return kept_spec(shape)

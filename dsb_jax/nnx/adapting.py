@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from dsb_jax import adapt as core_adapt
@@ -31,7 +32,7 @@ from dsb_jax.nnx.variables import (
 from dsb_jax.ops.statistics import AxisName, Zero
 from dsb_jax.paths import WEIGHTS, by_path, key_name, nested, nodes, path_name, weights_at
 from dsb_jax.plan import SparsityPlan
-from dsb_jax.topology import LayerTopology
+from dsb_jax.topology import is_node
 
 
 def adapt(
@@ -72,7 +73,7 @@ def adapt(
     trees = _Trees.of(model, optimizer)
     optimizer_states.check_storage(method, trees.topology)
     statistics = measure(model, loss_fn, method, *batch, axis_name=axis_name, has_aux=has_aux)
-    return update(model, optimizer, method, statistics, step=step, key=key, where=where, fill=fill)
+    return trees.update(optimizer.tx, method, statistics, step=step, key=key, where=where, fill=fill)
 
 
 def measure(
@@ -109,12 +110,7 @@ def update(
 ) -> Report:
     """The second half of an adaptation, in place. Arguments, result and errors as in `adapt`."""
     trees = _Trees.of(model, optimizer)
-    params, layouts, opt_state, report = core_adapt.update(
-        method, optimizer.tx, trees.params, trees.topology, trees.opt_state, step, key, statistics, where=where,
-        fill=fill,
-    )  # fmt: skip
-    trees.write(params, layouts, opt_state)
-    return report
+    return trees.update(optimizer.tx, method, statistics, step=step, key=key, where=where, fill=fill)
 
 
 def restage(
@@ -171,7 +167,7 @@ class _Loss:
     def __call__(self, variables: Mapping[str, Any], *batch: Any) -> Any:
         zeros = by_path(variables["statistics"], leaf=Zero)
         held = {}
-        for keys, node in jax.tree_util.tree_leaves_with_path(variables["topology"], is_leaf=_is_node):
+        for keys, node in jax.tree_util.tree_leaves_with_path(variables["topology"], is_leaf=is_node):
             held[(*(key.key for key in keys[:-1]), TOPOLOGY)] = Observed(node, zeros[tuple(map(key_name, keys))])
         topologies = nnx.from_flat_state(held)
         return self.loss_fn(nnx.merge(self.graphdef, topologies, variables["params"], copy=True), *batch)
@@ -214,6 +210,17 @@ class _Trees(NamedTuple):
         _check_made_after(optimizer, trees)
         return trees
 
+    def update(
+        self, tx: optax.GradientTransformation, method: Method, statistics: Any, *, step: Any, key: jax.Array,
+        **options: Any,
+    ) -> Report:  # fmt: skip
+        """The core's update, written into the model and the optimizer."""
+        *new, report = core_adapt.update(
+            method, tx, self.params, self.topology, self.opt_state, step, key, statistics, **options
+        )
+        self.write(*new)
+        return report
+
     def write(self, params: Any, topology: Any, opt_state: Any) -> None:
         """Into the model and the optimizer."""
         found = nodes(topology)
@@ -237,7 +244,3 @@ def _check_made_after(optimizer: nnx.Optimizer, trees: _Trees) -> None:
             f"the optimizer was made before the model became sparse: its state has {odd}; make it after sparsify: "
             "nnx.Optimizer(model, tx, wrt=nnx.Param)."
         )
-
-
-def _is_node(leaf: Any) -> bool:
-    return isinstance(leaf, LayerTopology)

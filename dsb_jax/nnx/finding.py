@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from dsb_jax.calling import abstract_array
+from dsb_jax.calling import abstract_arguments, method_of
 from dsb_jax.nnx.layers import SPARSE, dense_spec, sparse_class
 from dsb_jax.nnx.variables import Keys, check_model, modules_of, names
 from dsb_jax.paths import KERNEL, WEIGHTS, Path
@@ -27,7 +27,7 @@ from dsb_jax.refusals import (
     rewritten_by,
     unserved,
 )
-from dsb_jax.spec import LayerSpec
+from dsb_jax.spec import LayerSpec, kept_spec
 
 REWRITE_KERNELS = (nnx.WeightNorm, nnx.SpectralNorm)
 _NAMES = ", ".join(layer.__name__ for layer in SPARSE)
@@ -111,22 +111,17 @@ def _layer(keys: Keys, array: Any, module: nnx.Module | None, reasons: Mapping[K
     """A parameter as a layer; None for biases, scales and the like."""
     shape, dtype = tuple(array.shape), str(array.dtype)
     if keys[-1] == WEIGHTS and keys[:-1] in reasons:
-        return FoundLayer(unknown_spec(shape), reasons[keys[:-1]], dtype)
+        return FoundLayer(kept_spec(shape), reasons[keys[:-1]], dtype)
     if keys[-1] == KERNEL and module is not None and sparse_class(module):
-        own = dense_spec(module) if unserved(module) is None else unknown_spec(shape)
+        own = dense_spec(module) if unserved(module) is None else kept_spec(shape)
         spec, reason = stacked_spec(own, shape), reasons.get(keys[:-1])
         if spec is None:
             reason = reason or f"its kernel {list(own.kernel_shape)} became {list(shape)} in an unknown way"
-        return FoundLayer(spec or unknown_spec(shape), reason, dtype)
+        return FoundLayer(spec or kept_spec(shape), reason, dtype)
     if len(shape) < 2 or min(shape) < 1 or keys[-1] in ("bias", "scale"):
         return None
     reason = LOOKED_UP if isinstance(module, nnx.Embed) else of_foreign_module(type(module).__name__, _NAMES)
-    return FoundLayer(unknown_spec(shape), reason, dtype)
-
-
-def unknown_spec(shape: tuple[int, ...]) -> LayerSpec:
-    """A matrix of all axes but the last and the last, for what stays dense."""
-    return LayerSpec(shape, (len(shape) - 1,), tuple(range(len(shape) - 1)))
+    return FoundLayer(kept_spec(shape), reason, dtype)
 
 
 def stacked_spec(own: LayerSpec, shape: tuple[int, ...]) -> LayerSpec | None:
@@ -152,17 +147,15 @@ def _watch(
     reasons: dict[Keys, str] = {}
     running: list[Keys] = []
     graphdef, state = nnx.split(model)
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    arrays = {i: array for i, leaf in enumerate(leaves) if (array := abstract_array(leaf)) is not None}
+    arrays, with_arrays = abstract_arguments(args, kwargs)
 
     def run(state: Any, arrays: Mapping[int, Any]) -> None:
         copy = nnx.merge(graphdef, state, copy=True)
         for keys, module in _candidates(dict(modules_of(copy))).items():
             module.__class__ = _watched(type(module), order, reasons, running)
             module.dsb_keys = keys  # type: ignore[attr-defined]
-        args, kwargs = jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
-        method = call_method if callable(call_method) else getattr(type(copy), call_method or "__call__")
-        getattr(method, "__func__", method)(copy, *args, **kwargs)  # of a bound one, `model.encode`
+        args, kwargs = with_arrays(arrays)
+        method_of(copy, call_method)(copy, *args, **kwargs)
 
     jax.eval_shape(run, nnx.as_pure(state), arrays)
     return order, reasons
