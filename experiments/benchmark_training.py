@@ -4,9 +4,17 @@
 
 The step is the whole of it: forward, backward, SGD with momentum and weight decay. Layer-wise times are forward and
 backward of one layer at the input it meets in the model, dense (XLA's convolution) against what "auto" chose.
+
+On a CPU, XLA's dense step is no measure: PyTorch's can be twice as fast (ResNet-18, VGG-16). So the same model in
+PyTorch takes its turns too, in a process of its own (`experiments.torch_process`): that of this Python if PyTorch is
+installed (`pip install 'dsb-jax[peers]'`), or of any other, `--peer_python=PATH`. Where no PyTorch comes for this
+version of Python, take another: `python3.11 -m venv DIR; DIR/bin/pip install torch numpy`, and DIR/bin/python.
+"speed-up" is over XLA's dense step, "over fastest" over the faster of the two in each round.
+`--cores=1` keeps all of it on one core; a run has one number of cores.
 """
 
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -15,10 +23,11 @@ from rich.table import Table
 from dsb_jax.block_shapes import shape_text
 from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS
+from dsb_jax.training.build import build
 from dsb_jax.training.config import Config
-from experiments import program, timing
+from experiments import cores, program, timing, torch_process
 from experiments.flags import parse_block_shape_or_auto
-from experiments.training_times import LayerTime, sparse_configs, stepper, time_layers
+from experiments.training_times import DENSE, LayerTime, beside_torch, sparse_configs, time_layers, time_steps
 
 FLAGS = flags.FLAGS
 
@@ -35,6 +44,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("implementation", "auto", IMPLEMENTATIONS, "Of the sparse products.")
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the computation.")
     flags.DEFINE_bool("layers", True, "Time each layer, too (of the first distribution).")
+    flags.DEFINE_integer("cores", None, "Of this process and of PyTorch's; by default all that they may run on.")
+    flags.DEFINE_string("peer_python", "", "Python that has PyTorch; by default this one, if it has. none: without.")
     flags.DEFINE_string("json", None, "Write the results to this file.")
 
 
@@ -49,6 +60,7 @@ def layer_row(layer: LayerTime) -> dict[str, Any]:
 
 def main() -> None:
     """Flags -> library calls."""
+    used_cores = cores.use(FLAGS.cores)
     console = program.console()
     path = timing.results_path(FLAGS.json)
     for name in FLAGS.distributions:
@@ -59,44 +71,59 @@ def main() -> None:
         batch_size=FLAGS.batch_size, dtype=FLAGS.dtype, implementation=FLAGS.implementation,
     )  # fmt: skip
     shapes = [parse_block_shape_or_auto(text) for text in FLAGS.block_shapes]
+    grid = {name: sparse_configs(dense, FLAGS.sparsities, shapes, name) for name in FLAGS.distributions}
+    for config in (dense, *(config for configs in grid.values() for config in configs.values())):
+        build(config)  # what cannot be is refused before anything is started or compiled
     results: list[dict[str, Any]] = []
-    for distribution in FLAGS.distributions:
-        configs = sparse_configs(dense, FLAGS.sparsities, shapes, distribution)
-        console.print(f"{FLAGS.model}, {distribution}: compiling {len(configs) + 1} training steps ...")
-        times = timing.in_turns({"dense": stepper(dense)} | {n: stepper(r) for n, r in configs.items()}, FLAGS.rounds)
-        timed_layers = FLAGS.layers and distribution == FLAGS.distributions[0]
-        layers = time_layers(configs, FLAGS.rounds) if timed_layers else {}
-        for name, config in configs.items():
-            results.append(
-                {
-                    "model": FLAGS.model,
-                    "sparsity": config.sparsity,
-                    "block_shape": shape_text(config.block_shape),
-                    "distribution": distribution,
-                    "dense_step_s": statistics.median(times["dense"]),
-                    "sparse_step_s": statistics.median(times[name]),
-                    "speedup": timing.median_ratio(times["dense"], times[name]),
-                    "layers": [layer_row(layer) for layer in layers.get(name, [])],
-                }
-            )
-        console.print(step_table([r for r in results if r["distribution"] == distribution]))
+    versions: dict[str, str] = {}
+    python = torch_process.find_python(FLAGS.peer_python, console)
+    with torch_process.running(python, dense, used_cores) as torch:
+        if torch is not None:
+            versions["torch"] = torch.version
+        for distribution, configs in grid.items():
+            console.print(f"{FLAGS.model}, {distribution}: compiling {len(configs) + 1} training steps ...")
+            times = time_steps(dense, configs, FLAGS.rounds, torch)
+            timed_layers = FLAGS.layers and distribution == FLAGS.distributions[0]
+            layers = time_layers(configs, FLAGS.rounds) if timed_layers else {}
+            rows = [result_row(config, times, name, layers.get(name, [])) for name, config in configs.items()]
+            console.print(step_table(rows))
+            results += rows
     for result in results:
         if result["layers"]:
             console.print(layer_table(result))
     if path is not None:
         settings = {name: FLAGS[name].value for name in ("batch_size", "dtype", "rounds")}
-        timing.write_results(path, settings, results)
+        timing.write_results(path, settings | {"cores": used_cores}, results, **versions)
+
+
+def result_row(
+    config: Config, times: Mapping[str, list[float]], name: str, layers: Sequence[LayerTime]
+) -> dict[str, Any]:
+    """One config in the results, by its name in the times of the steps; those of PyTorch are null without it."""
+    return {
+        "model": config.model,
+        "sparsity": config.sparsity,
+        "block_shape": shape_text(config.block_shape),
+        "distribution": config.distribution,
+        "dense_step_s": statistics.median(times[DENSE]),
+        "sparse_step_s": statistics.median(times[name]),
+        "speedup": timing.median_ratio(times[DENSE], times[name]),
+        **beside_torch(times, name),
+        "layers": [layer_row(layer) for layer in layers],
+    }
 
 
 def step_table(results: list[dict[str, Any]]) -> Table:
     """One row for each sparsity."""
     table = Table(title=f"{results[0]['model']}, {results[0]['distribution']}")
-    for name in ("sparsity", "blocks", "dense step", "sparse step", "speed-up"):
+    for name in ("sparsity", "blocks", "dense step", "PyTorch step", "sparse step", "speed-up", "over fastest"):
         table.add_column(name, justify="right")
     for r in results:
+        torch, over = r["torch_step_s"], r["speedup_over_fastest"]
         table.add_row(
             f"{r['sparsity']:g}", r["block_shape"], f"{r['dense_step_s'] * 1e3:.0f} ms",
-            f"{r['sparse_step_s'] * 1e3:.0f} ms", f"{r['speedup']:.2f}x",
+            "-" if torch is None else f"{torch * 1e3:.0f} ms", f"{r['sparse_step_s'] * 1e3:.0f} ms",
+            f"{r['speedup']:.2f}x", "-" if over is None else f"{over:.2f}x",
         )  # fmt: skip
     return table
 

@@ -15,6 +15,9 @@ Deviations from the paper: a layer's time is that of its forward and backward pa
 of the images) where the paper has a profiler's record of the whole step, so `layer_share`, the time of all convolutions
 and linear layers over that of the dense step, can exceed 1 for tiny models, of which calls are most of the time. Layers
 that the plan keeps dense are not replaced. The step includes the optimizer. No image is loaded or augmented.
+
+Dense is XLA's, in the estimate and in both speed-ups. Beside them stands the whole step of the same dense model in
+PyTorch, as in `experiments.benchmark_training`, which tells of `--peer_python` and `--cores`.
 """
 
 import math
@@ -31,9 +34,10 @@ from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS
 from dsb_jax.training.build import build
 from dsb_jax.training.config import DTYPES, Config
-from experiments import program, timing
+from experiments import cores, program, timing, torch_process
 from experiments.flags import parse_block_shape_or_auto
-from experiments.training_times import DENSE, LayerTime, sparse_configs, stepper, time_layers
+from experiments.torch_process import TorchProcess
+from experiments.training_times import DENSE, LayerTime, beside_torch, sparse_configs, time_layers, time_steps
 
 FLAGS = flags.FLAGS
 
@@ -51,6 +55,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("implementation", "auto", IMPLEMENTATIONS, "Of the sparse products.")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the computation.")
     flags.DEFINE_bool("all_layers", False, "Print the layers of every sparsity, not only of the highest.")
+    flags.DEFINE_integer("cores", None, "Of this process and of PyTorch's; by default all that they may run on.")
+    flags.DEFINE_string("peer_python", "", "Python that has PyTorch; by default this one, if it has. none: without.")
     flags.DEFINE_string("json", None, "Write the results to this file.")
 
 
@@ -84,7 +90,9 @@ def layer_row(layer: LayerTime) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def profile(dense: Config, sparsities: Sequence[str], distribution: str, rounds: int) -> list[dict[str, Any]]:
+def profile(
+    dense: Config, sparsities: Sequence[str], distribution: str, rounds: int, torch: TorchProcess | None = None
+) -> list[dict[str, Any]]:
     """Measures one model: an object for each sparsity.
 
     Args:
@@ -92,12 +100,13 @@ def profile(dense: Config, sparsities: Sequence[str], distribution: str, rounds:
       sparsities: as text.
       distribution: of the densities over the layers.
       rounds: turns of the whole steps, and of each layer.
+      torch: whose steps take turns with ours.
 
     Raises:
       ValueError: if a config cannot be.
     """
     configs = sparse_configs(dense, sparsities, [dense.block_shape], distribution)
-    steps = timing.in_turns({DENSE: stepper(dense)} | {name: stepper(r) for name, r in configs.items()}, rounds)
+    steps = time_steps(dense, configs, rounds, torch)
     layers = time_layers(configs, rounds, dense_layers=True)
     dense_step_s = statistics.median(steps[DENSE])
     return [
@@ -110,6 +119,7 @@ def profile(dense: Config, sparsities: Sequence[str], distribution: str, rounds:
             **estimate(dense_step_s, layers[name]),
             "measured_step_s": statistics.median(steps[name]),
             "measured_speedup": timing.median_ratio(steps[DENSE], steps[name]),
+            **beside_torch(steps, name),
             "layers": [layer_row(layer) for layer in layers[name]],
         }
         for name, config in configs.items()
@@ -118,6 +128,7 @@ def profile(dense: Config, sparsities: Sequence[str], distribution: str, rounds:
 
 def main() -> None:
     """Flags -> library calls."""
+    used_cores = cores.use(FLAGS.cores)
     console = program.console()
     path = timing.results_path(FLAGS.json)
     bases = [
@@ -133,14 +144,19 @@ def main() -> None:
             build(config)
     results: list[dict[str, Any]] = []
     names = ("batch_size", "image_size", "num_classes", "dtype", "implementation", "rounds")
-    settings = {name: FLAGS[name].value for name in names}
+    settings = {name: FLAGS[name].value for name in names} | {"cores": used_cores}
+    versions: dict[str, str] = {}
+    python = torch_process.find_python(FLAGS.peer_python, console)
     for base in bases:
         console.print(f"{base.model}: {len(FLAGS.sparsities) + 1} training steps, then layer by layer ...")
-        rows = profile(base, FLAGS.sparsities, FLAGS.distribution, FLAGS.rounds)
+        with torch_process.running(python, base, used_cores) as torch:
+            if torch is not None:
+                versions["torch"] = torch.version
+            rows = profile(base, FLAGS.sparsities, FLAGS.distribution, FLAGS.rounds, torch)
         results += rows
         show(console, rows, all_layers=FLAGS.all_layers)
         if path is not None:
-            timing.write_results(path, settings, results)  # after each model, in case that the next is interrupted
+            timing.write_results(path, settings, results, **versions)  # now, in case that the next is interrupted
 
 
 def show(console: Console, rows: list[dict[str, Any]], *, all_layers: bool) -> None:
@@ -154,16 +170,19 @@ def show(console: Console, rows: list[dict[str, Any]], *, all_layers: bool) -> N
 def step_table(rows: list[dict[str, Any]]) -> Table:
     """One row for each sparsity of a model."""
     first = rows[0]
+    torch = "" if first["torch_step_s"] is None else f"; PyTorch {first['torch_step_s'] * 1e3:.1f} ms"
     table = Table(
         title=f"{first['model']}, blocks of {first['block_shape']}, {first['distribution']}: dense step "
-        f"{first['dense_step_s'] * 1e3:.1f} ms, {first['layer_share']:.0%} of it convolutions and linear layers"
+        f"{first['dense_step_s'] * 1e3:.1f} ms, {first['layer_share']:.0%} of it convolutions and linear layers{torch}"
     )
-    for name in ("sparsity", "estimated step", "estimated speed-up", "measured step", "measured speed-up"):
+    columns = ("estimated step", "estimated speed-up", "measured step", "measured speed-up", "over fastest")
+    for name in ("sparsity", *columns):
         table.add_column(name, justify="right")
     for row in rows:
+        over = row["speedup_over_fastest"]
         table.add_row(
             f"{row['sparsity']:g}", *_time_and_ratio(row["estimated_step_s"], row["estimated_speedup"]),
-            *_time_and_ratio(row["measured_step_s"], row["measured_speedup"]),
+            *_time_and_ratio(row["measured_step_s"], row["measured_speedup"]), "-" if over is None else f"{over:.2f}x",
         )  # fmt: skip
     return table
 

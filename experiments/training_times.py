@@ -24,8 +24,10 @@ from dsb_jax.training.build import Components, build
 from dsb_jax.training.config import Config
 from dsb_jax.training.loop import create
 from experiments import timing
+from experiments.torch_process import TorchProcess
 
 DENSE = "dense"  # the name of the dense candidate, beside those of the configs
+TORCH = "torch"  # of the same model in PyTorch, where there is such a process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,28 @@ def stepper(config: Config) -> Callable[[], Any]:
         return held[0].step, metrics
 
     return step
+
+
+def time_steps(
+    dense: Config, configs: Mapping[str, Config], rounds: int, torch: TorchProcess | None
+) -> dict[str, list[float]]:
+    """Seconds of the training steps in turns: of `DENSE`, of each config by its name, of `TORCH` if it is there."""
+    steps = {DENSE: stepper(dense)} | {name: stepper(config) for name, config in configs.items()}
+    return timing.in_turns(steps, rounds, self_timed={} if torch is None else {TORCH: torch.step})
+
+
+def beside_torch(times: Mapping[str, list[float]], name: str) -> dict[str, float | None]:
+    """What the step of a config is beside PyTorch's, for a table of results; None where there was no PyTorch.
+
+    Returns:
+      `torch_step_s`, the median; `speedup_over_fastest`, the faster of XLA's and PyTorch's dense step over this one,
+      the median over the rounds.
+    """
+    if TORCH not in times:
+        return {"torch_step_s": None, "speedup_over_fastest": None}
+    fastest = [min(pair) for pair in zip(times[DENSE], times[TORCH], strict=True)]
+    ratio = timing.median_ratio(fastest, times[name])
+    return {"torch_step_s": statistics.median(times[TORCH]), "speedup_over_fastest": ratio}
 
 
 def find_inputs(config: Config, components: Components) -> dict[Path, tuple[nn.Module, tuple[int, ...]]]:

@@ -10,6 +10,7 @@ from dsb_jax.training.config import Config
 from experiments import layer_profile
 from experiments.layer_profile import estimate
 from experiments.training_times import LayerTime, layer_candidates
+from tests import fake_peer
 from tests.conftest import make_spec
 from tests.test_programs import call, call_here
 
@@ -51,10 +52,14 @@ def test_the_program_on_a_small_model(tmp_path):
     call_here(
         layer_profile, "--models=convnet", "--sparsities=0.9", "--block_shape=128x96", "--batch_size=4",
         "--image_size=8", "--rounds=1", "--num_classes=5", f"--json={file}",
+        f"--peer_python={fake_peer.write(tmp_path)}",
     )  # fmt: skip
     written = json.loads(file.read_text())
     assert written["num_classes"] == 5
+    assert written["environment"]["torch"] == fake_peer.VERSION
     (row,) = written["results"]
+    assert row["torch_step_s"] == fake_peer.SECONDS
+    assert 0 < row["speedup_over_fastest"] <= row["measured_speedup"]
     assert [entry["path"] for entry in row["layers"]] == ["stem", "conv_1", "conv_2", "conv_3", "head"]
     sparse = [entry for entry in row["layers"] if entry["sparse_s"] is not None]
     assert [entry["path"] for entry in sparse] == ["conv_3"]  # alone it can hold such blocks: compiled fast

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS_NEED = {"absl-py", "flax", "jax", "jaxtyping", "numpy", "optax", "orbax-checkpoint"}
-EXTRAS = {"train", "data", "cuda", "triton", "export", "foreign", "dev"}
+EXTRAS = {"train", "data", "cuda", "triton", "export", "foreign", "peers", "dev"}
 # What only the extras bring, by the name of the module; scipy, which jax brings, takes half a second to import.
 OF_EXTRAS = {
     "PIL", "array_record", "importlib_resources", "matplotlib", "safetensors", "sklearn",

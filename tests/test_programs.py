@@ -14,6 +14,7 @@ from dsb_jax.training.build import build
 from dsb_jax.training.config import Config
 from experiments import benchmark_adaptation, evaluate, train
 from experiments import flags as config_flags
+from tests import fake_peer
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,9 +126,15 @@ def test_benchmarks_write_what_is_promised(tmp_path):
     result = call(
         "benchmark_training", "--model=convnet", "--sparsities=0.9", "--block_shapes=128x96", "--batch_size=4",
         "--image_size=8", "--rounds=1", "--distributions=uniform", f"--json={file}",
+        f"--peer_python={fake_peer.write(tmp_path)}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    (entry,) = json.loads(file.read_text())["results"]
+    written = json.loads(file.read_text())
+    assert written["cores"] >= 1
+    assert written["environment"]["torch"] == fake_peer.VERSION
+    (entry,) = written["results"]
+    assert entry["torch_step_s"] == fake_peer.SECONDS
+    assert 0 < entry["speedup_over_fastest"] <= entry["speedup"]
     assert {"model", "sparsity", "block_shape", "dense_step_s", "sparse_step_s", "speedup"} <= set(entry)
     assert [layer["layer"] for layer in entry["layers"]] == ["conv_3"]  # alone it can hold such blocks: compiled fast
     assert {"dense_s", "sparse_s", "speedup"} <= set(entry["layers"][0])

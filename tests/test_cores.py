@@ -1,0 +1,57 @@
+"""How many cores a measurement uses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from experiments import cores
+from tests.test_programs import ROOT
+
+pins = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system cannot keep a process on some cores")
+
+SCRIPT = """
+import json, os, jax
+from experiments import cores
+jax.config.update("jax_compilation_cache_dir", "compiled")
+before = os.listdir("/proc/self/task")
+used = cores.use(1)
+jax.numpy.ones((8, 8)).block_until_ready()
+threads = [int(task) for task in os.listdir("/proc/self/task") if task not in before]
+print(json.dumps([used, cores.available(), jax.config.jax_compilation_cache_dir,
+                  [len(os.sched_getaffinity(thread)) for thread in threads]]))
+"""
+
+
+@pins
+def test_one_core_holds_for_the_threads_of_xla_too(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    used, available, folder, of_threads = json.loads(result.stdout)
+    assert (used, available) == (1, 1)
+    assert folder == "compiled-1-cores"  # what XLA compiles depends on the cores, the key of its cache does not
+    assert set(of_threads) == {1}
+
+
+def test_all_cores_by_default():
+    assert cores.use(None) == cores.available() >= 1
+
+
+@pins
+@pytest.mark.parametrize("many", [0, 10**6])
+def test_cores_that_are_not_there_are_refused(many):
+    before = os.sched_getaffinity(0)
+    with pytest.raises(ValueError, match=f"cores={many}, but .* give 1 to {len(before)}"):
+        cores.use(many)
+    assert os.sched_getaffinity(0) == before
+
+
+def test_a_system_that_cannot_is_told_apart(monkeypatch):
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    with pytest.raises(NotImplementedError, match="cores=1"):
+        cores.use(1)
