@@ -10,6 +10,10 @@ PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+NATIVE := setup.py $(wildcard $(addprefix dsb_jax/ops/native/*.,h cc map))
+# pip says nothing of a library that could not be compiled.
+NATIVE_CHECK := -c "from dsb_jax.ops.native import loading; reason = loading.unavailable_reason(); \
+	print('note: no native CPU kernels:', reason) if reason else None"
 
 .PHONY: train test campaign test-foreign test-oldest lint gpu-check gpu-accuracy gpu-compiler clean
 
@@ -29,8 +33,8 @@ test-foreign: $(VENV)/.installed-foreign
 # Direct dependencies at their lower bounds, theirs at the newest (what an old environment looks like after an upgrade).
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n auto --dist=worksteal $(addprefix tests/test_,$(addsuffix .py,\
-		adapt_layers checkpoint convert data layout linen_layers measuring method_contract nnx_adapt nnx_lifts nnx_plan ops \
-		optimizer_states packaging paths settings sharding wrong_arguments))
+		adapt_layers checkpoint convert data layout linen_layers measuring method_contract native nnx_adapt nnx_lifts nnx_plan \
+		ops optimizer_states packaging paths settings sharding wrong_arguments))
 	$(OLDEST)/bin/python -m experiments.train --epochs=1
 
 lint: $(VENV)/.installed-dev
@@ -38,6 +42,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/clang-format --dry-run -Werror dsb_jax/ops/native/*.h dsb_jax/ops/native/*.cc
 
 # A BIN of the user's holds a python that has jax with CUDA and the rest already.
 gpu-check: $(if $(filter file,$(origin BIN)),$(VENV)/.installed-cuda)
@@ -51,25 +56,28 @@ $(VENV)/bin/python $(OLDEST)/bin/python:
 		{ echo "error: $(PYTHON) is not Python 3.12 or newer; install it or pass PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
 
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,data]'
+	@$(BIN)/python $(NATIVE_CHECK)
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed-dev: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python $(NATIVE_CHECK)
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-foreign: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,foreign]'
 	touch $@
 
-$(VENV)/.installed-cuda: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed-cuda: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,cuda]'
 	touch $@ $(VENV)/.installed $(VENV)/.installed-dev
 
-$(OLDEST)/.installed: pyproject.toml | $(OLDEST)/bin/python
+$(OLDEST)/.installed: pyproject.toml $(NATIVE) | $(OLDEST)/bin/python
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct -r pyproject.toml --extra dev
+	$(OLDEST)/bin/python setup.py --quiet build_ext --inplace
 	touch $@
 
 # What compiles for GPUs on a Linux machine without one: XLA's CUDA compiler, of jax's own version, and ptxas (490 MB).
@@ -86,4 +94,4 @@ $(VENV)/.installed-gpu-compiler: $(VENV)/.installed-dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(OLDEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info dsb_jax/ops/native/*.so

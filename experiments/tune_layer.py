@@ -23,7 +23,7 @@ from pallas_kernels.interface import Kernels, Passes
 from pallas_kernels.tiles import KernelTiles, Tiles
 
 # The sparse implementations that are worth timing, by backend.
-SPARSE_IMPLEMENTATIONS = {"cpu": ("xla",), "gpu": ("pallas", "triton")}
+SPARSE_IMPLEMENTATIONS = {"cpu": ("native", "xla"), "gpu": ("pallas", "triton")}
 # Around the defaults: fewer and more positions, wider steps, more threads, other depths of the pipeline. Where indices
 # take 4 bytes (more than 65,536 columns), 5 stages are the first that load two steps ahead.
 CANDIDATES = Passes(

@@ -14,6 +14,7 @@ from dsb_jax.ops import tuning as tuned
 from dsb_jax.ops.cost_model import GENERIC, device_facts, gpu_dense_seconds, gpu_sparse_seconds, predicted_ratios
 from dsb_jax.ops.dispatch import record
 from dsb_jax.ops.layer_call import LayerCall
+from dsb_jax.ops.native import loading
 from dsb_jax.ops.tuning import Result
 from dsb_jax.paths import nodes
 from dsb_jax.target import compiling_for, compiling_for_any
@@ -49,13 +50,13 @@ def call_of(layout, *, geometry, **sizes):
 
 
 def ratios_of(layout, backend="cpu", device_kind="cpu", dtype="float32", **sizes):
+    """Of the best implementation that the cost model knows there."""
     layer = call_of(layout, **{**SIZES, **sizes}, dtype=dtype)
-    return predicted_ratios(layer, backend, device_kind)
+    return next(iter(predicted_ratios(layer, backend, device_kind).values()))
 
 
-def ratio_of(layout, **sizes):
-    """Of the first pass; on a CPU of all."""
-    return ratios_of(layout, **sizes).forward
+def in_words(ratios):
+    return " / ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
 def seconds(value):
@@ -86,17 +87,28 @@ def test_explicit_names_pass_through(implementation, backend):
         )
 
 
-def test_auto_follows_the_predicted_break_even():
-    ratios = [ratio_of(layout_of(d)) for d in (0.05, 0.1, 0.3, 0.6, 0.95)]
-    assert ratios == sorted(ratios)
-    assert choose("auto", layout_of(0.05), backend="cpu", **SIZES) == Choice.all(
-        "xla", f"predicted {ratios[0]:.2f} of the dense time"
-    )
-    assert choose("auto", layout_of(0.95), backend="cpu", **SIZES) == Choice.all(
-        "dense", f"predicted {ratios[-1]:.2f} of the dense time"
-    )
-    # Arithmetic intensity depends on R alone: taller blocks are faster at equal density.
-    assert ratio_of(layout_of(0.1, block_shape=(64, 4))) < ratios[1]
+@pytest.mark.parametrize("implementation", ["native", "xla"])
+def test_auto_follows_the_predicted_break_even(monkeypatch, implementation):
+    if implementation == "native" and (reason := loading.unavailable_reason()):
+        pytest.skip(reason)
+    if implementation == "xla":
+        monkeypatch.setattr(loading, "unavailable_reason", lambda: "they are not here; install a compiler")
+
+    def predicted(layout):
+        return predicted_ratios(call_of(layout, **SIZES, dtype="float32"), "cpu", "cpu")[implementation]
+
+    densities = (0.05, 0.1, 0.3, 0.6, 0.95)
+    of_density = [predicted(layout_of(density)) for density in densities]
+    for ratios in zip(*of_density, strict=True):
+        assert list(ratios) == sorted(ratios)
+    why = "" if implementation == "native" else "; native: they are not here"
+    choice = choose("auto", layout_of(0.05), backend="cpu", **SIZES)
+    assert choice == Choice.all(implementation, f"predicted {in_words(of_density[0])} of the dense time{why}")
+    taken = choose("auto", layout_of(0.95), backend="cpu", **SIZES).passes
+    assert taken == Passes(*(implementation if ratio < 0.9 else "dense" for ratio in of_density[-1]))
+    # Arithmetic intensity depends on R alone: taller blocks are not slower at equal density.
+    for tall, wide in zip(predicted(layout_of(0.1, block_shape=(64, 4))), of_density[1], strict=True):
+        assert tall <= wide
 
 
 @pytest.mark.parametrize("device_kind", [KIND, "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "NVIDIA L4",
@@ -115,8 +127,7 @@ def test_auto_predicts_each_pass_on_gpus(device_kind):
     for density, ratios in zip(densities, predicted, strict=True):
         choice = choose("auto", layout_of(density), backend="gpu", device_kind=device_kind, **{**SIZES, **sizes})
         assert choice.passes == Passes(*("pallas" if ratio < 0.9 else "dense" for ratio in ratios))
-        text = " / ".join(f"{ratio:.2f}" for ratio in ratios)
-        assert choice.reason == f"predicted {text} of the dense time on {device_kind}"
+        assert choice.reason == f"predicted {in_words(ratios)} of the dense time on {device_kind}"
 
 
 def test_seconds_on_a_gpu_worked_by_hand():
@@ -223,8 +234,8 @@ def test_an_empty_batch_is_dense_and_divides_nothing():
         assert choose("auto", layout_of(0.05), backend=backend, **sizes) == Choice.all("dense", "an empty batch")
     assert choose("xla", layout_of(0.05), **sizes) == Choice.all("xla", "asked for")
     empty = call_of(layout_of(0.05), **sizes, dtype="float32")
-    assert min(predicted_ratios(empty, "cpu", "cpu")) > 0
-    assert min(predicted_ratios(empty, "gpu", KIND)) > 0
+    for backend, kind in (("cpu", "cpu"), ("gpu", KIND)):
+        assert min(map(min, predicted_ratios(empty, backend, kind).values())) > 0
 
 
 def test_a_choice_that_was_made_is_taken_as_it_is():
@@ -244,9 +255,9 @@ def test_a_choice_that_was_made_is_taken_as_it_is():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="implementation='cuda' is unknown; choose one of auto, xla, dense, "):
+    with pytest.raises(ValueError, match="implementation='cuda' is unknown; choose one of auto, native, xla, dense, "):
         choose("cuda", layout_of(0.1), **SIZES)
-    assert set(IMPLEMENTATIONS) == {"auto", "pallas", "triton", "xla", "dense", "reference", "portable"}
+    assert set(IMPLEMENTATIONS) == {"auto", "native", "pallas", "triton", "xla", "dense", "reference", "portable"}
 
 
 def test_without_a_batch_or_a_device_the_choice_serves_all():

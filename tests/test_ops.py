@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from dsb_jax.ops import sparse_conv, sparse_matmul
+from dsb_jax.ops.native import NATIVE
 from dsb_jax.ops.xla import XLA
 from pallas_kernels import REFERENCE, ConvGeometry, matmul_geometry
 from tests.conftest import make_layout
 
-IMPLEMENTATIONS = ("xla", "dense", "reference")
+IMPLEMENTATIONS = ("native", "xla", "dense", "reference")
 
 PAD_1 = ((1, 1), (1, 1))
 
@@ -123,11 +124,12 @@ def assert_phantom_weights_stay(d_blocks, layout):
     assert not np.asarray(d_blocks)[phantom].any()
 
 
-# "xla" cuts and copies in its own way, and the tests from here to the biases show it every case. "dense" sees those in
+# "native" and "xla" cut and copy in their own ways, and the tests from here to the biases show them every case. "dense" sees those in
 # which it takes another way (patches, the output put in order), "reference" those of geometry; both see all biases.
 @pytest.mark.parametrize(
     ("implementation", "name", "feature_major"),
     [
+        *(("native", name, i % 2 == 0) for i, name in enumerate(CONVS)),
         ("xla", "1x1", False),
         ("xla", "3x3 stride 2, an empty group", True),
         ("xla", "3x2 stride (2, 3), asymmetric", False),
@@ -158,7 +160,7 @@ def test_conv_equals_the_dense_one(implementation, name, feature_major):
     assert_phantom_weights_stay(d_blocks, layout)
 
 
-@pytest.mark.parametrize("kernels", [REFERENCE, XLA], ids=["reference", "xla"])
+@pytest.mark.parametrize("kernels", [REFERENCE, XLA, NATIVE], ids=["reference", "xla", "native"])
 def test_kernels_at_array_level(kernels):
     """`Kernels`: feature-major arrays and an index in, arrays out, phantom weights never read."""
     name = "ragged out"
@@ -178,7 +180,7 @@ def test_kernels_at_array_level(kernels):
     assert_phantom_weights_stay(d_blocks, layout)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "dense"])  # all, with a bias: below
+@pytest.mark.parametrize("implementation", ["native", "xla", "dense"])  # all, with a bias: below
 def test_bfloat16_accumulates_in_float32(implementation):
     name = "3x3 same"
     x, blocks, layout, dy, geometry = conv_case(name, "bfloat16")
@@ -225,6 +227,9 @@ MATMULS = {
 @pytest.mark.parametrize(
     ("name", "implementation", "feature_major"),
     [
+        ("ragged batch and in", "native", True),
+        ("more dimensions, ragged out", "native", False),
+        ("one vector", "native", False),
         ("ragged batch and in", "xla", True),
         ("ragged batch and in", "dense", True),
         ("ragged batch and in", "reference", False),
@@ -295,7 +300,7 @@ def test_errors_name_what_does_not_fit(implementation, call):
     for bias in ((7,), (8, 1), ()):
         with pytest.raises(ValueError, match=rf"bias has shape {re.escape(str(bias))}.* 8 outputs; pass bias\[8\]"):
             run(bias=bias)
-    with pytest.raises(ValueError, match="implementation='cuda' is unknown; choose one of auto, xla, dense, reference"):
+    with pytest.raises(ValueError, match="implementation='cuda' is unknown; choose one of auto, native, xla, dense, reference"):
         run(implementation="cuda")
 
 

@@ -13,7 +13,7 @@ from dsb_jax.ops import sparse_conv, sparse_matmul
 from pallas_kernels import ConvGeometry
 from tests.conftest import make_layout
 
-IMPLEMENTATIONS = ("xla", "dense", "reference")
+IMPLEMENTATIONS = ("native", "xla", "dense", "reference")
 GEOMETRY = ConvGeometry(4, (3, 3), (2, 1), ((1, 1), (0, 1)))
 LAYOUT = make_layout(0, (10, 36), (4, 3), (5, 0, 2))  # ragged rows, an empty group
 
@@ -71,7 +71,7 @@ def assert_close(results, wanted, tolerance):
 
 @pytest.mark.parametrize(
     ("implementation", "dtype"),
-    [("xla", "float32"), ("xla", "float64"), ("dense", "float32"), ("reference", "float64")],
+    [("native", "float32"), ("xla", "float32"), ("xla", "float64"), ("dense", "float32"), ("reference", "float64")],
 )
 def test_under_x64_indices_stay_int32_and_sums_are_as_wide_as_activations(implementation, dtype):
     def results(*args):
@@ -119,7 +119,7 @@ def test_strict_promotion_leaks_and_nans(implementation):
     assert_close(found, wanted, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "dense"])
+@pytest.mark.parametrize("implementation", ["native", "xla", "dense"])
 def test_without_jit(implementation):
     args = negative_operands(batch=1)
     layout = make_layout(0, (3, 4), (2, 2), (1, 1))
@@ -208,7 +208,7 @@ def test_forward_mode_and_reverse_of_it(make, batch, implementation):
     assert_close(by_bias, np.broadcast_to(np.eye(10), (*y.shape, 10)), 1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["dense", "xla"])
+@pytest.mark.parametrize("implementation", ["dense", "xla", "native"])
 def test_hessian_by_hand(implementation):
     """f(w) = (w x)^2 / 2 of one weight w = 3 at x = 2: the second derivative is x^2 = 4."""
     layout = make_layout(0, (1, 1), (1, 1), (1,))

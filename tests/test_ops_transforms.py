@@ -17,7 +17,7 @@ from dsb_jax.ops.xla import XLA
 from pallas_kernels import REFERENCE, ConvGeometry, Kernels
 from tests.conftest import make_layout
 
-IMPLEMENTATIONS = ("xla", "dense", "reference")
+IMPLEMENTATIONS = ("native", "xla", "dense", "reference")
 GEOMETRY = ConvGeometry(4, (3, 3), (2, 1), ((1, 1), (0, 1)))
 
 

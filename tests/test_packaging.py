@@ -1,9 +1,13 @@
 """What is installed: the files of the wheel, its dependencies, its licence, and what `import dsb_jax` loads."""
 
+import ctypes
 import email.message
 import email.parser
 import json
+import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -20,6 +24,8 @@ OF_EXTRAS = {
     "PIL", "array_record", "importlib_resources", "matplotlib", "safetensors", "sklearn",
     "tensorflow_datasets", "triton",
 }  # fmt: skip
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+NATIVE = sys.platform == "linux" and platform.machine() == "x86_64"
 NOT_LOADED = OF_EXTRAS | {"dsb_jax.training", "experiments", "scipy", "tensorflow"}
 
 
@@ -28,14 +34,17 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel of the files that git would ship, built in a copy, because setuptools leaves a build/ beside them."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    paths = ["pyproject.toml", "README.md", "LICENSE", "CITATION.cff"]
+def built_wheel(folder: Path, **environment: str) -> tuple[zipfile.ZipFile, str]:
+    """The wheel of the files that git would ship, built in a copy, because setuptools leaves a build/ beside them.
+
+    And what the build said.
+    """
+    source, out = folder / "source", folder / "wheel"
+    paths = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "CITATION.cff"]
+    kinds = (".py", ".typed", ".json", ".cc", ".h", ".map")
     for folder in ("dsb_jax", "pallas_kernels", "experiments", "tests"):
         files = (ROOT / folder).rglob("*")
-        paths += [str(file.relative_to(ROOT)) for file in files if file.suffix in (".py", ".typed", ".json")]
+        paths += [str(file.relative_to(ROOT)) for file in files if file.suffix in kinds]
     for path in paths:
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         (source / path).write_bytes((ROOT / path).read_bytes())
@@ -43,10 +52,24 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     (source / "dsb_jax/ops/tables").mkdir(exist_ok=True)
     (source / "dsb_jax/ops/tables/some_device.json").write_text("{}")
     program = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=source)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=source, env=os.environ | environment
+    )
     assert result.returncode == 0, result.stderr
     (file,) = out.glob("*.whl")
-    return zipfile.ZipFile(file)
+    return zipfile.ZipFile(file), result.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """As on this machine, but for the optimizer, which takes long."""
+    folder = tmp_path_factory.mktemp("whole")
+    if not COMPILER:
+        return built_wheel(folder)[0]
+    fast = folder / "fast"
+    fast.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O0\n')
+    fast.chmod(0o755)
+    return built_wheel(folder, CXX=str(fast))[0]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +84,30 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
     modules = {str(path.relative_to(ROOT)) for p in ("dsb_jax", "pallas_kernels") for path in (ROOT / p).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     assert {"dsb_jax/py.typed", "pallas_kernels/py.typed", "dsb_jax/ops/tables/some_device.json"} <= set(names)
+
+
+@pytest.mark.skipif(not (NATIVE and COMPILER), reason="needs a C++ compiler on x86-64 Linux")
+def test_the_wheel_holds_the_native_library_for_every_python(wheel, tmp_path):
+    assert wheel.filename.endswith("-cp312-abi3-linux_x86_64.whl")
+    native = {name for name in wheel.namelist() if name.startswith("dsb_jax/ops/native/") and not name.endswith(".py")}
+    assert native == {"dsb_jax/ops/native/library.abi3.so"}
+    library = ctypes.CDLL(wheel.extract("dsb_jax/ops/native/library.abi3.so", tmp_path))
+    assert library.dsb_jax_native_vector() in (0, 8, 16)
+    assert library.dsb_jax_native_forward
+
+
+@pytest.mark.skipif(not NATIVE, reason="nothing is compiled on this machine")
+@pytest.mark.parametrize(
+    ("environment", "reason"), [({"PATH": "/nowhere"}, "no C++ compiler"), ({"CXX": "false"}, "false failed")]
+)
+def test_the_wheel_builds_without_a_compiler_that_works(tmp_path, monkeypatch, environment, reason):
+    monkeypatch.delenv("CXX", raising=False)
+    wheel, said = built_wheel(tmp_path, **environment)
+    assert wheel.filename.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in wheel.namelist())
+    (warning,) = (line for line in said.splitlines() if "native CPU kernels" in line)
+    assert reason in warning
+    assert "install a C++17 compiler" in warning
 
 
 def test_the_wheel_carries_its_licence(wheel, metadata):

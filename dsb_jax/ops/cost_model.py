@@ -1,34 +1,19 @@
-"""What each pass of a layer costs with the sparse product, as a share of unpack-then-dense, from static sizes alone.
+"""What each pass of a layer costs with a sparse product, as a share of unpack-then-dense, from static sizes alone.
 
-The model for CPUs is fitted to measured layers, forward and backward together, so that its three passes have one ratio;
-only ratios matter, so it carries over to CPUs with another clock. The one for GPUs is a roofline of estimates that no
-measurement has seen yet: `python -m experiments.tune` writes what is measured, and "auto" believes that first.
+The model for CPUs (`dsb_jax.ops.cpu_model`) is fitted to measured layers. The one for GPUs is a roofline of estimates
+that no measurement has seen yet: `python -m experiments.tune` writes what is measured, and "auto" believes that first.
 """
 
 import dataclasses
-import math
 import re
 
 import jax.numpy as jnp
 
+from dsb_jax.ops.cpu_model import cpu_facts, cpu_ratios
 from dsb_jax.ops.layer_call import LayerCall
+from dsb_jax.ops.native import loading
 from pallas_kernels.interface import Passes
 from pallas_kernels.tiles import weight_gradient_columns
-
-# Nanoseconds for forward and backward together, fitted by least squares of the logarithms to 98 times of 14 layers
-# (64 channels at 32x32 to a 512x512 linear layer, strides 1 and 2, batch 128, float32; densities 0.1, 0.2, 0.5; 16x16
-# and 32x8 blocks, feature-major) on a 2-core x86 CPU. Good to some 20 to 30 %.
-_DENSE_ACTIVATION = 8.1  # each element of the input and the output
-_DENSE_PRODUCT = 0.035  # each weight at each position
-# The same where XLA's weight gradient is slow, see `_slow_in_xla`: 3x3 over 64 and 128 channels at 16x16 and 32x32 took
-# 0.05 to 0.09 on one machine, 0.03 to 0.05 on another, and the sparse product 0.7 to 0.9 of dense on both.
-_DENSE_PRODUCT_LARGE = 0.06
-_DENSE_WEIGHT = 9.1  # each weight of the unpacked kernel
-_SPARSE_ACTIVATION = 3.4  # each element of the input and the output
-_SPARSE_COPY = 1.3  # each column of a panel at each position: the gather
-_SPARSE_PRODUCT = 0.031  # each stored weight at each position
-_SPARSE_WEIGHT = 20.0  # each stored weight
-
 
 def _activations(layer: LayerCall) -> int:
     """Elements of the input and of the output."""
@@ -38,22 +23,6 @@ def _activations(layer: LayerCall) -> int:
 def _columns(layer: LayerCall) -> int:
     """Columns of all panels together: rows that the forward pass gathers for each output position."""
     return layer.spec.num_blocks * layer.spec.block_shape[1]
-
-
-def _slow_in_xla(layer: LayerCall) -> bool:
-    """Whether XLA's weight gradient of a convolution is slow on a CPU: over many positions for each image."""
-    return layer.positions_per_example >= 200 and math.prod(layer.spec.kernel_size) > 1
-
-
-def cpu_time_ratio(layer: LayerCall) -> float:
-    """Predicted training-step time of the `xla` product over that of the dense fallback, on a CPU."""
-    activations, positions, columns = _activations(layer), layer.positions, _columns(layer)
-    rows = layer.spec.block_shape[0]
-    sparse = _SPARSE_ACTIVATION * activations + columns * positions * (_SPARSE_COPY + rows * _SPARSE_PRODUCT)
-    sparse += columns * rows * _SPARSE_WEIGHT
-    product = _DENSE_PRODUCT_LARGE if _slow_in_xla(layer) else _DENSE_PRODUCT
-    dense = _DENSE_ACTIVATION * activations + layer.spec.size * (positions * product + _DENSE_WEIGHT)
-    return sparse / dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,12 +109,12 @@ def gpu_dense_seconds(layer: LayerCall, facts: DeviceFacts) -> Passes:
     return Passes(*[max(product, memory) + _LAUNCH + unpack] * 3)
 
 
-def predicted_ratios(layer: LayerCall, backend: str, device_kind: str) -> Passes | None:
-    """Predicted time of each pass of the sparse product over that of unpack-then-dense; None without a model."""
+def predicted_ratios(layer: LayerCall, backend: str, device_kind: str) -> dict[str, Passes]:
+    """Predicted time of each pass over that of unpack-then-dense, by implementation; empty without a model."""
     if backend == "cpu":
-        return Passes(*[cpu_time_ratio(layer)] * 3)
+        return cpu_ratios(layer, cpu_facts(loading.vector()))
     facts = device_facts(device_kind) if backend == "gpu" else None
     if facts is None:
-        return None
+        return {}
     pairs = zip(gpu_sparse_seconds(layer, facts), gpu_dense_seconds(layer, facts), strict=True)
-    return Passes(*(sparse / dense for sparse, dense in pairs))
+    return {"pallas": Passes(*(sparse / dense for sparse, dense in pairs))}

@@ -1,6 +1,7 @@
 """What computes each pass of a layer, and why: an explicit name, or "auto" by measurement or by a cost model.
 
-    xla         shuffled-block product in plain XLA, fast on a CPU
+    native      kernels of a CPU with AVX2 or AVX-512, compiled when dsb_jax is installed
+    xla         shuffled-block product in plain XLA, fast on any CPU
     pallas      GPU kernels in Pallas
     triton      GPU kernels in jax-triton
     dense       unpack, then XLA's dense product; serves everything everywhere
@@ -32,14 +33,17 @@ from dsb_jax.layout import BlockLayout
 from dsb_jax.ops import self_check, tuning
 from dsb_jax.ops.cost_model import predicted_ratios
 from dsb_jax.ops.layer_call import LayerCall
+from dsb_jax.ops.native import DTYPES as NATIVE_DTYPES
+from dsb_jax.ops.native import loading
 from dsb_jax.target import ANY, Target, given_target
 from pallas_kernels import limits
 from pallas_kernels.interface import ConvGeometry, Passes
 from pallas_kernels.tiles import KernelTiles
 
-Implementation = Literal["auto", "xla", "dense", "reference", "portable", "pallas", "triton"]
+Implementation = Literal["auto", "native", "xla", "dense", "reference", "portable", "pallas", "triton"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 GPU_KERNELS = ("pallas", "triton")
+COMPILED_KERNELS = ("native", *GPU_KERNELS)  # for one kind of device and one batch size
 
 A_DENSE_LAYER = "a dense layer"  # the reason of a layer that stores its whole kernel
 
@@ -133,6 +137,8 @@ def unsupported_reason(
     Raises:
       ValueError: if the layer's kernel does not fit its input.
     """
+    if implementation == "native":
+        return _no_native_reason(layer, backend)
     if implementation not in GPU_KERNELS:
         return None
     if backend != "gpu":
@@ -149,6 +155,14 @@ def unsupported_reason(
         if limit is not None:
             return f"{limit}; use auto or dense"
     return None
+
+
+def _no_native_reason(layer: LayerCall, backend: str) -> str | None:
+    if backend != "cpu":
+        return f"it needs a CPU and this process computes on the {backend}; use auto or dense"
+    if layer.dtype not in NATIVE_DTYPES:
+        return f"it computes {' and '.join(NATIVE_DTYPES)}, not {layer.dtype}; use auto, xla or dense"
+    return loading.unavailable_reason()
 
 
 def choose(
@@ -183,7 +197,7 @@ def choose(
     if isinstance(implementation, Choice):
         return implementation
     check_implementation(implementation)
-    if implementation not in ("auto", *GPU_KERNELS):
+    if implementation not in ("auto", *COMPILED_KERNELS):
         return Choice.all(implementation, "asked for")
     if implementation == "auto" and batch == 0:
         return Choice.all("dense", "an empty batch")
@@ -222,11 +236,9 @@ def _choose_portable(implementation: str, layer: LayerCall, any_what: str) -> Ch
     if implementation != "auto":
         raise NotImplementedError(
             f"implementation={implementation!r} cannot compute a layer of {layer.spec.out}x{layer.spec.in_} for "
-            f"{any_what}: its kernels are compiled for one GPU and one batch size; use auto, xla or dense."
+            f"{any_what}: its kernels are made for one kind of device and one batch size; use auto, xla or dense."
         )
-    predicted = predicted_ratios(layer, "cpu", "cpu")
-    assert predicted is not None  # there is a model for CPUs
-    ratio = predicted.forward
+    ratio = _mean(predicted_ratios(layer, "cpu", "cpu")["xla"])
     reason = f"for {any_what}: predicted {ratio:.2f} of the dense time on a CPU"
     return Choice.all("portable", f"{reason}, dense elsewhere") if ratio < CLEAR_WIN else Choice.all("dense", reason)
 
@@ -252,19 +264,31 @@ def _choose(layer: LayerCall, target: Target, precision: lax.PrecisionLike) -> C
     """What "auto" takes, by the tuned tables before the cost model."""
     backend, device_kind = target
     predicted = predicted_ratios(layer, backend, device_kind)
-    if predicted is None:
+    if not predicted:
         return Choice.all("dense", f"no sparse kernel for {device_kind if backend == 'gpu' else backend}")
     if (found := _lookup(layer, device_kind)) is not None:
         return _from_table(found, layer, predicted, target, precision)
-    on_gpu = backend == "gpu"
-    implementation = "pallas" if on_gpu else "xla"
-    reason = f"predicted {_ratios_text(predicted)} of the dense time" + (f" on {device_kind}" if on_gpu else "")
-    taken, unsupported = [], None
-    for name, ratio in predicted._asdict().items():
-        why = unsupported_reason(implementation, layer, backend, precision, (name,)) if ratio < CLEAR_WIN else None
-        unsupported = unsupported or why
-        taken.append(implementation if ratio < CLEAR_WIN and why is None else "dense")
-    return Choice(Passes(*taken), reason if unsupported is None else unsupported.split(";")[0])
+    names, ratios = [], []
+    skipped: dict[str, str] = {}  # what would win but cannot serve, and why
+    for i, of in enumerate(Passes._fields):
+        candidates = sorted((ratio[i], name) for name, ratio in predicted.items() if ratio[i] < CLEAR_WIN)
+        taken, ratio = "dense", min(ratio[i] for ratio in predicted.values())
+        for wins, name in candidates:
+            if (reason := unsupported_reason(name, layer, backend, precision, (of,))) is None:
+                taken, ratio = name, wins
+                break
+            skipped.setdefault(name, reason.split(";")[0])
+        names.append(taken)
+        ratios.append(ratio)
+    if skipped and set(names) == {"dense"}:
+        return Choice.all("dense", next(iter(skipped.values())))
+    on = f" on {device_kind}" if backend == "gpu" else ""
+    why = "".join(f"; {name}: {reason}" for name, reason in skipped.items())
+    return Choice(Passes(*names), f"predicted {_ratios_text(Passes(*ratios))} of the dense time{on}{why}")
+
+
+def _mean(ratios: Passes) -> float:
+    return sum(ratios) / len(ratios)
 
 
 def _ratios_text(ratios: Passes) -> str:
@@ -274,32 +298,39 @@ def _ratios_text(ratios: Passes) -> str:
 
 
 def _from_table(
-    found: tuning.Found, layer: LayerCall, predicted: Passes, target: Target, precision: lax.PrecisionLike
+    found: tuning.Found, layer: LayerCall, predicted: dict[str, Passes], target: Target, precision: lax.PrecisionLike
 ) -> Choice:
     """For each pass the fastest measured implementation that can compute it and beats dense.
 
     Of a layer measured nearby, the ratio is scaled by what the cost model says of the difference.
     """
     backend, device_kind = target
-    scales, margin, how = Passes(1.0, 1.0, 1.0), 1.0, "tuned"
+    scales, margin, how = dict.fromkeys(predicted, Passes(1.0, 1.0, 1.0)), 1.0, "tuned"
     if not found.exact:
         there = predicted_ratios(found.layer, backend, device_kind)
-        assert there is not None  # the same device has a model for `layer`
-        scales = Passes(*(here / other for here, other in zip(predicted, there, strict=True)))
+        scales = {
+            name: Passes(*(here / other for here, other in zip(ratios, there[name], strict=True)))
+            for name, ratios in predicted.items()
+        }
         margin, how = CLEAR_WIN, "tuned on a layer nearby"
     dense = next(result.seconds for result in found.results if result.implementation == "dense")
     sparse = [r for r in found.results if r.implementation in IMPLEMENTATIONS[1:] and r.implementation != "dense"]
     names, fastest, ratios, tiles, skipped = [], [], [], {}, ""
+
+    def scale(implementation: str, of_pass: int) -> float:
+        """Kernels without a model of their own share that of the first."""
+        return scales.get(implementation, next(iter(scales.values())))[of_pass]
+
     for i, name in enumerate(Passes._fields):
         best = None
-        for result in sorted(sparse, key=lambda result: result.seconds[i]):
+        for result in sorted(sparse, key=lambda result: result.seconds[i] * scale(result.implementation, i)):
             if reason := unsupported_reason(result.implementation, layer, backend, precision, (name,)):
                 skipped = skipped or f"; {result.implementation}: {reason.split(';')[0]}"
                 continue
             best = result
             fastest.append(result.implementation)
             break
-        ratios.append(1.0 if best is None else best.seconds[i] / dense[i] * scales[i])
+        ratios.append(1.0 if best is None else best.seconds[i] / dense[i] * scale(best.implementation, i))
         taken = best if best is not None and ratios[-1] < margin else None
         names.append("dense" if taken is None else taken.implementation)
         if taken is not None and taken.tiles is not None:

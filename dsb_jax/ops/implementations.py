@@ -3,6 +3,7 @@
 import importlib
 
 from dsb_jax.ops.dense import dense_kernels
+from dsb_jax.ops.native import NATIVE
 from dsb_jax.ops.portable import PORTABLE
 from dsb_jax.ops.xla import XLA
 from pallas_kernels.interface import Kernels
@@ -23,6 +24,8 @@ def kernels_of(name: str, tiles: KernelTiles | None = None, *, feature_major: bo
         return dense_kernels(feature_major=feature_major)
     if name == "portable":
         return PORTABLE
+    if name == "native":
+        return NATIVE
     if name == "reference":
         return importlib.import_module("pallas_kernels.reference").REFERENCE
     module = importlib.import_module(f"pallas_kernels.{name}_gpu")
