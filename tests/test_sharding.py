@@ -124,7 +124,10 @@ def test_meshes_of_two_axes_and_shardings_in_types(mesh_type, spec):
 
 
 @eight_devices
-@pytest.mark.parametrize(("implementation", "mesh_type"), [("native", AxisType.Explicit), ("xla", AxisType.Explicit), ("dense", AxisType.Auto)])
+@pytest.mark.parametrize(
+    ("implementation", "mesh_type"),
+    [("native", AxisType.Explicit), ("xla", AxisType.Explicit), ("dense", AxisType.Auto)],
+)
 def test_bias_is_replicated_and_its_gradient_summed(implementation, mesh_type):
     x, blocks, bias = operands()
     gradient = jax.value_and_grad(functools.partial(loss, implementation=implementation), (0, 1, 2))

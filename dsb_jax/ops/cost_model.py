@@ -15,6 +15,7 @@ from dsb_jax.ops.native import loading
 from pallas_kernels.interface import Passes
 from pallas_kernels.tiles import weight_gradient_columns
 
+
 def _activations(layer: LayerCall) -> int:
     """Elements of the input and of the output."""
     return layer.input_elements + layer.output_elements

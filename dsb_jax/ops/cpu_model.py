@@ -1,9 +1,9 @@
 """What each pass of a layer costs on a CPU with each implementation, from static sizes alone.
 
-Each is a sum of what bounds it: products, at a share of what the vector units can do; activations that are read,
-written and brought into another order; weights. The constants are fitted to measurements of one kind of processor
-(`python -m experiments.tune`). Only ratios matter, so they carry over to others with another clock; width of the
-vectors, cores and L2 are parameters.
+Each is a sum of what it does: elements of activations that are read and written, columns that are read at every
+position, products, weights that are brought into another order, the call itself. The nanoseconds are fitted to
+measurements of one core with AVX-512. Only ratios matter, so they carry over to cores with another clock; the width of
+the vectors and the number of cores are parameters.
 """
 
 import dataclasses
@@ -14,7 +14,9 @@ import os
 from dsb_jax.ops.layer_call import LayerCall
 from pallas_kernels.interface import Passes
 
-VECTOR = 16  # floats, of the processor that the constants were fitted to
+VECTOR = 16  # floats of a vector of the processor that the constants were fitted to
+LANES = 32  # of a tile of the native kernels: the batch is padded to them
+L2_SHARE = 0.8  # of a tile's input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,7 @@ class CpuFacts:
     """What the speed of the implementations depends on.
 
     Attributes:
-      vector: floats of a vector that the native kernels use.
+      vector: floats of a vector.
       cores: that a program may use.
       l2: bytes of a core's second cache.
     """
@@ -36,53 +38,96 @@ class CpuFacts:
 def cpu_facts(vector: int) -> CpuFacts:
     """Of this machine; `vector` is what the native kernels use, 0 without any."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    names = getattr(os, "sysconf_names", {})
-    l2 = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in names else 0
+    known = "SC_LEVEL2_CACHE_SIZE" in getattr(os, "sysconf_names", {})
+    l2 = os.sysconf("SC_LEVEL2_CACHE_SIZE") if known else 0
     return CpuFacts(vector or VECTOR, cores, l2 if l2 > 0 else CpuFacts.l2)
 
 
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Nanoseconds of one core, for each of these.
+
+    Attributes:
+      activation: element of the input and of the output.
+      column: column of a panel, of all panels together, at each position.
+      product: weight that is multiplied, at each position; a dense kernel has all of them.
+      weight: weight, whatever the number of positions.
+      call: the whole of it.
+    """
+
+    activation: float
+    column: float
+    product: float
+    weight: float
+    call: float
+
+
+# Fitted to 173 measurements of 24 layers: convolutions of 32 to 512 channels at 32x32 to 2x2, strides 1 and 2, batch
+# 128 and less; matrices of 64x64 to 4096x1024 over 128 to 2048 rows; blocks of 4x4 to 64x4, densities 0.05 to 0.5. Half
+# of the times are predicted within 15 %, nine of ten within 50 %: the machine was shared.
+_COSTS = {
+    "native": Passes(
+        Cost(activation=0.26, column=0.033, product=0.0132, weight=1.6, call=4e4),
+        Cost(activation=0.44, column=0.054, product=0.0126, weight=1.3, call=4e4),
+        Cost(activation=0.29, column=0.023, product=0.0188, weight=2.4, call=4e4),
+    ),
+    "xla": Passes(
+        Cost(activation=0.63, column=0.33, product=0.0297, weight=0, call=1e4),
+        Cost(activation=0.72, column=0.35, product=0.0246, weight=0, call=1e4),
+        Cost(activation=0.58, column=0.34, product=0.0251, weight=0.2, call=1e4),
+    ),
+    "dense": Passes(
+        Cost(activation=0.26, column=0, product=0.0179, weight=0.8, call=1e4),
+        Cost(activation=0.35, column=0, product=0.0175, weight=0.7, call=1e4),
+        Cost(activation=0.67, column=0, product=0.0263, weight=0.7, call=1e4),
+    ),
+}
+# The share of the work that one core does alone: loops of XLA are sequential, and the products in them small.
+_SERIAL = {"native": 0.08, "xla": 0.55, "dense": 0.1}
+
+
+def _halo(layer: LayerCall, l2: int) -> float:
+    """How often a tile of the native kernels reads an element of the input, for the rows beyond its own."""
+    (kernel_h, kernel_w), (stride_h, stride_w) = layer.geometry.kernel_size, layer.strides
+    out_h, out_w = layer.geometry.output_size(*layer.input_size)
+    halo_h, halo_w = (kernel_h - 1) // stride_h, (kernel_w - 1) // stride_w
+    slot = 4 * LANES * layer.spec.c_in * min(kernel_h, stride_h) * min(kernel_w, stride_w)
+    rows = min(out_h, max(1, int(L2_SHARE * l2 / slot / (out_w + halo_w)) - halo_h))
+    return (rows + halo_h) / rows
+
+
+def _lanes(batch: int, vector: int) -> float:
+    """Lanes that are computed for each example."""
+    half = LANES // 2
+    padded = math.ceil(batch / LANES) * LANES if batch > half else math.ceil(batch / vector) * vector
+    return padded / max(batch, 1)
+
+
+def cpu_seconds(layer: LayerCall, cpu: CpuFacts) -> dict[str, Passes]:
+    """Predicted seconds of each pass, by implementation."""
+    spec, positions = layer.spec, layer.positions
+    columns = spec.num_blocks * spec.block_shape[1]
+    weights = columns * spec.block_shape[0]
+    found = {}
+    for name, costs in _COSTS.items():
+        share = _SERIAL[name] + (1 - _SERIAL[name]) / cpu.cores
+        seconds = []
+        for of, cost in zip(Passes._fields, costs, strict=True):
+            read, stored, computed = float(layer.input_elements), weights, float(positions)
+            if name == "dense":
+                stored = spec.size
+            if name == "native":
+                read *= _halo(layer, cpu.l2) if of != "input_gradient" else 1
+                computed *= _lanes(layer.batch, cpu.vector)
+            nanoseconds = cost.activation * (read + layer.output_elements) + cost.weight * stored
+            vectors = computed * (cost.column * columns + cost.product * stored) * VECTOR / cpu.vector
+            seconds.append(1e-9 * (cost.call + share * (nanoseconds + vectors)))
+        found[name] = Passes(*seconds)
+    return found
+
+
 def cpu_ratios(layer: LayerCall, cpu: CpuFacts) -> dict[str, Passes]:
-    return {"native": Passes(0.3, 0.3, 0.3), "xla": Passes(*[_xla_ratio(layer)] * 3)}
-
-
-# Nanoseconds for forward and backward together, fitted by least squares of the logarithms to 98 times of 14 layers
-# (64 channels at 32x32 to a 512x512 linear layer, strides 1 and 2, batch 128, float32; densities 0.1, 0.2, 0.5; 16x16
-# and 32x8 blocks, feature-major) on a 2-core x86 CPU. Good to some 20 to 30 %.
-_DENSE_ACTIVATION = 8.1  # each element of the input and the output
-_DENSE_PRODUCT = 0.035  # each weight at each position
-# The same where XLA's weight gradient is slow, see `_slow_in_xla`: 3x3 over 64 and 128 channels at 16x16 and 32x32 took
-# 0.05 to 0.09 on one machine, 0.03 to 0.05 on another, and the sparse product 0.7 to 0.9 of dense on both.
-_DENSE_PRODUCT_LARGE = 0.06
-_DENSE_WEIGHT = 9.1  # each weight of the unpacked kernel
-_SPARSE_ACTIVATION = 3.4  # each element of the input and the output
-_SPARSE_COPY = 1.3  # each column of a panel at each position: the gather
-_SPARSE_PRODUCT = 0.031  # each stored weight at each position
-_SPARSE_WEIGHT = 20.0  # each stored weight
-
-
-def _activations(layer: LayerCall) -> int:
-    """Elements of the input and of the output."""
-    return layer.input_elements + layer.output_elements
-
-
-def _columns(layer: LayerCall) -> int:
-    """Columns of all panels together: rows that the forward pass gathers for each output position."""
-    return layer.spec.num_blocks * layer.spec.block_shape[1]
-
-
-def _slow_in_xla(layer: LayerCall) -> bool:
-    """Whether XLA's weight gradient of a convolution is slow on a CPU: over many positions for each image."""
-    return layer.positions_per_example >= 200 and math.prod(layer.spec.kernel_size) > 1
-
-
-def _xla_ratio(layer: LayerCall) -> float:
-    """Predicted training-step time of the `xla` product over that of the dense fallback, on a CPU."""
-    activations, positions, columns = _activations(layer), layer.positions, _columns(layer)
-    rows = layer.spec.block_shape[0]
-    sparse = _SPARSE_ACTIVATION * activations + columns * positions * (_SPARSE_COPY + rows * _SPARSE_PRODUCT)
-    sparse += columns * rows * _SPARSE_WEIGHT
-    product = _DENSE_PRODUCT_LARGE if _slow_in_xla(layer) else _DENSE_PRODUCT
-    dense = _DENSE_ACTIVATION * activations + layer.spec.size * (positions * product + _DENSE_WEIGHT)
-    return sparse / dense
-
-
+    """Predicted time of each pass over that of unpack-then-dense, by implementation."""
+    seconds = cpu_seconds(layer, cpu)
+    dense = seconds.pop("dense")
+    return {name: Passes(*(a / b for a, b in zip(of, dense, strict=True))) for name, of in seconds.items()}

@@ -102,7 +102,7 @@ def register() -> None:
 
 @functools.cache
 def peak_flops() -> float:
-    """Multiplications and additions in a second of one core, in registers alone: what the passes are measured against."""
+    """Operations in a second of one core, in registers alone: what the passes are measured against."""
     register()
     library = _library()
     library.dsb_jax_native_peak.restype = ctypes.c_double
