@@ -22,8 +22,9 @@ SERVED = sys.platform == "linux" and platform.machine() == "x86_64"
 # One library for every Python from 3.12 on: it uses nothing of Python's. Free-threaded ones have no such name for it.
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
 # After those that Python was built with, one of which -fstrict-overflow undoes. The sources choose the instructions;
-# the warning is of GCC 12 for its own headers.
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fstrict-overflow", "-Wno-maybe-uninitialized"]
+# the warnings are of GCC 12 for its own headers.
+WARNINGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fstrict-overflow", *WARNINGS]
 
 
 class OptionalBuild(build_ext):

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 ANSWER_S = 600.0  # a step takes seconds; the first answer waits for the import of PyTorch
 # Threads that wait must not spin: those of PyTorch would take the cores from XLA's, and from one another where another
 # process has one of them (two threads, one core of two busy: a step took 14 to 20 times as long).
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 
 
 class TorchProcess:

@@ -38,8 +38,27 @@ def test_one_core_holds_for_the_threads_of_xla_too(tmp_path):
     assert set(of_threads) == {1}
 
 
-def test_all_cores_by_default():
-    assert cores.use(None) == cores.available() >= 1
+ALL = """
+import os
+from experiments import cores
+used = cores.use(None)
+tasks = [f"/proc/self/task/{task}" for task in os.listdir("/proc/self/task")]
+pool = [int(task.split("/")[-1]) for task in tasks if "Eigen" in open(f"{task}/comm").read()]
+print(used, cores.available(), len(pool), len({core for thread in pool for core in os.sched_getaffinity(thread)}))
+"""
+
+
+@pins
+def test_all_cores_by_default_a_thread_on_each():
+    """In a process of its own: threads stay where they are put."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    result = subprocess.run(
+        [sys.executable, "-c", ALL], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    used, available, threads, on_cores = map(int, result.stdout.split())
+    assert used == available == cores.available()
+    assert threads >= on_cores == available
 
 
 @pins

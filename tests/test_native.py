@@ -1,5 +1,6 @@
 """The native kernels beside the contract that all implementations share: every size, both sets of instructions."""
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -255,14 +256,17 @@ def test_a_serialized_program_names_what_it_would_need():
 def test_without_them_auto_goes_on_and_says_why(monkeypatch, variables, reason):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    for cached in (loading.unavailable_reason, loading._load, loading.register):
+    for cached in (cache := (loading.unavailable_reason, loading._load, loading.register, loading.tell_missing)):
         cached.cache_clear()
     try:
         assert loading.unavailable_reason() == reason
         assert loading.vector() == 0
         layout = random_layout(jax.random.key(0), (256, 2304), block_shape=(16, 16), num_blocks=230)
         sizes = {"geometry": ConvGeometry(256, (3, 3)), "input_size": (8, 8), "batch": 64}
-        choice = choose("auto", layout, **sizes)
+        told = contextlib.nullcontext() if reason.endswith("=off") else pytest.warns(UserWarning, match=reason)
+        with told:
+            choice = choose("auto", layout, **sizes)
+        choose("auto", layout, **sizes)  # warns no more
         assert choice.implementation == "xla"
         assert choice.reason.endswith(f"; native: {reason.split(';')[0]}")
         with pytest.raises(NotImplementedError, match=f"implementation='native' cannot .*: {reason}"):
@@ -271,7 +275,7 @@ def test_without_them_auto_goes_on_and_says_why(monkeypatch, variables, reason):
             loading.register()
     finally:
         monkeypatch.undo()
-        for cached in (loading.unavailable_reason, loading._load, loading.register):
+        for cached in cache:
             cached.cache_clear()
         assert loading.unavailable_reason() is None
 

@@ -277,6 +277,8 @@ def _choose(layer: LayerCall, target: Target, precision: lax.PrecisionLike) -> C
             if (reason := unsupported_reason(name, layer, backend, precision, (of,))) is None:
                 taken, ratio = name, wins
                 break
+            if name == "native":
+                loading.tell_missing()
             skipped.setdefault(name, reason.split(";")[0])
         names.append(taken)
         ratios.append(ratio)

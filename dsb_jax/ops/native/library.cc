@@ -22,8 +22,9 @@ namespace ffi = xla::ffi;
 
 const Passes* passes = nullptr;
 
-constexpr Int kLanes = 32;        // of a tile: two cache lines side by side of each row of x
-constexpr Int kCacheLine = 16;    // floats
+constexpr Int kLanes = 32;      // of a tile: two cache lines side by side of each row of x
+constexpr Int kCacheLine = 16;  // floats
+constexpr Int kHugePage = 2 << 20;
 constexpr double kL2Share = 0.8;  // of a packed tile; the rest is for dy, sums and weights
 
 Int l2_floats() {
@@ -44,19 +45,19 @@ float* scratch(Int floats) {
     ~Buffer() { free(data); }
   };
   static thread_local Buffer buffer;
-  if (buffer.size < floats) {
-    constexpr Int kHugePage = 2 << 20;
-    free(buffer.data);
-    buffer = {};
-    const Int bytes = ceil_div(floats * Int(sizeof(float)), kHugePage) * kHugePage;
-    void* data = nullptr;
-    if (posix_memalign(&data, kHugePage, bytes) != 0) return nullptr;
-#ifdef MADV_HUGEPAGE
-    madvise(data, bytes, MADV_HUGEPAGE);
+#ifdef __SANITIZE_ADDRESS__
+  const Int bytes = floats * Int(sizeof(float));  // and no more, so that what lies beyond is noticed
+#else
+  if (floats <= buffer.size) return buffer.data;
+  const Int bytes = ceil_div(floats * Int(sizeof(float)), kHugePage) * kHugePage;
 #endif
-    buffer.data = static_cast<float*>(data);
-    buffer.size = bytes / Int(sizeof(float));
-  }
+  free(buffer.data);
+  buffer = {};
+  void* data = nullptr;
+  if (posix_memalign(&data, kHugePage, bytes) != 0) return nullptr;
+  madvise(data, bytes, MADV_HUGEPAGE);
+  buffer.data = static_cast<float*>(data);
+  buffer.size = bytes / Int(sizeof(float));
   return buffer.data;
 }
 

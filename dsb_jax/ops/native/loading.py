@@ -11,6 +11,7 @@ import importlib.machinery
 import os
 import platform
 import re
+import warnings
 from pathlib import Path
 
 import jax
@@ -68,6 +69,14 @@ def unavailable_reason() -> str | None:
         return f"this processor has no {'AVX-512' if wanted == 'avx512' else 'AVX2'}"
     use(wanted or ("avx512" if here == 16 else "avx2"))
     return None
+
+
+@functools.cache
+def tell_missing() -> None:
+    """Warns, once in a process, where the library should be and is not."""
+    reason = unavailable_reason()
+    if reason is not None and os.environ.get(VARIABLE) != "off":
+        warnings.warn(f"dsb_jax computes without its native CPU kernels, so slower: {reason}.", stacklevel=2)
 
 
 def use(instructions: str) -> None:

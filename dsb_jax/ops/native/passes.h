@@ -28,40 +28,46 @@ DSB_INLINE const T* at(const void* p, Int offset) {
   return static_cast<const T*>(p) + offset;
 }
 
-// Packs what a tile of output positions reads of x. Slots outside of the image are left alone: nobody reads them.
-template <class T>
-void pack_input(const Call& c, const Tile& tile, float* packed) {
+// run(slot, element, begin, end) for every channel, phase and row of slots of a tile: element + j * stride_w * batch of
+// x or dx belongs to slot + j * lanes of the packed tile, for begin <= j < end. Slots outside of the image are left
+// out.
+template <class Run>
+DSB_INLINE void each_row(const Call& c, const Tile& tile, Int rows, Int columns, const Run& run) {
   const Sizes& s = c.sizes;
   const Tiling& t = c.tiling;
-  const Int lanes = smaller(t.lanes, s.batch - tile.n);
-  const bool whole = lanes == t.lanes;
-  const Int rows = tile.h_end - tile.h_begin + s.halo_h(), columns = tile.w_end - tile.w_begin + s.halo_w();
   for (Int channel = 0; channel < s.channels; ++channel) {
     for (Int phase = 0; phase < s.phases_h() * s.phases_w(); ++phase) {
-      const Int phase_h = phase / s.phases_w(), phase_w = phase % s.phases_w();
       for (Int i = 0; i < rows; ++i) {
-        const Int h = (tile.h_begin + i) * s.stride_h + phase_h - s.pad_top;
+        const Int h = (tile.h_begin + i) * s.stride_h + phase / s.phases_w() - s.pad_top;
+        const Int left = tile.w_begin * s.stride_w + phase % s.phases_w() - s.pad_left;
         if (h < 0 || h >= s.height) continue;
-        float* to = packed + channel * t.channel_size + phase * t.phase_size + i * t.slots_w * t.lanes;
-        const Int left = tile.w_begin * s.stride_w + phase_w - s.pad_left;
-        const Int begin = left < 0 ? ceil_div(-left, s.stride_w) : 0;
-        const Int end = smaller(columns, ceil_div(s.width - left, s.stride_w));
-        const Int from = ((channel * s.height + h) * s.width + left) * s.batch + tile.n;
-        for (Int j = begin; j < end; ++j) {
-          const T* p = at<T>(c.x, from + j * s.stride_w * s.batch);
-          float* q = to + j * t.lanes;
-          if (whole) {
-            for (Int l = 0; l < t.lanes; l += kVector) {
-              __builtin_prefetch(p + 8 * s.stride_w * s.batch + l);
-              store(q + l, load(p + l));
-            }
-          } else {
-            for (Int l = 0; l < t.lanes; l += kVector) store(q + l, load_some(p + l, lanes - l));
-          }
-        }
+        run(channel * t.channel_size + phase * t.phase_size + i * t.slots_w * t.lanes,
+            ((channel * s.height + h) * s.width + left) * s.batch + tile.n, left < 0 ? ceil_div(-left, s.stride_w) : 0,
+            smaller(columns, ceil_div(s.width - left, s.stride_w)));
       }
     }
   }
+}
+
+// The lanes of one position; those beyond the batch are zero.
+template <class T>
+DSB_INLINE void pack_lanes(const Call& c, const T* from, Int exist, Int ahead, float* to) {
+  for (Int l = 0; l < c.tiling.lanes; l += kVector) {
+    __builtin_prefetch(from + ahead + l);
+    store(to + l, load_some(from + l, exist - l));
+  }
+}
+
+// Packs what a tile of output positions reads of x.
+template <class T>
+void pack_input(const Call& c, const Tile& tile, float* packed) {
+  const Sizes& s = c.sizes;
+  const Int exist = smaller(c.tiling.lanes, s.batch - tile.n), step = s.stride_w * s.batch;
+  const Int rows = tile.h_end - tile.h_begin + s.halo_h(), columns = tile.w_end - tile.w_begin + s.halo_w();
+  each_row(c, tile, rows, columns, [&](Int slot, Int element, Int begin, Int end) {
+    for (Int j = begin; j < end; ++j)
+      pack_lanes(c, at<T>(c.x, element + j * step), exist, 8 * step, packed + slot + j * c.tiling.lanes);
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------------- forward
@@ -205,23 +211,15 @@ void forward_tile(const Call& c, const Tile& tile, Range groups, float* scratch)
 template <class T>
 DSB_INLINE void pack_output(const Call& c, Int group, Int n, Int h, Int w_begin, Int w_end, float* panel) {
   const Sizes& s = c.sizes;
-  const Int lanes = smaller(c.tiling.lanes, s.batch - n);
-  const bool whole = lanes == c.tiling.lanes;
+  const Int exist = smaller(c.tiling.lanes, s.batch - n);
   for (Int r = 0; r < s.rows; ++r) {
     const Int out = c.out_idx[group * s.rows + r];
-    const T* from = at<T>(c.dy, ((out * s.out_height + h) * s.out_width + w_begin) * s.batch + n);
-    for (Int w = 0; w < w_end - w_begin; ++w) {
-      float* to = panel + (w * s.rows + r) * c.tiling.lanes;
-      const T* p = from + w * s.batch;
+    for (Int w = w_begin; w < w_end; ++w) {
+      float* to = panel + ((w - w_begin) * s.rows + r) * c.tiling.lanes;
       if (out >= s.out) {
         memset(to, 0, c.tiling.lanes * sizeof(float));
-      } else if (whole) {
-        for (Int l = 0; l < c.tiling.lanes; l += kVector) {
-          __builtin_prefetch(p + s.batch + l);
-          store(to + l, load(p + l));
-        }
       } else {
-        for (Int l = 0; l < c.tiling.lanes; l += kVector) store(to + l, load_some(p + l, lanes - l));
+        pack_lanes(c, at<T>(c.dy, ((out * s.out_height + h) * s.out_width + w) * s.batch + n), exist, 8 * s.batch, to);
       }
     }
   }
@@ -286,27 +284,14 @@ DSB_INLINE Range owned(Range taps, Int at, Int stride, Int begin, Int end) {
 template <class T>
 void unpack_input_gradient(const Call& c, const Tile& tile, const float* packed) {
   const Sizes& s = c.sizes;
-  const Tiling& t = c.tiling;
-  const Int lanes = smaller(t.lanes, s.batch - tile.n);
-  for (Int channel = 0; channel < s.channels; ++channel) {
-    for (Int i = 0; i < tile.h_end - tile.h_begin; ++i) {
-      for (Int phase = 0; phase < s.phases_h() * s.phases_w(); ++phase) {
-        const Int phase_h = phase / s.phases_w(), phase_w = phase % s.phases_w();
-        const Int h = (tile.h_begin + i) * s.stride_h + phase_h - s.pad_top;
-        if (h < 0 || h >= s.height) continue;
-        const float* from = packed + channel * t.channel_size + phase * t.phase_size + i * t.slots_w * t.lanes;
-        const Int left = tile.w_begin * s.stride_w + phase_w - s.pad_left;
-        const Int begin = left < 0 ? ceil_div(-left, s.stride_w) : 0;
-        const Int end = smaller(tile.w_end - tile.w_begin, ceil_div(s.width - left, s.stride_w));
-        const Int to = ((channel * s.height + h) * s.width + left) * s.batch + tile.n;
-        for (Int j = begin; j < end; ++j) {
-          T* p = static_cast<T*>(c.result) + to + j * s.stride_w * s.batch;
-          for (Int l = 0; l < lanes; l += kVector)
-            store_some(p + l, load(from + j * t.lanes + l), lanes - l, c.streams);
-        }
-      }
-    }
-  }
+  const Int exist = smaller(c.tiling.lanes, s.batch - tile.n), step = s.stride_w * s.batch;
+  const Int rows = tile.h_end - tile.h_begin, columns = tile.w_end - tile.w_begin;
+  each_row(c, tile, rows, columns, [&](Int slot, Int element, Int begin, Int end) {
+    for (Int j = begin; j < end; ++j)
+      for (Int l = 0; l < exist; l += kVector)
+        store_some(static_cast<T*>(c.result) + element + j * step + l, load(packed + slot + j * c.tiling.lanes + l),
+                   exist - l, c.streams);
+  });
 }
 
 template <class T>
@@ -454,28 +439,26 @@ void weight_gradient_tile(const Call& c, const Tile& tile, Range groups, float* 
 
 // --------------------------------------------------------------------------------------------------------- dispatch
 
-void forward(const Call& c, const Tile& tile, Range groups, float* scratch) {
+// Calls `run` with a value of the type that activations have in memory.
+template <class Run>
+DSB_INLINE void with_element(const Call& c, const Run& run) {
   if (c.element == Element::kFloat32) {
-    forward_tile<float>(c, tile, groups, scratch);
+    run(float());
   } else {
-    forward_tile<uint16_t>(c, tile, groups, scratch);
+    run(uint16_t());
   }
+}
+
+void forward(const Call& c, const Tile& tile, Range groups, float* scratch) {
+  with_element(c, [&](auto t) { forward_tile<decltype(t)>(c, tile, groups, scratch); });
 }
 
 void input_gradient(const Call& c, const Tile& tile, float* scratch) {
-  if (c.element == Element::kFloat32) {
-    input_gradient_tile<float>(c, tile, scratch);
-  } else {
-    input_gradient_tile<uint16_t>(c, tile, scratch);
-  }
+  with_element(c, [&](auto t) { input_gradient_tile<decltype(t)>(c, tile, scratch); });
 }
 
 void weight_gradient(const Call& c, const Tile& tile, Range groups, float* sums, float* scratch) {
-  if (c.element == Element::kFloat32) {
-    weight_gradient_tile<float>(c, tile, groups, sums, scratch);
-  } else {
-    weight_gradient_tile<uint16_t>(c, tile, groups, sums, scratch);
-  }
+  with_element(c, [&](auto t) { weight_gradient_tile<decltype(t)>(c, tile, groups, sums, scratch); });
 }
 
 double seconds() {

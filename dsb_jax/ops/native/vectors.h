@@ -4,14 +4,10 @@
 #define DSB_INLINE static inline __attribute__((always_inline))
 
 #if DSB_VECTOR == 16
+#define DSB_OF_WIDTH(name) _mm512_##name
 using Vector = __m512;
 constexpr Int kRowBlock = 8;  // rows of a register tile, beside two vectors of lanes
-DSB_INLINE Vector zero() { return _mm512_setzero_ps(); }
-DSB_INLINE Vector splat(float a) { return _mm512_set1_ps(a); }
-DSB_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-DSB_INLINE Vector load(const float* p) { return _mm512_loadu_ps(p); }
-DSB_INLINE void store(float* p, Vector a) { _mm512_storeu_ps(p, a); }
-DSB_INLINE void stream(float* p, Vector a) { _mm512_stream_ps(p, a); }
+
 DSB_INLINE Vector load(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -19,10 +15,10 @@ DSB_INLINE Vector load(const uint16_t* p) {
 DSB_INLINE __m256i round_to_bfloat16(Vector a) {
   const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  rounded = _mm512_srli_epi32(rounded, 16);
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 is_nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0)));
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, _mm512_set1_epi32(0x7fc0)));
 }
 DSB_INLINE void store(uint16_t* p, Vector a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to_bfloat16(a));
@@ -35,20 +31,11 @@ DSB_INLINE __m128 fold(Vector a) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
-DSB_INLINE Vector low_pairs(Vector a, Vector b) { return _mm512_unpacklo_ps(a, b); }
-DSB_INLINE Vector high_pairs(Vector a, Vector b) { return _mm512_unpackhi_ps(a, b); }
-DSB_INLINE Vector low_halves(Vector a, Vector b) { return _mm512_shuffle_ps(a, b, 0x44); }
-DSB_INLINE Vector high_halves(Vector a, Vector b) { return _mm512_shuffle_ps(a, b, 0xee); }
-DSB_INLINE Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 #else
+#define DSB_OF_WIDTH(name) _mm256_##name
 using Vector = __m256;
 constexpr Int kRowBlock = 5;
-DSB_INLINE Vector zero() { return _mm256_setzero_ps(); }
-DSB_INLINE Vector splat(float a) { return _mm256_set1_ps(a); }
-DSB_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-DSB_INLINE Vector load(const float* p) { return _mm256_loadu_ps(p); }
-DSB_INLINE void store(float* p, Vector a) { _mm256_storeu_ps(p, a); }
-DSB_INLINE void stream(float* p, Vector a) { _mm256_stream_ps(p, a); }
+
 DSB_INLINE Vector load(const uint16_t* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -57,29 +44,34 @@ DSB_INLINE __m128i round_to_bfloat16(Vector a) {
   const __m256i bits = _mm256_castps_si256(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  rounded = _mm256_srli_epi32(rounded, 16);
-  const __m256 is_nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
-  const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc0));
-  rounded = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), nan, is_nan));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  rounded = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), is_nan);
   return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
 }
 DSB_INLINE void store(uint16_t* p, Vector a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), round_to_bfloat16(a)); }
 DSB_INLINE void stream(uint16_t* p, Vector a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), round_to_bfloat16(a)); }
 DSB_INLINE __m128 fold(Vector a) { return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)); }
-DSB_INLINE Vector low_pairs(Vector a, Vector b) { return _mm256_unpacklo_ps(a, b); }
-DSB_INLINE Vector high_pairs(Vector a, Vector b) { return _mm256_unpackhi_ps(a, b); }
-DSB_INLINE Vector low_halves(Vector a, Vector b) { return _mm256_shuffle_ps(a, b, 0x44); }
-DSB_INLINE Vector high_halves(Vector a, Vector b) { return _mm256_shuffle_ps(a, b, 0xee); }
-DSB_INLINE Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 #endif
 
 constexpr Int kVector = DSB_VECTOR;
 
+DSB_INLINE Vector zero() { return DSB_OF_WIDTH(setzero_ps)(); }
+DSB_INLINE Vector splat(float a) { return DSB_OF_WIDTH(set1_ps)(a); }
+DSB_INLINE Vector add(Vector a, Vector b) { return DSB_OF_WIDTH(add_ps)(a, b); }
+DSB_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return DSB_OF_WIDTH(fmadd_ps)(a, b, c); }
+DSB_INLINE Vector load(const float* p) { return DSB_OF_WIDTH(loadu_ps)(p); }
+DSB_INLINE void store(float* p, Vector a) { DSB_OF_WIDTH(storeu_ps)(p, a); }
+DSB_INLINE void stream(float* p, Vector a) { DSB_OF_WIDTH(stream_ps)(p, a); }
+
+// Of every four lanes: sums of a, b, a, b.
+DSB_INLINE Vector pairs(Vector a, Vector b) {
+  return add(DSB_OF_WIDTH(unpacklo_ps)(a, b), DSB_OF_WIDTH(unpackhi_ps)(a, b));
+}
+
 // The sums of four vectors, each over all of its lanes.
 DSB_INLINE __m128 sums_of(Vector a, Vector b, Vector c, Vector d) {
-  const Vector ab = add(low_pairs(a, b), high_pairs(a, b));  // of every four lanes: a, b, a, b
-  const Vector cd = add(low_pairs(c, d), high_pairs(c, d));
-  return fold(add(low_halves(ab, cd), high_halves(ab, cd)));
+  const Vector ab = pairs(a, b), cd = pairs(c, d);
+  return fold(add(DSB_OF_WIDTH(shuffle_ps)(ab, cd, 0x44), DSB_OF_WIDTH(shuffle_ps)(ab, cd, 0xee)));
 }
 
 // A vector of which the first `count` elements exist; the others are read as zero, and not written.
