@@ -16,10 +16,10 @@ from dsb_jax.target import compiling_for
 from pallas_kernels import ConvGeometry
 
 CASES = {  # geometry, input size
-    "library": (ConvGeometry(4, (3, 3), (1, 1), ((1, 1), (1, 1))), (7, 6)),
-    "strides": (ConvGeometry(4, (3, 2), (2, 1), ((0, 2), (1, 0))), (13, 8)),
-    "rows unread": (ConvGeometry(4, (3, 3), (2, 2), ((0, 0), (0, 0))), (14, 12)),
-    "negative padding": (ConvGeometry(4, (2, 3), (1, 2), ((-1, 2), (1, -2))), (8, 17)),
+    "library": (ConvGeometry(12, (3, 3), (1, 1), ((1, 1), (1, 1))), (7, 6)),
+    "strides": (ConvGeometry(12, (3, 2), (2, 1), ((0, 2), (1, 0))), (13, 8)),
+    "rows unread": (ConvGeometry(8, (3, 3), (2, 2), ((0, 0), (0, 0))), (14, 12)),
+    "negative padding": (ConvGeometry(12, (2, 3), (1, 2), ((-1, 2), (1, -2))), (8, 17)),
     "patches": (ConvGeometry(8, (3, 3), (1, 1), ((1, 2), (1, 1))), (3, 4)),
     "patches, strides": (ConvGeometry(8, (3, 3), (2, 2), ((1, 0), (-1, 1))), (6, 7)),
     "1x1, strides": (ConvGeometry(4, (1, 1), (2, 3), ((0, 0), (0, 1))), (6, 7)),

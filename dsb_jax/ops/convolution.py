@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsb_jax.ops import cpu_convolution
+from dsb_jax.ops.cpu_convolution import FEW_FEATURES
 from dsb_jax.target import ANY, current_backend
 from pallas_kernels.interface import ConvGeometry, accumulator_dtype, patches
-
-FEW_FEATURES = 64  # kernel height * width * channels
 
 _NHWC = (("NHWC", "HWIO", "NHWC"), lax.conv_dimension_numbers((1,) * 4, (1,) * 4, ("NHWC", "HWIO", "NHWC")))
 
@@ -33,6 +33,8 @@ def convolve(
         at some 2 % of its usual rate;
       - where the input has few features and is feature-major (a stem): the convolution would transpose its output.
     """
+    if cpu_convolution.serves(x, kernel):
+        return cpu_convolution.convolve(x, kernel, geometry=geometry, feature_major=feature_major, precision=precision)
     sizes = (*x.shape[1:3], *geometry.output_size(*x.shape[1:3]))
     small = min(sizes) < max(geometry.kernel_size) or (feature_major and geometry.in_features <= FEW_FEATURES)
     may_be_cpu = current_backend() in ("cpu", ANY.backend)

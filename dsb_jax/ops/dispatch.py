@@ -32,6 +32,7 @@ from jax.export import is_symbolic_dim
 from dsb_jax.layout import BlockLayout
 from dsb_jax.ops import self_check, tuning
 from dsb_jax.ops.cost_model import predicted_ratios
+from dsb_jax.ops.cpu_model import CpuFacts, cpu_ratios
 from dsb_jax.ops.layer_call import LayerCall
 from dsb_jax.ops.native import DTYPES as NATIVE_DTYPES
 from dsb_jax.ops.native import loading
@@ -238,7 +239,7 @@ def _choose_portable(implementation: str, layer: LayerCall, any_what: str) -> Ch
             f"implementation={implementation!r} cannot compute a layer of {layer.spec.out}x{layer.spec.in_} for "
             f"{any_what}: its kernels are made for one kind of device and one batch size; use auto, xla or dense."
         )
-    ratio = _mean(predicted_ratios(layer, "cpu", "cpu")["xla"])
+    ratio = _mean(cpu_ratios(layer, CpuFacts())["xla"])  # of whichever CPU
     reason = f"for {any_what}: predicted {ratio:.2f} of the dense time on a CPU"
     return Choice.all("portable", f"{reason}, dense elsewhere") if ratio < CLEAR_WIN else Choice.all("dense", reason)
 

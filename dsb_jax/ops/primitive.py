@@ -42,9 +42,9 @@ product_p = jax.extend.core.Primitive("shuffled_block_product")
 
 
 def forward(
-    product: Product, x: jax.Array, blocks: jax.Array, index: Index, bias: jax.Array | None = None
+    product: Product, x: jax.Array, blocks: jax.Array, index: Index | None, bias: jax.Array | None = None
 ) -> jax.Array:
-    """x[C, H, W, N], blocks[num_blocks, R, C'], bias[out] -> y[out, OH, OW, N]."""
+    """x[C, H, W, N], blocks[num_blocks, R, C'], bias[out] -> y[out, OH, OW, N]; no index where kernels need none."""
     arrays, structure = jax.tree.flatten(index)
     ranks = tuple(jnp.ndim(array) for array in arrays)
     operation = Operation(product, "forward", structure, ranks, has_bias=bias is not None)
