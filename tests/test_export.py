@@ -145,10 +145,7 @@ def test_the_report_is_short_to_read(files):
         "sparse layers portable (xla on a CPU, dense elsewhere)"
     )
     assert [line.split("  ")[0] for line in lines[6:]] == ["batch 7", "batch 1"]
-    reason = reports["mlp"].choices["Dense_0",].reason
-    assert re.fullmatch(
-        r"for a batch of any size: predicted 0\.\d\d of the dense time on a CPU, dense elsewhere", reason
-    )
+    assert reports["mlp"].choices["Dense_0",].reason == "asked for"
     assert "<table>" in reports["mlp"]._repr_html_()
 
 
