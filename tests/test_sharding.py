@@ -402,9 +402,12 @@ def test_the_steps_of_a_classifier_keep_shardings_and_replicas_agree_under_pmap(
 
 @pytest.mark.skipif(HAS_DEVICES, reason="this is the process with eight devices")
 def test_all_of_this_file_with_eight_devices():
+    # NPROC: threads of XLA's pool. A collective holds one for each device, and two that do not wait for one another may
+    # run at once: with as few threads as cores, all of them waited, and XLA ended the process.
+    several = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {FLAG}", "JAX_PLATFORMS": "cpu", "NPROC": "64"}
     child = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {FLAG}", "JAX_PLATFORMS": "cpu"},
+        env=os.environ | several,
         cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-8000:]
