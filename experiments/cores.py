@@ -5,12 +5,9 @@ from pathlib import Path
 
 import jax
 
+from dsb_jax.ops.cpu_model import available_cores
+
 _POOL = "Eigen"  # in the names of the threads that XLA computes with
-
-
-def available() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use(cores: int | None) -> int:
@@ -31,7 +28,7 @@ def use(cores: int | None) -> int:
     """
     if cores is None:
         _spread()
-        return available()
+        return available_cores()
     if not hasattr(os, "sched_setaffinity"):
         raise NotImplementedError(f"cores={cores}: this system cannot keep a process on some cores; leave it out.")
     mine = sorted(os.sched_getaffinity(0))

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from dsb_jax.ops.cpu_model import available_cores
 from experiments import cores
 from tests.test_programs import ROOT
 
@@ -14,13 +15,14 @@ pins = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the syst
 
 SCRIPT = """
 import json, os, jax
+from dsb_jax.ops.cpu_model import available_cores
 from experiments import cores
 jax.config.update("jax_compilation_cache_dir", "compiled")
 before = os.listdir("/proc/self/task")
 used = cores.use(1)
 jax.numpy.ones((8, 8)).block_until_ready()
 threads = [int(task) for task in os.listdir("/proc/self/task") if task not in before]
-print(json.dumps([used, cores.available(), jax.config.jax_compilation_cache_dir,
+print(json.dumps([used, available_cores(), jax.config.jax_compilation_cache_dir,
                   [len(os.sched_getaffinity(thread)) for thread in threads]]))
 """
 
@@ -40,11 +42,12 @@ def test_one_core_holds_for_the_threads_of_xla_too(tmp_path):
 
 ALL = """
 import os
+from dsb_jax.ops.cpu_model import available_cores
 from experiments import cores
 used = cores.use(None)
 tasks = [f"/proc/self/task/{task}" for task in os.listdir("/proc/self/task")]
 pool = [int(task.split("/")[-1]) for task in tasks if "Eigen" in open(f"{task}/comm").read()]
-print(used, cores.available(), len(pool), len({core for thread in pool for core in os.sched_getaffinity(thread)}))
+print(used, available_cores(), len(pool), len({core for thread in pool for core in os.sched_getaffinity(thread)}))
 """
 
 
@@ -57,7 +60,7 @@ def test_all_cores_by_default_a_thread_on_each():
     )
     assert result.returncode == 0, result.stderr
     used, available, threads, on_cores = map(int, result.stdout.split())
-    assert used == available == cores.available()
+    assert used == available == available_cores()
     assert threads >= on_cores == available
 
 

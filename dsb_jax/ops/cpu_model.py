@@ -34,13 +34,17 @@ class CpuFacts:
     l2: int = 2 << 20
 
 
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @functools.cache
 def cpu_facts(vector: int) -> CpuFacts:
     """Of this machine; `vector` is what the native kernels use, 0 without any."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     known = "SC_LEVEL2_CACHE_SIZE" in getattr(os, "sysconf_names", {})
     l2 = os.sysconf("SC_LEVEL2_CACHE_SIZE") if known else 0
-    return CpuFacts(vector or VECTOR, cores, l2 if l2 > 0 else CpuFacts.l2)
+    return CpuFacts(vector or VECTOR, available_cores(), l2 if l2 > 0 else CpuFacts.l2)
 
 
 @dataclasses.dataclass(frozen=True)
