@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dsb_jax.layout import max_blocks, random_layout
 from dsb_jax.ops import choose, sparse_matmul
-from dsb_jax.ops.native import NATIVE, loading
+from dsb_jax.ops.native import NATIVE, NATIVE_BATCH_MAJOR, loading
 from dsb_jax.ops.xla import XLA
 from pallas_kernels import ConvGeometry, matmul_geometry
 from tests.conftest import make_layout
@@ -56,6 +56,21 @@ def three_passes(kernels, geometry, x, blocks, bias, dy, index):
     )
 
 
+def three_passes_batch_major(geometry, x, blocks, bias, dy, index):
+    """The same of a matrix, with activations that go and come as [N, 1, 1, features]; d_x is turned back."""
+
+    def turned(a):
+        return np.asarray(a).transpose(3, 1, 2, 0)
+
+    x, dy = turned(x), turned(dy)
+    results = (
+        NATIVE_BATCH_MAJOR.forward(x, blocks, index, out=dy.shape[3], geometry=geometry, bias=bias),
+        NATIVE_BATCH_MAJOR.input_gradient(dy, blocks, index, geometry=geometry, input_size=(1, 1)),
+        NATIVE_BATCH_MAJOR.weight_gradient(x, dy, index, geometry=geometry, dtype=blocks.dtype),
+    )
+    return turned(results[0]), turned(results[1]), results[2]
+
+
 def assert_near(results, wanted, tolerance=1e-5):
     for result, value in zip(results, wanted, strict=True):
         result, value = np.asarray(result, np.float32), np.asarray(value, np.float32)
@@ -92,13 +107,16 @@ def dense_passes(geometry, x, blocks, bias, dy, layout):
 
 @st.composite
 def cases(draw):
-    """A geometry, an image, a batch and a layout of any sizes, remainders and all."""
+    """A geometry, an image, a batch and a layout of any sizes, remainders and all; one in three is a matrix."""
     small = st.integers(1, 3)
+    is_matrix = draw(st.integers(0, 2)) == 0
     kernel = draw(st.tuples(small, small))
     strides = draw(st.tuples(small, small))
     padding = tuple(draw(st.tuples(st.integers(-1, 3), st.integers(-1, 3))) for _ in range(2))
     size = tuple(draw(st.integers(max(1, k - low - high), 7)) for k, (low, high) in zip(kernel, padding, strict=True))
     geometry = ConvGeometry(draw(st.integers(1, 9)), kernel, strides, padding)
+    if is_matrix:
+        geometry, size = matmul_geometry(draw(st.integers(1, 37))), (1, 1)
     shape = draw(st.integers(1, 21)), geometry.in_features
     block_shape = draw(st.integers(1, shape[0])), draw(st.integers(1, min(5, shape[1])))
     num_blocks = draw(st.integers(1, max_blocks(shape, block_shape)))
@@ -120,6 +138,10 @@ def check_case(case):
         results = three_passes(NATIVE, geometry, *arrays, layout.index)
         assert {result.dtype for result in results} == {jnp.dtype(dtype)}
         assert_near(results, wanted, 1e-5 if dtype == "float32" else 2**-8)
+        if geometry == matmul_geometry(geometry.in_channels) and size == (1, 1):
+            others = three_passes_batch_major(geometry, *arrays, layout.index)
+            assert {result.dtype for result in others} == {jnp.dtype(dtype)}
+            assert_near(others, wanted, 1e-5 if dtype == "float32" else 2**-8)
 
 
 def test_any_sizes():
@@ -142,10 +164,11 @@ def test_a_product_by_hand(instructions):
     blocks = np.array([[[5, 6], [7, 8]]], np.float32)
     dy = np.array([[1, 0], [0, 1], [2, 1]], np.float32)[:, None, None, :]
     bias = np.array([10, 20, 30], np.float32)
-    y, dx, d_blocks = three_passes(NATIVE, matmul_geometry(4), x, blocks, bias, dy, index)
-    np.testing.assert_array_equal(y[:, 0, 0], [[83, 98], [20, 20], [83, 94]])
-    np.testing.assert_array_equal(dx[:, 0, 0], [[0, 0], [20, 6], [0, 0], [17, 5]])
-    np.testing.assert_array_equal(d_blocks, [[[22, 10], [7, 3]]])
+    arrays = matmul_geometry(4), x, blocks, bias, dy, index
+    for y, dx, d_blocks in (three_passes(NATIVE, *arrays), three_passes_batch_major(*arrays)):
+        np.testing.assert_array_equal(y[:, 0, 0], [[83, 98], [20, 20], [83, 94]])
+        np.testing.assert_array_equal(dx[:, 0, 0], [[0, 0], [20, 6], [0, 0], [17, 5]])
+        np.testing.assert_array_equal(d_blocks, [[[22, 10], [7, 3]]])
 
 
 # Larger than what fits a tile, so cut along rows, along columns and along the batch; kernels as large as the image.
@@ -165,7 +188,10 @@ def test_many_tiles(instructions, name):
     layout = random_layout(jax.random.key(0), shape, block_shape=block_shape, num_blocks=num_blocks)
     arrays = arrays_of(geometry, size, batch, layout)
     results = three_passes(NATIVE, geometry, *arrays, layout.index)
-    assert_near(results, three_passes(XLA, geometry, *arrays, layout.index), 2e-5)
+    wanted = three_passes(XLA, geometry, *arrays, layout.index)
+    assert_near(results, wanted, 2e-5)
+    if geometry == matmul_geometry(geometry.in_channels):
+        assert_near(three_passes_batch_major(geometry, *arrays, layout.index), wanted, 2e-5)
 
 
 _BITS = """
@@ -176,8 +202,11 @@ print(os.environ["NPROC"], end="", flush=True)
 for name in t.LARGE:
     geometry, size, batch, shape, block_shape, num_blocks = t.LARGE[name]
     layout = t.random_layout(jax.random.key(0), shape, block_shape=block_shape, num_blocks=num_blocks)
-    results = t.three_passes(t.NATIVE, geometry, *t.arrays_of(geometry, size, batch, layout), layout.index)
-    print("", *(hashlib.sha256(np.asarray(r)).hexdigest() for r in results), end="", flush=True)
+    arrays = *t.arrays_of(geometry, size, batch, layout), layout.index
+    results = t.three_passes(t.NATIVE, geometry, *arrays)
+    if size == (1, 1):
+        results += t.three_passes_batch_major(geometry, *arrays)
+    print("", *(hashlib.sha256(np.ascontiguousarray(r)).hexdigest() for r in results), end="", flush=True)
 """
 
 
@@ -186,7 +215,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
     run = functools.partial(subprocess.run, [sys.executable, "-c", _BITS], capture_output=True, text=True, check=True)
     outputs = [run(env=os.environ | {"NPROC": str(count)}).stdout.split() for count in (1, 2, 7)]
     assert [output[0] for output in outputs] == ["1", "2", "7"]
-    assert len(outputs[0]) == 1 + 3 * len(LARGE)
+    assert len(outputs[0]) == 1 + 3 * (len(LARGE) + 2)  # two matrices, in both orders of activations
     assert outputs[0][1:] == outputs[1][1:] == outputs[2][1:]
 
 

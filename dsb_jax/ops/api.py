@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from dsb_jax.layout import BlockLayout, check_arrays, validate
 from dsb_jax.ops import primitive
 from dsb_jax.ops.dispatch import Choice, choose, record
-from dsb_jax.ops.implementations import kernels_of
+from dsb_jax.ops.implementations import kernels_of, take_batch_major
 from dsb_jax.ops.partitioning import Product
 from pallas_kernels.interface import ConvGeometry, Kernels, Passes, matmul_geometry
 from pallas_kernels.kernel_index import KernelIndex
@@ -122,13 +122,11 @@ def sparse_conv(
         record(path, choice, 0 if (height, width) == (1, 1) else x.size + layout.shape[0] * out_positions)
     empty = not is_symbolic_dim(batch) and batch == 0  # nothing to tile
     passes = Passes("dense", "dense", "dense") if empty else choice.passes
-    is_dense = set(passes) == {"dense"}  # which takes either order of activations
-    kernels = _kernels_by_pass(passes, choice.tiles, feature_major or not is_dense)
-    product = Product(
-        kernels, geometry, layout.shape[0], (height, width), precision, feature_major=feature_major or not is_dense
-    )
+    computed_so = feature_major or not take_batch_major(passes, geometry, (height, width), batch)
+    kernels = _kernels_by_pass(passes, choice.tiles, computed_so)
+    product = Product(kernels, geometry, layout.shape[0], (height, width), precision, feature_major=computed_so)
     index = layout.index._replace(derived=kernel_index)
-    if feature_major or is_dense:
+    if feature_major == computed_so:
         return primitive.forward(product, x, blocks, index, bias)
     return primitive.forward(product, x.transpose(3, 1, 2, 0), blocks, index, bias).transpose(3, 1, 2, 0)
 

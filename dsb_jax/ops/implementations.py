@@ -1,12 +1,13 @@
 """The kernels behind the names of the implementations."""
 
 import importlib
+from collections.abc import Iterable
 
 from dsb_jax.ops.dense import dense_kernels
-from dsb_jax.ops.native import NATIVE
+from dsb_jax.ops.native import NATIVE, NATIVE_BATCH_MAJOR, takes_batch_major
 from dsb_jax.ops.portable import PORTABLE
 from dsb_jax.ops.xla import XLA
-from pallas_kernels.interface import Kernels
+from pallas_kernels.interface import ConvGeometry, Kernels
 from pallas_kernels.tiles import KernelTiles
 
 
@@ -16,7 +17,7 @@ def kernels_of(name: str, tiles: KernelTiles | None = None, *, feature_major: bo
     Args:
       name: of the implementation, not "auto".
       tiles: of GPU kernels; None for their defaults.
-      feature_major: the order of activations, which only "dense" has a choice of.
+      feature_major: whether activations are [C, H, W, N]; else [N, H, W, C], for those that `take_batch_major`.
     """
     if name == "xla":
         return XLA
@@ -25,8 +26,14 @@ def kernels_of(name: str, tiles: KernelTiles | None = None, *, feature_major: bo
     if name == "portable":
         return PORTABLE
     if name == "native":
-        return NATIVE
+        return NATIVE if feature_major else NATIVE_BATCH_MAJOR
     if name == "reference":
         return importlib.import_module("pallas_kernels.reference").REFERENCE
     module = importlib.import_module(f"pallas_kernels.{name}_gpu")
     return getattr(module, f"{name}_kernels")(**({} if tiles is None else {"tiles": tiles}))
+
+
+def take_batch_major(names: Iterable[str], geometry: ConvGeometry, input_size: tuple[int, int], batch: int) -> bool:
+    """Whether all of these implementations compute a product with activations [N, H, W, C], too."""
+    names = set(names)
+    return names == {"dense"} or (names <= {"dense", "native"} and takes_batch_major(geometry, input_size, batch))

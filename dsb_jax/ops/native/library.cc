@@ -22,8 +22,7 @@ namespace ffi = xla::ffi;
 
 const Passes* passes = nullptr;
 
-constexpr Int kLanes = 32;      // of a tile: two cache lines side by side of each row of x
-constexpr Int kCacheLine = 16;  // floats
+constexpr Int kLanes = 32;  // of a tile: two cache lines side by side of each row of x
 constexpr Int kHugePage = 2 << 20;
 constexpr double kL2Share = 0.8;  // of a packed tile; the rest is for dy, sums and weights
 
@@ -108,15 +107,42 @@ ffi::Error parallel(ffi::ThreadPool& pool, Int count, Int floats, const Run& run
 
 // ------------------------------------------------------------------------------------------------------------ tiles
 
+using Integers = ffi::Buffer<ffi::S32>;
+using Floats = ffi::Buffer<ffi::F32>;
+using Attribute = ffi::Span<const int64_t>;
+
+// What all three calls are given. `window`: kernel, strides, top and left padding.
+struct Operands {
+  Integers out_idx;
+  ffi::AnyBuffer in_idx;
+  Integers group_start;
+  Attribute window;
+  bool batch_major;
+  int32_t* integers;  // room for columns, their places, and where taps begin
+  float* floats;      // for weights in the order of the columns, or their gradients
+
+  Sizes sizes(ffi::AnyBuffer::Dimensions x, ffi::AnyBuffer::Dimensions y) const {
+    Sizes s;
+    const int features = batch_major ? 3 : 0;
+    s.channels = x[features], s.height = x[1], s.width = x[2], s.batch = x[3 - features];
+    s.out = y[features], s.out_height = y[1], s.out_width = y[2];
+    s.kernel_h = window[0], s.kernel_w = window[1], s.stride_h = window[2], s.stride_w = window[3];
+    s.pad_top = window[4], s.pad_left = window[5];
+    s.groups = out_idx.dimensions()[0], s.rows = out_idx.dimensions()[1];
+    s.blocks = in_idx.dimensions()[0], s.block_columns = in_idx.dimensions()[1];
+    return s;
+  }
+};
+
 // Where a tile is one position (a matrix product), more lanes take the place of more positions.
-Int lanes_of(const Sizes& s, Int positions, Int threads) {
+Int lanes_of(const Sizes& s, Int positions, Int features, Int threads) {
   const Int half = kLanes / 2;
   const auto padded = [&](Int lanes) { return ceil_div(s.batch, lanes) * lanes; };
   if (s.batch <= half) return padded(passes->vector);
   // Half of them where more than an eighth would be spare.
   Int lanes = 8 * padded(kLanes) > 9 * padded(half) ? half : kLanes;
   const auto fits = [&](Int more) {
-    return more * s.rows <= kPanelFloats && more * s.channels <= l2_floats() / 2 && s.batch >= more * threads &&
+    return more * s.rows <= kPanelFloats && more * features <= l2_floats() / 2 && s.batch >= more * threads &&
            padded(more) == padded(lanes);
   };
   while (positions == 1 && fits(2 * lanes)) lanes *= 2;
@@ -124,9 +150,9 @@ Int lanes_of(const Sizes& s, Int positions, Int threads) {
 }
 
 // Tiles of extent_h x extent_w positions or slots, of which each needs `halo` more in the buffer.
-Tiling tiling_of(const Sizes& s, Int extent_h, Int extent_w, Int halo_h, Int halo_w, Int threads) {
+Tiling tiling_of(const Operands& of, const Sizes& s, Int extent_h, Int extent_w, Int halo_h, Int halo_w, Int threads) {
   Tiling t;
-  t.lanes = lanes_of(s, extent_h * extent_w, threads);
+  t.lanes = lanes_of(s, extent_h * extent_w, of.batch_major ? s.channels + s.out : s.channels, threads);
   t.tiles_n = ceil_div(s.batch, t.lanes);
   const Int slot = s.channels * s.phases_h() * s.phases_w() * t.lanes;
   const Int room = larger(1, Int(kL2Share * double(l2_floats())) / slot);
@@ -148,10 +174,13 @@ Tiling tiling_of(const Sizes& s, Int extent_h, Int extent_w, Int halo_h, Int hal
   t.tile_w = ceil_div(extent_w, t.tiles_w), t.tiles_w = ceil_div(extent_w, t.tile_w);
   t.slots_h = t.tile_h + halo_h, t.slots_w = t.tile_w + halo_w;
   t.phase_size = t.slots_h * t.slots_w * t.lanes;
-  t.channel_size = s.phases_h() * s.phases_w() * t.phase_size;
-  // An odd number of cache lines, so that the channels of one position do not share a set of the cache.
-  t.channel_size = ceil_div(t.channel_size, kCacheLine) * kCacheLine;
-  if (t.channel_size / kCacheLine % 2 == 0) t.channel_size += kCacheLine;
+  t.channel_size = odd_lines(s.phases_h() * s.phases_w() * t.phase_size);
+  t.out_size = odd_lines(t.lanes);
+  const auto whole = [&](Int features) {  // transposes are of whole vectors
+    return of.batch_major ? ceil_div(features, passes->vector) * passes->vector : features;
+  };
+  t.packed_size = whole(s.channels) * t.channel_size;
+  t.outputs_size = of.batch_major ? whole(s.out) * t.out_size : 0;
   return t;
 }
 
@@ -162,31 +191,6 @@ Tile tile_at(const Tiling& t, Int i, Int extent_h, Int extent_w) {
 }
 
 // --------------------------------------------------------------------------------------------------------- operands
-
-using Integers = ffi::Buffer<ffi::S32>;
-using Floats = ffi::Buffer<ffi::F32>;
-using Attribute = ffi::Span<const int64_t>;
-
-// What all three calls are given. `window`: kernel, strides, top and left padding.
-struct Operands {
-  Integers out_idx;
-  ffi::AnyBuffer in_idx;
-  Integers group_start;
-  Attribute window;
-  int32_t* integers;  // room for columns, their places, and where taps begin
-  float* floats;      // for weights in the order of the columns, or their gradients
-
-  Sizes sizes(ffi::AnyBuffer::Dimensions x, ffi::AnyBuffer::Dimensions y) const {
-    Sizes s;
-    s.channels = x[0], s.height = x[1], s.width = x[2], s.batch = x[3];
-    s.out = y[0], s.out_height = y[1], s.out_width = y[2];
-    s.kernel_h = window[0], s.kernel_w = window[1], s.stride_h = window[2], s.stride_w = window[3];
-    s.pad_top = window[4], s.pad_left = window[5];
-    s.groups = out_idx.dimensions()[0], s.rows = out_idx.dimensions()[1];
-    s.blocks = in_idx.dimensions()[0], s.block_columns = in_idx.dimensions()[1];
-    return s;
-  }
-};
 
 // Puts the columns of every panel in the order of their taps: `offsets` and `starts` of the call, `place`, their
 // numbers among in_idx, and their weights, if the pass has any. Every index is checked here, before it is used.
@@ -276,17 +280,17 @@ ffi::Error arrange(ffi::ThreadPool& pool, Call& c, const Operands& of, const ffi
 
 // ----------------------------------------------------------------------------------------------------------- passes
 
-Call call_of(const Sizes& s, const Tiling& t, ffi::DataType type) {
+Call call_of(const Operands& of, const Sizes& s, const Tiling& t, ffi::DataType type) {
   Call c = {};
-  c.sizes = s, c.tiling = t;
+  c.sizes = s, c.tiling = t, c.batch_major = of.batch_major;
   c.element = type == ffi::BF16 ? Element::kBFloat16 : Element::kFloat32;
   return c;
 }
 
 // Whether a result is written past the caches: if it is larger than they are; that takes whole, aligned vectors.
-bool streams(const Sizes& s, ffi::AnyBuffer result) {
+bool streams(ffi::AnyBuffer result) {
   const bool aligned = reinterpret_cast<uintptr_t>(result.untyped_data()) % 64 == 0;
-  return aligned && s.batch % passes->vector == 0 && Int(result.element_count()) > l2_floats() / 2;
+  return aligned && result.dimensions().back() % passes->vector == 0 && Int(result.element_count()) > l2_floats() / 2;
 }
 
 Range part_of(Int all, Int i, Int count) { return {all * i / count, all * (i + 1) / count}; }
@@ -295,13 +299,14 @@ ffi::Error forward(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBuffer x, 
                    int64_t, ffi::AnyBuffer y) {
   const Sizes s = of.sizes(x.dimensions(), y.dimensions());
   const Int threads = pool.num_threads();
-  const Tiling t = tiling_of(s, s.out_height, s.out_width, s.halo_h(), s.halo_w(), threads);
-  Call c = call_of(s, t, x.element_type());
-  c.x = x.untyped_data(), c.result = y.untyped_data(), c.streams = streams(s, y);
+  const Tiling t = tiling_of(of, s, s.out_height, s.out_width, s.halo_h(), s.halo_w(), threads);
+  Call c = call_of(of, s, t, x.element_type());
+  c.x = x.untyped_data(), c.result = y.untyped_data(), c.streams = streams(y);
   c.bias = bias.element_count() > 0 ? bias.typed_data() : nullptr;
   if (ffi::Error error = arrange(pool, c, of, &blocks); error.failure()) return error;
-  const Int ranges = larger(1, smaller(s.groups, threads / t.tiles()));
-  const Int floats = s.channels * t.channel_size + s.rows * t.tile_h * t.tile_w * t.lanes;
+  // A thread has some of the groups where there are few tiles; but a row of [batch][features] has the outputs of all.
+  const Int ranges = of.batch_major ? 1 : larger(1, smaller(s.groups, threads / t.tiles()));
+  const Int floats = t.packed_size + s.rows * t.tile_h * t.tile_w * t.lanes + t.outputs_size;
   return parallel(pool, t.tiles() * ranges, floats, [&](Int i, float* memory) {
     const Tile tile = tile_at(t, i / ranges, s.out_height, s.out_width);
     passes->forward(c, tile, part_of(s.groups, i % ranges, ranges), memory);
@@ -312,9 +317,9 @@ ffi::Error input_gradient(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBuf
                           int64_t, ffi::AnyBuffer dx) {
   const Sizes s = of.sizes(dx.dimensions(), dy.dimensions());
   const Int slots_h = s.out_height + s.halo_h(), slots_w = s.out_width + s.halo_w();
-  const Tiling t = tiling_of(s, slots_h, slots_w, 0, 0, pool.num_threads());
-  Call c = call_of(s, t, dy.element_type());
-  c.dy = dy.untyped_data(), c.result = dx.untyped_data(), c.streams = streams(s, dx);
+  const Tiling t = tiling_of(of, s, slots_h, slots_w, 0, 0, pool.num_threads());
+  Call c = call_of(of, s, t, dy.element_type());
+  c.dy = dy.untyped_data(), c.result = dx.untyped_data(), c.streams = streams(dx);
   if (ffi::Error error = arrange(pool, c, of, &blocks); error.failure()) return error;
   const auto covers = [](Int phases, Int stride, Int slots, Int pad, Int size) {
     return phases == stride && pad >= 0 && slots * stride - pad >= size;
@@ -323,7 +328,7 @@ ffi::Error input_gradient(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBuf
       !covers(s.phases_w(), s.stride_w, slots_w, s.pad_left, s.width)) {
     memset(dx.untyped_data(), 0, dx.size_bytes());  // inputs that no tap reads
   }
-  const Int floats = s.channels * t.channel_size + larger(kPanelFloats, s.rows * t.lanes);
+  const Int floats = t.packed_size + panel_floats(s, t) + t.outputs_size;
   return parallel(pool, t.tiles(), floats,
                   [&](Int i, float* memory) { passes->input_gradient(c, tile_at(t, i, slots_h, slots_w), memory); });
 }
@@ -331,14 +336,14 @@ ffi::Error input_gradient(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBuf
 ffi::Error weight_gradient(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBuffer x, ffi::AnyBuffer dy, Floats,
                            int64_t most_parts, ffi::AnyBuffer d_blocks) {
   const Sizes s = of.sizes(x.dimensions(), dy.dimensions());
-  const Tiling t = tiling_of(s, s.out_height, s.out_width, s.halo_h(), s.halo_w(), 1);
-  Call c = call_of(s, t, x.element_type());
+  const Tiling t = tiling_of(of, s, s.out_height, s.out_width, s.halo_h(), s.halo_w(), 1);
+  Call c = call_of(of, s, t, x.element_type());
   c.x = x.untyped_data(), c.dy = dy.untyped_data();
   if (ffi::Error error = arrange(pool, c, of, nullptr); error.failure()) return error;
   // Tiles are summed in parts whose number depends on sizes alone, and the parts in their order: so do the bits.
   const Int parts = smaller(most_parts, t.tiles()), size = s.columns() * s.rows;
   const Int ranges = larger(1, smaller(s.groups, pool.num_threads() / parts));
-  const Int floats = s.channels * t.channel_size + larger(kPanelFloats, s.rows * t.lanes);
+  const Int floats = t.packed_size + panel_floats(s, t) + t.outputs_size;
   const auto columns_of = [&](Range groups) {
     return Range{c.starts_of(groups.begin)[0], c.starts_of(groups.end - 1)[s.taps()]};
   };
@@ -375,9 +380,11 @@ using Pass = ffi::Error (*)(ffi::ThreadPool&, const Operands&, ffi::AnyBuffer, f
 // the weight gradient `parts`.
 template <Pass pass>
 ffi::Error Handle(ffi::ThreadPool pool, ffi::AnyBuffer first, ffi::AnyBuffer second, Integers out_idx,
-                  ffi::AnyBuffer in_idx, Integers group_start, Floats bias, Attribute window, int64_t parts,
-                  ffi::Result<ffi::AnyBuffer> result, ffi::Result<Integers> integers, ffi::Result<Floats> floats) {
-  const Operands operands = {out_idx, in_idx, group_start, window, integers->typed_data(), floats->typed_data()};
+                  ffi::AnyBuffer in_idx, Integers group_start, Floats bias, Attribute window, bool batch_major,
+                  int64_t parts, ffi::Result<ffi::AnyBuffer> result, ffi::Result<Integers> integers,
+                  ffi::Result<Floats> floats) {
+  const Operands operands = {
+      out_idx, in_idx, group_start, window, batch_major, integers->typed_data(), floats->typed_data()};
   return pass(pool, operands, first, second, bias, parts, *result);
 }
 
@@ -391,6 +398,7 @@ auto binding() {
       .Arg<Integers>()
       .Arg<Floats>()
       .Attr<Attribute>("window")
+      .Attr<bool>("batch_major")
       .Attr<int64_t>("parts")
       .Ret<ffi::AnyBuffer>()
       .Ret<Integers>()

@@ -63,6 +63,10 @@ template <class T>
 void pack_input(const Call& c, const Tile& tile, float* packed) {
   const Sizes& s = c.sizes;
   const Int exist = smaller(c.tiling.lanes, s.batch - tile.n), step = s.stride_w * s.batch;
+  if (c.batch_major) {
+    pack_rows(at<T>(c.x, tile.n * s.channels), s.channels, exist, c.tiling.lanes, c.tiling.channel_size, packed);
+    return;
+  }
   const Int rows = tile.h_end - tile.h_begin + s.halo_h(), columns = tile.w_end - tile.w_begin + s.halo_w();
   each_row(c, tile, rows, columns, [&](Int slot, Int element, Int begin, Int end) {
     for (Int j = begin; j < end; ++j)
@@ -77,9 +81,8 @@ struct Place {
   const float* x;  // its first lane in the packed tile, for an offset of 0
   float* sums;     // its first lane in the sums between two cuts of a panel, for row 0
   Int sums_row;    // floats from row to row there
-  Int y;           // its first element in y, for output 0
+  Int y;           // its first element among the outputs, for output 0
   Int vector;      // number of its first vector among those that belong to one position
-  Int lanes;       // that exist, of a position
   Taps taps;
   Int begin, end;    // of the cut, among all columns
   bool first, last;  // cut of the panel
@@ -87,7 +90,7 @@ struct Place {
 
 // y[r, lanes] = bias[r] + sum over columns k of weights[k, r] * x[offset k, lanes], for `Rows` rows.
 template <class T, int Rows, int Vectors>
-DSB_INLINE void forward_cell(const Call& c, const Place& p, Int group, Int row) {
+DSB_INLINE void forward_cell(const Call& c, const Outputs<T>& to, const Place& p, Int group, Int row) {
   const Sizes& s = c.sizes;
   const int32_t* out = c.out_idx + group * s.rows + row;
   float* sums = p.sums + row * p.sums_row;
@@ -133,34 +136,33 @@ DSB_INLINE void forward_cell(const Call& c, const Place& p, Int group, Int row) 
 #pragma GCC unroll 16
       for (int v = 0; v < Vectors; ++v) store(sums + r * p.sums_row + v * kVector, sum[r][v]);
     } else if (out[r] < s.out) {
-      T* y = static_cast<T*>(c.result) + out[r] * s.out_height * s.out_width * s.batch + p.y;
+      T* y = to.data + out[r] * to.out_size + p.y;
       const Int vectors = c.tiling.lanes / kVector;
 #pragma GCC unroll 16
       for (int v = 0; v < Vectors; ++v) {
         const Int position = (p.vector + v) / vectors, lane = (p.vector + v) % vectors * kVector;
-        store_some(y + position * s.batch + lane, sum[r][v], p.lanes - lane, c.streams);
+        store_some(y + position * s.batch + lane, sum[r][v], to.lanes - lane, to.past_caches);
       }
     }
   }
 }
 
 template <class T, int Vectors>
-DSB_INLINE void forward_rows(const Call& c, const Place& p, Int group) {
+DSB_INLINE void forward_rows(const Call& c, const Outputs<T>& to, const Place& p, Int group) {
   const Int rows = c.sizes.rows, blocks = ceil_div(rows, kRowBlock);
   for (Int block = 0; block < blocks; ++block) {
     const Int begin = rows * block / blocks, end = rows * (block + 1) / blocks;
-    with_count<kRowBlock>(end - begin, [&](auto n) { forward_cell<T, n.value, Vectors>(c, p, group, begin); });
+    with_count<kRowBlock>(end - begin, [&](auto n) { forward_cell<T, n.value, Vectors>(c, to, p, group, begin); });
   }
 }
 
+// The outputs of some groups at a packed tile, which the sums between two cuts of a panel follow.
 template <class T>
-void forward_tile(const Call& c, const Tile& tile, Range groups, float* scratch) {
+void forward_products(const Call& c, const Tile& tile, Range groups, const float* packed, float* sums_of_tile,
+                      const Outputs<T>& to) {
   const Sizes& s = c.sizes;
   const Tiling& t = c.tiling;
-  float* packed = scratch;
-  pack_input<T>(c, tile, packed);
   Place p;
-  p.lanes = smaller(t.lanes, s.batch - tile.n);
   p.sums_row = (tile.h_end - tile.h_begin) * (tile.w_end - tile.w_begin) * t.lanes;
   for (Int group = groups.begin, next; group < groups.end; group = next) {
     // Several small panels go together over the positions; a large one is cut along its columns.
@@ -182,19 +184,19 @@ void forward_tile(const Call& c, const Tile& tile, Range groups, float* scratch)
             if (other.begin != taps_w.begin || other.end != taps_w.end) break;
           }
           p.taps = runs_of(rows, taps_w, s.kernel_w);
-          p.y = (h * s.out_width + w) * s.batch + tile.n;
+          p.y = (h * s.out_width + w) * s.batch;
           const Int position = (h - tile.h_begin) * (tile.w_end - tile.w_begin) + w - tile.w_begin;
           const float* x = packed + ((h - tile.h_begin) * t.slots_w + w - tile.w_begin) * t.lanes;
-          float* sums = scratch + s.channels * t.channel_size + position * t.lanes;
+          float* sums = sums_of_tile + position * t.lanes;
           const Int vectors = (w_end - w) * t.lanes / kVector;
           for (p.vector = 0; p.vector < vectors;) {
             p.x = x + p.vector * kVector, p.sums = sums + p.vector * kVector;
             const bool two = p.vector + 2 <= vectors;
             for (Int g = group; g < next; ++g) {
               if (two) {
-                forward_rows<T, 2>(c, p, g);
+                forward_rows<T, 2>(c, to, p, g);
               } else {
-                forward_rows<T, 1>(c, p, g);
+                forward_rows<T, 1>(c, to, p, g);
               }
             }
             p.vector += two ? 2 : 1;
@@ -205,13 +207,42 @@ void forward_tile(const Call& c, const Tile& tile, Range groups, float* scratch)
   }
 }
 
+template <class T>
+void forward_tile(const Call& c, const Tile& tile, Range groups, float* scratch) {
+  const Sizes& s = c.sizes;
+  const Int lanes = c.tiling.lanes, exist = smaller(lanes, s.batch - tile.n);
+  T* result = static_cast<T*>(c.result);
+  float* sums = scratch + c.tiling.packed_size;
+  pack_input<T>(c, tile, scratch);
+  if (!c.batch_major) {
+    forward_products<T>(c, tile, groups, scratch, sums, {result + tile.n, s.positions() * s.batch, exist, c.streams});
+    return;
+  }
+  float* outputs = sums + s.rows * lanes;
+  forward_products<float>(c, tile, groups, scratch, sums, {outputs, c.tiling.out_size, lanes});
+  unpack_rows(outputs, c.tiling.out_size, s.out, exist, result + tile.n * s.out, c.streams);
+}
+
 // --------------------------------------------------------------------------------------------------- both gradients
+
+// Calls run(Outputs) with where a tile finds dy; of [batch][features], a transposed copy in `room`.
+template <class T, class Run>
+DSB_INLINE void with_gradients(const Call& c, const Tile& tile, float* room, const Run& run) {
+  const Sizes& s = c.sizes;
+  const Int lanes = c.tiling.lanes, exist = smaller(lanes, s.batch - tile.n);
+  if (c.batch_major) {
+    pack_rows(at<T>(c.dy, tile.n * s.out), s.out, exist, lanes, c.tiling.out_size, room);
+    run(Outputs<const float>{room, c.tiling.out_size, lanes});
+  } else {
+    run(Outputs<const T>{at<T>(c.dy, tile.n), s.positions() * s.batch, exist});
+  }
+}
 
 // dy of one group at the positions [w_begin, w_end) of an output row -> panel[w][row][lane]; phantom rows are zero.
 template <class T>
-DSB_INLINE void pack_output(const Call& c, Int group, Int n, Int h, Int w_begin, Int w_end, float* panel) {
+DSB_INLINE void pack_output(const Call& c, const Outputs<T>& dy, Int group, Int h, Int w_begin, Int w_end,
+                            float* panel) {
   const Sizes& s = c.sizes;
-  const Int exist = smaller(c.tiling.lanes, s.batch - n);
   for (Int r = 0; r < s.rows; ++r) {
     const Int out = c.out_idx[group * s.rows + r];
     for (Int w = w_begin; w < w_end; ++w) {
@@ -219,7 +250,7 @@ DSB_INLINE void pack_output(const Call& c, Int group, Int n, Int h, Int w_begin,
       if (out >= s.out) {
         memset(to, 0, c.tiling.lanes * sizeof(float));
       } else {
-        pack_lanes(c, at<T>(c.dy, ((out * s.out_height + h) * s.out_width + w) * s.batch + n), exist, 8 * s.batch, to);
+        pack_lanes(c, dy.data + out * dy.out_size + (h * s.out_width + w) * s.batch, dy.lanes, 8 * s.batch, to);
       }
     }
   }
@@ -285,6 +316,11 @@ template <class T>
 void unpack_input_gradient(const Call& c, const Tile& tile, const float* packed) {
   const Sizes& s = c.sizes;
   const Int exist = smaller(c.tiling.lanes, s.batch - tile.n), step = s.stride_w * s.batch;
+  if (c.batch_major) {
+    T* dx = static_cast<T*>(c.result) + tile.n * s.channels;
+    unpack_rows(packed, c.tiling.channel_size, s.channels, exist, dx, c.streams);
+    return;
+  }
   const Int rows = tile.h_end - tile.h_begin, columns = tile.w_end - tile.w_begin;
   each_row(c, tile, rows, columns, [&](Int slot, Int element, Int begin, Int end) {
     for (Int j = begin; j < end; ++j)
@@ -294,13 +330,11 @@ void unpack_input_gradient(const Call& c, const Tile& tile, const float* packed)
   });
 }
 
+// Adds to a packed tile of dx.
 template <class T>
-void input_gradient_tile(const Call& c, const Tile& tile, float* scratch) {
+void input_gradient_products(const Call& c, const Tile& tile, const Outputs<T>& dy, float* packed, float* panel) {
   const Sizes& s = c.sizes;
   const Tiling& t = c.tiling;
-  const Int size = s.channels * t.channel_size;
-  float* panel = scratch + size;
-  memset(scratch, 0, size * sizeof(float));
   const Int together = larger(1, kPanelFloats / 2 / (s.rows * t.lanes));
   const Int h_begin = larger(0, tile.h_begin - s.halo_h()), h_end = smaller(s.out_height, tile.h_end);
   const Int w_begin = larger(0, tile.w_begin - s.halo_w()), w_end = smaller(s.out_width, tile.w_end);
@@ -321,8 +355,8 @@ void input_gradient_tile(const Call& c, const Tile& tile, float* scratch) {
         }
         const Taps taps = runs_of(taps_h, taps_w, s.kernel_w);
         if (taps.count == 0) continue;
-        pack_output<T>(c, group, tile.n, h, w, next, panel);
-        float* dx = scratch + ((h - tile.h_begin) * t.slots_w + w - tile.w_begin) * t.lanes;
+        pack_output(c, dy, group, h, w, next, panel);
+        float* dx = packed + ((h - tile.h_begin) * t.slots_w + w - tile.w_begin) * t.lanes;
         for (Int run = 0; run < taps.count; ++run) {
           const Int tap = taps.first + run * s.kernel_w;
           input_columns(c, {starts[tap], starts[tap + taps.length]}, next - w, panel, dx);
@@ -330,6 +364,16 @@ void input_gradient_tile(const Call& c, const Tile& tile, float* scratch) {
       }
     }
   }
+}
+
+template <class T>
+void input_gradient_tile(const Call& c, const Tile& tile, float* scratch) {
+  const Sizes& s = c.sizes;
+  const Int size = c.tiling.packed_size, panel_size = panel_floats(s, c.tiling);
+  float* panel = scratch + size;
+  memset(scratch, 0, size * sizeof(float));
+  with_gradients<T>(c, tile, panel + panel_size,
+                    [&](const auto& dy) { input_gradient_products(c, tile, dy, scratch, panel); });
   unpack_input_gradient<T>(c, tile, scratch);
 }
 
@@ -401,12 +445,12 @@ DSB_INLINE Range positions_of(Int tap, Int stride, Int pad, Int size, Int begin,
   return {larger(begin, first), smaller(end, last)};
 }
 
+// Adds the products of a packed tile of x and of dy.
 template <class T>
-void weight_gradient_tile(const Call& c, const Tile& tile, Range groups, float* sums, float* scratch) {
+void weight_gradient_products(const Call& c, const Tile& tile, Range groups, const float* packed, const Outputs<T>& dy,
+                              float* sums, float* panel) {
   const Sizes& s = c.sizes;
   const Tiling& t = c.tiling;
-  float* panel = scratch + s.channels * t.channel_size;
-  pack_input<T>(c, tile, scratch);
   // dy is packed for a rectangle of positions: whole rows of the tile if more than one.
   const Int width = tile.w_end - tile.w_begin, row_floats = s.rows * t.lanes;
   const Int positions = larger(1, kPanelFloats / row_floats);
@@ -418,23 +462,31 @@ void weight_gradient_tile(const Call& c, const Tile& tile, Range groups, float* 
       const Int h1 = smaller(tile.h_end, h0 + tall);
       for (Int w0 = tile.w_begin; w0 < tile.w_end; w0 += wide) {
         const Int w1 = smaller(tile.w_end, w0 + wide);
-        for (Int h = h0; h < h1; ++h) pack_output<T>(c, group, tile.n, h, w0, w1, panel + (h - h0) * wide * row_floats);
+        for (Int h = h0; h < h1; ++h) pack_output(c, dy, group, h, w0, w1, panel + (h - h0) * wide * row_floats);
         for (Int tap = 0; tap < s.taps(); ++tap) {
           const Range hs = positions_of(tap / s.kernel_w, s.stride_h, s.pad_top, s.height, h0, h1);
           const Range ws = positions_of(tap % s.kernel_w, s.stride_w, s.pad_left, s.width, w0, w1);
           if (hs.begin >= hs.end || ws.begin >= ws.end) continue;
-          const float* dy = panel + ((hs.begin - h0) * wide + ws.begin - w0) * row_floats;
-          const float* x = scratch + ((hs.begin - tile.h_begin) * t.slots_w + ws.begin - tile.w_begin) * t.lanes;
+          const float* at_dy = panel + ((hs.begin - h0) * wide + ws.begin - w0) * row_floats;
+          const float* x = packed + ((hs.begin - tile.h_begin) * t.slots_w + ws.begin - tile.w_begin) * t.lanes;
           const Int height = hs.end - hs.begin, across = ws.end - ws.begin, dy_height = wide * row_floats;
           for (Int k = starts[tap], count; k < starts[tap + 1]; k += count) {
             count = smaller(kGradientColumns, starts[tap + 1] - k);
             with_count<kGradientColumns>(
-                count, [&](auto n) { weight_rows<n.value>(c, k, x, dy, height, across, dy_height, sums); });
+                count, [&](auto n) { weight_rows<n.value>(c, k, x, at_dy, height, across, dy_height, sums); });
           }
         }
       }
     }
   }
+}
+
+template <class T>
+void weight_gradient_tile(const Call& c, const Tile& tile, Range groups, float* sums, float* scratch) {
+  float* panel = scratch + c.tiling.packed_size;
+  pack_input<T>(c, tile, scratch);
+  with_gradients<T>(c, tile, panel + panel_floats(c.sizes, c.tiling),
+                    [&](const auto& dy) { weight_gradient_products(c, tile, groups, scratch, dy, sums, panel); });
 }
 
 // --------------------------------------------------------------------------------------------------------- dispatch

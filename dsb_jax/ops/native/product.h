@@ -8,6 +8,7 @@
 // where padded row h * stride + a of the input is slot h + a / stride of phase a % stride: so column (tap, channel) of
 // a panel is one offset into the buffer, the same for all positions of the tile. Taps that fall into the padding are
 // skipped, not multiplied: the columns of a panel are sorted by tap, and those valid at a position are a few runs.
+// Activations of a matrix product may also come as [batch][features]: they are transposed on their way into a tile.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +17,14 @@ namespace dsb {
 
 using Int = int64_t;
 
+constexpr Int kCacheLine = 16;  // floats
+
 static inline Int smaller(Int a, Int b) { return a < b ? a : b; }
 static inline Int larger(Int a, Int b) { return a > b ? a : b; }
 static inline Int ceil_div(Int a, Int b) { return (a + b - 1) / b; }
+
+// An odd number of cache lines: rows of such a length do not share a set of the cache.
+static inline Int odd_lines(Int floats) { return (ceil_div(floats, kCacheLine) | 1) * kCacheLine; }
 
 constexpr Int kPanelFloats = 8192;  // of dy that a gradient packs for one group: they stay in L1
 
@@ -32,6 +38,7 @@ struct Sizes {
   Int groups, rows, blocks, block_columns;
 
   Int taps() const { return kernel_h * kernel_w; }
+  Int positions() const { return out_height * out_width; }
   Int columns() const { return blocks * block_columns; }  // of all panels together
   Int phases_h() const { return smaller(kernel_h, stride_h); }
   Int phases_w() const { return smaller(kernel_w, stride_w); }
@@ -45,7 +52,9 @@ struct Tiling {
   Int lanes;           // of a tile: a multiple of the vector length
   Int tile_h, tile_w;  // positions or slots
   Int slots_h, slots_w;
-  Int phase_size, channel_size;  // elements of the packed buffer
+  Int phase_size, channel_size;  // floats of the packed buffer
+  Int packed_size;
+  Int out_size, outputs_size;  // floats of an output, and of all, where they are transposed in a buffer
   Int tiles_n, tiles_h, tiles_w;
 
   Int tiles() const { return tiles_n * tiles_h * tiles_w; }
@@ -54,6 +63,16 @@ struct Tiling {
 // One tile: the first of its lanes, and a half-open rectangle of positions or slots.
 struct Tile {
   Int n, h_begin, h_end, w_begin, w_end;
+};
+
+// Where a tile finds y or dy, or leaves it: element (out, h, w, lane) is out * out_size + (h * out_width + w) * batch +
+// lane from `data`.
+template <class T>
+struct Outputs {
+  T* data;
+  Int out_size;
+  Int lanes;                 // that exist
+  bool past_caches = false;  // whether they are written so
 };
 
 // A half-open range.
@@ -73,8 +92,9 @@ struct Call {
   Element element;
   const void* x;  // forward, weight gradient
   const void* dy;
-  void* result;  // y or dx
-  bool streams;  // whether the result leaves the caches: then it is written past them
+  void* result;      // y or dx
+  bool batch_major;  // whether x and y are [batch][features] instead: of a matrix product alone
+  bool streams;      // whether the result leaves the caches: then it is written past them
   const float* bias;
   const int32_t* out_idx;  // [groups][rows]
   const int32_t* offsets;  // [columns], sorted by tap in each panel: of the first position of a packed tile
@@ -83,6 +103,9 @@ struct Call {
 
   const int32_t* starts_of(Int group) const { return starts + group * (sizes.taps() + 1); }
 };
+
+// Floats of dy that a gradient packs at once, at the most.
+static inline Int panel_floats(const Sizes& s, const Tiling& t) { return larger(kPanelFloats, s.rows * t.lanes); }
 
 // The taps of one axis that lie inside of the image at an output position: `a` with 0 <= at * stride + a - pad < size.
 static inline Range inside(Int at, Int stride, Int pad, Int size, Int kernel) {

@@ -26,6 +26,18 @@ DSB_INLINE void store(uint16_t* p, Vector a) {
 DSB_INLINE void stream(uint16_t* p, Vector a) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), round_to_bfloat16(a));
 }
+// Parts of four floats, `stride` apart.
+DSB_INLINE Vector load_parts(const float* p, Int stride) {
+  Vector a = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+  a = _mm512_insertf32x4(a, _mm_loadu_ps(p + 2 * stride), 2);
+  return _mm512_insertf32x4(a, _mm_loadu_ps(p + 3 * stride), 3);
+}
+DSB_INLINE void store_parts(float* p, Int stride, Vector a) {
+  _mm_storeu_ps(p, _mm512_castps512_ps128(a));
+  _mm_storeu_ps(p + stride, _mm512_extractf32x4_ps(a, 1));
+  _mm_storeu_ps(p + 2 * stride, _mm512_extractf32x4_ps(a, 2));
+  _mm_storeu_ps(p + 3 * stride, _mm512_extractf32x4_ps(a, 3));
+}
 // Adds the four 128-bit parts.
 DSB_INLINE __m128 fold(Vector a) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
@@ -50,6 +62,13 @@ DSB_INLINE __m128i round_to_bfloat16(Vector a) {
 }
 DSB_INLINE void store(uint16_t* p, Vector a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), round_to_bfloat16(a)); }
 DSB_INLINE void stream(uint16_t* p, Vector a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), round_to_bfloat16(a)); }
+DSB_INLINE Vector load_parts(const float* p, Int stride) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+}
+DSB_INLINE void store_parts(float* p, Int stride, Vector a) {
+  _mm_storeu_ps(p, _mm256_castps256_ps128(a));
+  _mm_storeu_ps(p + stride, _mm256_extractf128_ps(a, 1));
+}
 DSB_INLINE __m128 fold(Vector a) { return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)); }
 #endif
 
@@ -96,4 +115,48 @@ DSB_INLINE void store_some(T* p, Vector a, Int count, bool past_caches) {
     store(some, a);
     memcpy(p, some, count * sizeof(T));
   }
+}
+
+// The transpose of each part of four by four.
+DSB_INLINE void transpose_parts(Vector (&v)[4]) {
+  const Vector low = DSB_OF_WIDTH(unpacklo_ps)(v[0], v[1]), high = DSB_OF_WIDTH(unpackhi_ps)(v[0], v[1]);
+  const Vector low2 = DSB_OF_WIDTH(unpacklo_ps)(v[2], v[3]), high2 = DSB_OF_WIDTH(unpackhi_ps)(v[2], v[3]);
+  v[0] = DSB_OF_WIDTH(shuffle_ps)(low, low2, 0x44), v[1] = DSB_OF_WIDTH(shuffle_ps)(low, low2, 0xee);
+  v[2] = DSB_OF_WIDTH(shuffle_ps)(high, high2, 0x44), v[3] = DSB_OF_WIDTH(shuffle_ps)(high, high2, 0xee);
+}
+
+// run(lane, feature), of all multiples of four and of kVector: of some examples all features, before the next.
+template <class Run>
+DSB_INLINE void each_block(Int lanes, Int features, const Run& run) {
+  constexpr Int kStrip = 16;  // a cache line of a tile
+  for (Int strip = 0; strip < lanes; strip += kStrip)
+    for (Int f = 0; f < features; f += kVector)
+      for (Int l = strip; l < smaller(strip + kStrip, lanes); l += 4) run(l, f);
+}
+
+// rows[lane][feature] -> tile[feature][lane], whose features are `stride` floats apart. Lanes that do not exist are
+// zero, and so are features up to a multiple of the vector length.
+template <class T>
+void pack_rows(const T* rows, Int features, Int exist, Int lanes, Int stride, float* tile) {
+  each_block(lanes, features, [&](Int l, Int f) {
+    Vector v[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) v[i] = l + i < exist ? load_some(rows + (l + i) * features + f, features - f) : zero();
+    transpose_parts(v);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) store_parts(tile + (f + i) * stride + l, 4 * stride, v[i]);
+  });
+}
+
+// The inverse.
+template <class T>
+void unpack_rows(const float* tile, Int stride, Int features, Int exist, T* rows, bool past_caches) {
+  each_block(exist, features, [&](Int l, Int f) {
+    Vector v[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) v[i] = load_parts(tile + (f + i) * stride + l, 4 * stride);
+    transpose_parts(v);
+    for (int i = 0; i < smaller(4, exist - l); ++i)
+      store_some(rows + (l + i) * features + f, v[i], features - f, past_caches);
+  });
 }
