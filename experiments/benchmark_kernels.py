@@ -11,11 +11,14 @@ for once. Operands stay where they are from run to run, so that what fits a cach
 `forward_backward` is the sum of the three passes.
 
 The bound is the larger of two times: every operand once through the memory, and every weight at every position; at the
-rates of a large copy and a large dense product that are measured first. Each pass is compared with the reference in
-float32 on a slice of N; exit code 1, after the results are written, if one is off or fails.
+rates of a large copy and a large dense product that are measured first. On a CPU with native kernels "of peak" is the
+part of what its cores do in registers alone; products with padding count as done, though some are left out. Each pass
+is compared with the reference in float32 on a slice of N; exit code 1, after the results are written, if one is off or
+fails.
 
 Without --shapes, --gemms and --models, a GPU measures all the layers of four models and four square products: that
-takes hours, and --limit_s ends it sooner. A CPU measures two small layers in a minute or two.
+takes hours, and --limit_s ends it sooner. A CPU measures two small layers in a minute or two. --cores=1 keeps all
+of it on one core; with and without, the two files say how the passes scale.
 """
 
 import math
@@ -28,7 +31,7 @@ import jax
 from absl import flags
 from rich.table import Table
 
-from experiments import kernel_peers, program, timing
+from experiments import cores, kernel_peers, program, timing
 from experiments.flags import parse_block_shape
 from experiments.kernel_bounds import measure_device
 from experiments.kernel_candidates import IMPLEMENTATIONS, PASSES, default_implementations, unavailable
@@ -36,7 +39,8 @@ from experiments.kernel_measurement import BOTH, Bench, break_even_points, measu
 from experiments.kernel_shapes import Layer, layers_of
 
 FLAGS = flags.FLAGS
-COLUMNS = ("blocks", "sparsity", "implementation", "forward", "of bound", "dense", "fwd", "dx", "dw", "all", "error")
+HEAD = ("blocks", "sparsity", "implementation", "forward", "of bound", "dense")
+COLUMNS = (*HEAD, "fwd", "dx", "dw", "all", "of peak: fwd", "dx", "dw", "error")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
         "shapes": ["512x512x1024", "128x128x3x3@8x8x32"], "gemms": [], "models": [], "sparsities": ["0.5", "0.9"],
@@ -63,6 +67,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("rounds", 7, "Turns; each times every candidate once.", lower_bound=1)
     flags.DEFINE_bool("peers", True, "Measure PyTorch's BSR and stk, too, where they are installed.")
     flags.DEFINE_float("limit_s", None, "Begin nothing new after so many seconds.", lower_bound=0)
+    flags.DEFINE_integer("cores", None, "Of a CPU, for all of it; by default all that this process may run on.")
     flags.DEFINE_string("json", None, "Write the results to this file.")
 
 
@@ -94,9 +99,10 @@ def parse_sparsities(texts: Sequence[str]) -> list[float]:
 
 def main() -> None:
     """Flags -> measurements, table, file."""
+    used_cores = cores.use(FLAGS.cores)
     console = program.console()
     path = timing.results_path(FLAGS.json)
-    settings = settings_from_flags()
+    settings = settings_from_flags() | {"cores": used_cores}
     sparsities = parse_sparsities(settings["sparsities"])
     block_shapes = [parse_block_shape(text) for text in settings["block_shapes"]]
     layers = layers_of(settings["shapes"], settings["gemms"], settings["models"], settings["batch_size"])
@@ -122,7 +128,8 @@ def main() -> None:
             return
         body = {
             **settings, "backend": jax.default_backend(), "seconds": time.monotonic() - begin,
-            "bandwidth_bytes_per_s": bench.device.bandwidth, "peak_flops_per_s": bench.device.flops, "peers": peers,
+            "bandwidth_bytes_per_s": bench.device.bandwidth, "peak_flops_per_s": bench.device.flops,
+            "core_peak_flops_per_s": bench.device.core_peak, "peers": peers,
             "unavailable": missing, "failures": bench.failures, "left_out": bench.left_out,
             "break_even": break_even_points(results),
         }  # fmt: skip
@@ -158,9 +165,11 @@ def layer_table(layer: Layer, results: Sequence[dict[str, Any]]) -> Table:
         forward = r["passes"]["forward"]
         errors = [p["max_relative_error"] for p in r["passes"].values()]
         ratios = (r["speedup"].get(name) for name in (*PASSES, BOTH))
+        of_peak = (r["passes"].get(name, {}).get("core_peak_fraction") for name in PASSES)
         table.add_row(
             *head, f"{forward['s'] * 1e6:.0f} us", f"{forward['bound_fraction']:.0%}",
             f"{forward['dense_s'] * 1e6:.0f} us", *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+            *("" if part is None else f"{part:.0%}" for part in of_peak),
             "" if None in errors else f"{max(errors):.0e}",
         )  # fmt: skip
     return table

@@ -1,6 +1,7 @@
 """Training-step time of DSB against the dense model, measured in turns within one run, and layer by layer.
 
     python -m experiments.benchmark_training --model=vgg16 --sparsities=0.8,0.9 --block_shapes=auto,32x8 --json=FILE
+    python -m experiments.benchmark_training --model=transformer-7-128 --batch_size=8 --text_length=72
 
 The step is the whole of it: forward, backward, SGD with momentum and weight decay. Layer-wise times are forward and
 backward of one layer at the input it meets in the model, dense (XLA's convolution) against what "auto" chose.
@@ -10,7 +11,7 @@ PyTorch takes its turns too, in a process of its own (`experiments.torch_process
 installed (`pip install 'dsb-jax[peers]'`), or of any other, `--peer_python=PATH`. Where no PyTorch comes for this
 version of Python, take another: `python3.11 -m venv DIR; DIR/bin/pip install torch numpy`, and DIR/bin/python.
 "speed-up" is over XLA's dense step, "over fastest" over the faster of the two in each round.
-`--cores=1` keeps all of it on one core; a run has one number of cores.
+`--cores=1` keeps all of it on one core; a run has one number of cores. The transformer is not written for PyTorch.
 """
 
 import statistics
@@ -23,6 +24,7 @@ from rich.table import Table
 from dsb_jax.block_shapes import shape_text
 from dsb_jax.ops import IMPLEMENTATIONS
 from dsb_jax.plan import DISTRIBUTIONS
+from dsb_jax.training import models
 from dsb_jax.training.build import build
 from dsb_jax.training.config import Config
 from experiments import cores, program, timing, torch_process
@@ -30,16 +32,18 @@ from experiments.flags import parse_block_shape_or_auto
 from experiments.training_times import DENSE, LayerTime, beside_torch, sparse_configs, time_layers, time_steps
 
 FLAGS = flags.FLAGS
+VOCABULARY = 97  # characters of Python's sources, our text
 
 
 def define_flags() -> None:
     """Flags of this program."""
-    flags.DEFINE_string("model", "vgg16", "convnet, resnet18, vgg16, or wrn-DEPTH-WIDTH.")
+    flags.DEFINE_string("model", "vgg16", "convnet, resnet18, vgg16, wrn-DEPTH-WIDTH, or transformer-DEPTH-WIDTH.")
     flags.DEFINE_list("sparsities", ["0.5", "0.8", "0.9", "0.95"], "Sparsities over the sparse layers.")
     flags.DEFINE_list("block_shapes", ["auto"], "Rows x columns of a block: auto (by layer), 16x16, 32x8, ...")
     flags.DEFINE_list("distributions", ["uniform", "erk"], "Densities over the layers: uniform, erk.")
-    flags.DEFINE_integer("batch_size", 128, "Images in a step.")
+    flags.DEFINE_integer("batch_size", 128, "Images or texts in a step.")
     flags.DEFINE_integer("image_size", 32, "Height and width of the images.")
+    flags.DEFINE_integer("text_length", 128, "Tokens of a text.", lower_bound=1)
     flags.DEFINE_integer("rounds", 7, "Turns; each times every candidate once.")
     flags.DEFINE_enum("implementation", "auto", IMPLEMENTATIONS, "Of the sparse products.")
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the computation.")
@@ -66,8 +70,10 @@ def main() -> None:
     for name in FLAGS.distributions:
         if name not in DISTRIBUTIONS:
             raise ValueError(f"distributions: {name!r} is unknown; choose of {', '.join(DISTRIBUTIONS)}.")
+    is_text = models.takes_text(FLAGS.model)
     dense = Config(
-        dataset="random", input_shape=(FLAGS.image_size, FLAGS.image_size, 3), model=FLAGS.model, method="dense",
+        dataset="random", input_shape=(FLAGS.text_length,) if is_text else (FLAGS.image_size, FLAGS.image_size, 3),
+        num_classes=VOCABULARY if is_text else 10, model=FLAGS.model, method="dense",
         batch_size=FLAGS.batch_size, dtype=FLAGS.dtype, implementation=FLAGS.implementation,
     )  # fmt: skip
     shapes = [parse_block_shape_or_auto(text) for text in FLAGS.block_shapes]
@@ -76,7 +82,7 @@ def main() -> None:
         build(config)  # what cannot be is refused before anything is started or compiled
     results: list[dict[str, Any]] = []
     versions: dict[str, str] = {}
-    python = torch_process.find_python(FLAGS.peer_python, console)
+    python = None if is_text else torch_process.find_python(FLAGS.peer_python, console)
     with torch_process.running(python, dense, used_cores) as torch:
         if torch is not None:
             versions["torch"] = torch.version

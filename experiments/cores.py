@@ -50,6 +50,14 @@ def _spread() -> None:
     if not hasattr(os, "sched_setaffinity") or jax.default_backend() != "cpu":  # the threads come with the backend
         return
     mine = sorted(os.sched_getaffinity(0))
-    named = [(int(task.name), (task / "comm").read_text()) for task in Path("/proc/self/task").glob("*")]
-    for number, thread in enumerate(sorted(thread for thread, name in named if _POOL in name)):
+    threads = sorted(int(task.name) for task in Path("/proc/self/task").glob("*") if _POOL in _name_of(task))
+    for number, thread in enumerate(threads):
         os.sched_setaffinity(thread, {mine[number % len(mine)]})
+
+
+def _name_of(task: Path) -> str:
+    """Of a thread, which may have ended since it was listed; those of the pool never do."""
+    try:
+        return (task / "comm").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

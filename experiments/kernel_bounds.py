@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsb_jax.ops.cpu_model import available_cores
+from dsb_jax.ops.native import loading
 from experiments import timing
 from experiments.kernel_shapes import Layer
 
@@ -18,10 +20,13 @@ class Device:
     Attributes:
       bandwidth: bytes a second that a large copy reads and writes, both counted.
       flops: operations a second of a large dense product, a multiplication and an addition counted as two.
+      core_peak: operations a second of all cores that are used, in registers alone; None but of a CPU with native
+        kernels.
     """
 
     bandwidth: float
     flops: float
+    core_peak: float | None = None
 
 
 def measure_device(dtype: str, rounds: int = 5) -> Device:
@@ -47,7 +52,8 @@ def measure_device(dtype: str, rounds: int = 5) -> Device:
 
     times = timing.in_turns({"copy": copy, "product": product}, rounds)
     copied, multiplied = (min(times[name]) / calls for name in ("copy", "product"))  # a limit: the best counts
-    return Device(bandwidth=2 * held[0].nbytes / copied, flops=2 * size**3 / multiplied)
+    peak = None if on_gpu or loading.unavailable_reason() else loading.peak_flops() * available_cores()
+    return Device(bandwidth=2 * held[0].nbytes / copied, flops=2 * size**3 / multiplied, core_peak=peak)
 
 
 def bound(layer: Layer, weights: int, index_bytes: int, itemsize: int, device: Device) -> float:

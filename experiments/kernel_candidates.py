@@ -22,6 +22,7 @@ from dsb_jax.layout import BlockLayout
 from dsb_jax.ops.convolution import convolve
 from dsb_jax.ops.dispatch import choose
 from dsb_jax.ops.implementations import kernels_of
+from dsb_jax.ops.native import loading
 from experiments.kernel_shapes import Layer
 from pallas_kernels import REFERENCE, Index, Kernels
 from pallas_kernels.tiles import KernelTiles
@@ -29,7 +30,7 @@ from pallas_kernels.tiles import KernelTiles
 PASSES = ("forward", "input_gradient", "weight_gradient")
 GPU_KERNELS = ("pallas", "triton")
 # The last is for a check without a GPU, not for speed.
-IMPLEMENTATIONS = ("xla", *GPU_KERNELS, "dense_fallback", "pallas_interpreted")
+IMPLEMENTATIONS = ("native", "xla", *GPU_KERNELS, "dense_fallback", "pallas_interpreted")
 LEAST_SAMPLE_S = 5e-3  # a sample repeats its call until it is this long: the clock and the dispatch are noise then
 MOST_REPEATS = 500
 REFERENCE_BYTES = 1 << 28  # of an intermediate array of the reference
@@ -70,6 +71,8 @@ def unavailable(name: str) -> str | None:
         raise ValueError(f"implementations: {name!r} is unknown; choose of {', '.join(IMPLEMENTATIONS)}.")
     if name in GPU_KERNELS and jax.default_backend() != "gpu":
         return f"needs a GPU, the backend is {jax.default_backend()}"
+    if name == "native":
+        return f"needs a CPU, the backend is {jax.default_backend()}" if has_gpu() else loading.unavailable_reason()
     try:
         if name in GPU_KERNELS:
             kernels_of(name)
@@ -94,7 +97,14 @@ def tiles_of(name: str, layer: Layer, layout: BlockLayout, dtype: Any) -> Kernel
 
 def default_implementations() -> tuple[str, ...]:
     """What the backend has."""
-    return ("pallas", "triton", "dense_fallback") if jax.default_backend() == "gpu" else ("xla",)
+    if has_gpu():
+        return ("pallas", "triton", "dense_fallback")
+    return ("xla",) if loading.unavailable_reason() else ("native", "xla")
+
+
+def has_gpu() -> bool:
+    """Whether jax computes on one."""
+    return jax.default_backend() == "gpu"
 
 
 def calls_of(name: str, layer: Layer, operands: Operands, tiles: KernelTiles | None) -> dict[str, Call]:

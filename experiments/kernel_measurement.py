@@ -167,6 +167,7 @@ class _Subject:
             errors = {name: bench.check(candidates[name], wanted, count, f"{where}, {name}") for name in checked}
         index_bytes = sum(array.nbytes for array in index[:3])
         least = bound(layer, operands.blocks.size, index_bytes, self.x.dtype.itemsize, bench.device)
+        operations = 2 * operands.blocks.size * layer.positions
         common = {
             "layer": str(layer), "names": list(layer.names), "out": layer.out, "in": layer.in_features,
             "positions": layer.positions, "block_shape": f"{block_shape[0]}x{block_shape[1]}", "sparsity": sparsity,
@@ -185,6 +186,7 @@ class _Subject:
                     "s": (seconds := statistics.median(taken)),
                     "dense_s": (dense_seconds := statistics.median(times["dense"][p])),
                     "bound_fraction": least / seconds,
+                    "core_peak_fraction": bench.device.core_peak and operations / seconds / bench.device.core_peak,
                     "dense_bound_fraction": self.dense_bound / dense_seconds,
                     "max_relative_error": errors.get(name, {}).get(p),
                 }

@@ -20,6 +20,7 @@ from dsb_jax.ops import record_choices
 from dsb_jax.paths import Path
 from dsb_jax.spec import LayerSpec
 from dsb_jax.train import train_step
+from dsb_jax.training import models
 from dsb_jax.training.build import Components, build
 from dsb_jax.training.config import Config
 from dsb_jax.training.loop import create
@@ -37,7 +38,7 @@ class LayerTime:
     Attributes:
       path: of the module in the model.
       shape: `(out, in)` of its weight matrix; a convolution's is flattened.
-      input_shape: `[N, H, W, C]` or `[N, C]`, whatever order of activations the model has.
+      input_shape: `[N, H, W, C]`, `[N, T, C]` or `[N, C]`, whatever order of activations the model has.
       spec: of the sparse layer; None if it stays dense.
       dense: seconds of the dense layer, round by round.
       sparse: of the sparse layer, in the same rounds; None if it stays dense.
@@ -96,16 +97,20 @@ def sparse_configs(
 
 
 def stepper(config: Config) -> Callable[[], Any]:
-    """A call that makes one training step on fixed random images, carrying its state along."""
+    """A call that makes one training step on fixed random images or tokens, carrying its state along."""
     components, state = create(config)
-    image_key, label_key = jax.random.split(jax.random.key(config.seed))
-    images = jax.random.normal(image_key, (config.batch_size, *config.input_shape))
-    labels = jax.random.randint(label_key, (config.batch_size,), 0, config.num_classes)
+    input_key, label_key = jax.random.split(jax.random.key(config.seed))
+    shape: tuple[int, ...] = (config.batch_size, *config.input_shape)
+    if models.takes_text(config.model):
+        inputs = jax.random.randint(input_key, shape, 0, config.num_classes)
+    else:
+        inputs, shape = jax.random.normal(input_key, shape), shape[:1]
+    labels = jax.random.randint(label_key, shape, 0, config.num_classes)
     held = [state]
 
     def step() -> Any:
         held[0], metrics = train_step(
-            held[0], images, labels, model=components.model, optimizer=components.optimizer, loss=components.loss
+            held[0], inputs, labels, model=components.model, optimizer=components.optimizer, loss=components.loss
         )
         return held[0].step, metrics
 
@@ -135,9 +140,9 @@ def beside_torch(times: Mapping[str, list[float]], name: str) -> dict[str, float
 
 
 def find_inputs(config: Config, components: Components) -> dict[Path, tuple[nn.Module, tuple[int, ...]]]:
-    """Path of each linear layer and convolution of a sparse model -> (module, its input as [N, H, W, C] or [N, C]).
+    """Path of each linear layer and convolution of a sparse model -> (module, shape of its input).
 
-    Seen while the model is traced, in the order of the forward pass.
+    Seen while the model is traced, in the order of the forward pass. Inputs are [N, H, W, C], [N, T, C] or [N, C].
     """
     seen: dict[Path, tuple[nn.Module, tuple[int, ...]]] = {}
 
@@ -169,7 +174,7 @@ def layer_candidates(
 
     Args:
       modules: by the name of the candidate.
-      shape: of the input, [N, H, W, C] or [N, C].
+      shape: of the input, [N, H, W, C], [N, T, C] or [N, C].
       specs: of the sparse layer, by the name of the candidate.
       config: gives the dtype.
       input_gradient: whether backward computes the gradient of the input, too.

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsb_jax.ops.native import loading
 from experiments import benchmark_kernels, kernel_peers
 from experiments.benchmark_kernels import parse_sparsities
 from experiments.kernel_bounds import Device, bound, break_even
@@ -25,18 +26,25 @@ def test_the_benchmark_writes_what_is_promised(tmp_path):
     file = tmp_path / "kernels.json"
     call_here(  # ends with exit code 1, an exception here, if something fails
         benchmark_kernels, "--shapes=32x8x3x3/2@6x6x4", "--sparsities=0.5", "--block_shapes=16x8,64x4",
-        "--implementations=xla,pallas_interpreted,pallas", "--rounds=2", f"--json={file}",
+        "--implementations=native,xla,pallas_interpreted,pallas", "--rounds=2", f"--json={file}",
     )  # fmt: skip
     body = json.loads(file.read_text())
     assert body["failures"] == []
     assert {"command", "environment", "bandwidth_bytes_per_s", "peak_flops_per_s", "peers"} <= set(body)
-    assert list(body["unavailable"]) == ["pallas"]
+    has_native = loading.unavailable_reason() is None
+    assert list(body["unavailable"]) == (["pallas"] if has_native else ["native", "pallas"])
     (left_out,) = body["left_out"]  # 64 rows are more than this layer has
     assert "64x4" in left_out
-    assert [entry["implementation"] for entry in body["results"]] == ["xla", "pallas_interpreted"]
-    assert len(body["break_even"]) == 2
+    measured = ["native"] * has_native + ["xla", "pallas_interpreted"]
+    assert [entry["implementation"] for entry in body["results"]] == measured
+    assert len(body["break_even"]) == len(measured)
     for entry in body["results"]:
         check_entry(entry)
+        for of_pass in entry["passes"].values():  # blocks of 16x8 at the 3x3 positions of 4 images
+            rate = 2 * entry["num_blocks"] * 16 * 8 * 3 * 3 * 4 / of_pass["s"]
+            assert not has_native or of_pass["core_peak_fraction"] == pytest.approx(
+                rate / body["core_peak_flops_per_s"]
+            )
 
 
 def check_entry(entry):

@@ -77,3 +77,9 @@ def test_a_system_that_cannot_is_told_apart(monkeypatch):
     monkeypatch.delattr(os, "sched_setaffinity", raising=False)
     with pytest.raises(NotImplementedError, match="cores=1"):
         cores.use(1)
+
+
+def test_a_thread_that_has_ended_since_it_was_listed_has_no_name(tmp_path):
+    (tmp_path / "comm").write_text("tf_XLAEigen\n")
+    assert cores._name_of(tmp_path) == "tf_XLAEigen\n"
+    assert cores._name_of(tmp_path / "gone") == ""
