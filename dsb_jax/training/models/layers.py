@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dsb_jax.training.models.batch_norm import BatchNorm
+
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
@@ -48,10 +50,10 @@ class Layers:
             dtype=self.dtype, kernel_init=nn.initializers.he_normal(), name=name,
         )  # fmt: skip
 
-    def norm(self, name: str, *, train: bool) -> nn.BatchNorm:
+    def norm(self, name: str, *, train: bool) -> BatchNorm:
         """Batch norm over all but the features."""
         axis = 0 if self.feature_major else -1
-        return nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, axis=axis, name=name)
+        return BatchNorm(use_running_average=not train, dtype=self.dtype, axis=axis, name=name)
 
     def linear(self, features: int, *, name: str) -> Any:
         """A linear layer without bias over the last axis."""
