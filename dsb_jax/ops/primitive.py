@@ -51,6 +51,13 @@ def forward(
     return _bind(operation, x, blocks, *arrays, *(() if bias is None else (bias,)))
 
 
+def weight_gradient(product: Product, x: jax.Array, dy: jax.Array, index: Index, dtype: Any) -> jax.Array:
+    """x[C, H, W, N], dy[out, OH, OW, N] -> dblocks[num_blocks, R, C'], as the gradient of `forward` has it."""
+    arrays, structure = jax.tree.flatten(index)
+    ranks = tuple(jnp.ndim(array) for array in arrays)
+    return _bind(Operation(product, "weight_gradient", structure, ranks, jnp.dtype(dtype)), x, dy, *arrays)
+
+
 def _bind(operation: Operation, *operands: Any) -> jax.Array:
     """Traced here, where mesh and settings are known, as a call whose inside jax can see but never differentiates."""
     # A tuple: as a parameter of its own, jax 0.12 would ask the primitive for rules of its experimental types.

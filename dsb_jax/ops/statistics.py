@@ -29,10 +29,11 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 from dsb_jax.layout import BlockLayout
+from dsb_jax.ops.dense_gradient import map_groups, read_by_taps
 from dsb_jax.spec import LayerSpec
 from pallas_kernels.interface import ConvGeometry
 
-PANEL_ROWS = 128  # output rows in one product: fewer waste a CPU's or GPU's matrix units, more hold more scratch
+ROWS = 16  # of a group, where all of the gradient is wanted
 
 AxisName = str | tuple[str, ...] | None
 
@@ -123,21 +124,11 @@ class PanelGradientNorm:
 
     def cotangent(self, seen: Observed) -> Float[Array, "num_groups in"]:
         """A few groups at a time, so that the dense gradient of a large layer never exists."""
-        num_groups, rows = seen.layout.out_idx.shape
-        together = min(num_groups, max(1, PANEL_ROWS // rows))
-        chunks = -(-num_groups // together)
-        spare = jnp.full((chunks * together - num_groups, rows), seen.layout.shape[0], seen.layout.out_idx.dtype)
-        index = jnp.concatenate([seen.layout.out_idx, spare]).reshape(chunks, together * rows)  # spare rows read zeros
 
-        def norms(rows_of_groups: jax.Array) -> jax.Array:
-            at = (..., rows_of_groups) if not seen.feature_major else rows_of_groups
-            some = seen._replace(dy=seen.dy.at[at].get(mode="fill", fill_value=0))
-            gradient = _weight_gradient(some).reshape(together, rows, -1)
-            if seen.axis_name is not None:
-                gradient = lax.pmean(gradient, seen.axis_name)
-            return _norm_over_rows(gradient)
+        def norms(gradient: jax.Array) -> jax.Array:
+            return _norm_over_rows(gradient if seen.axis_name is None else lax.pmean(gradient, seen.axis_name))
 
-        return lax.map(norms, index).reshape(chunks * together, -1)[:num_groups]
+        return _map_groups(norms, seen, seen.layout.out_idx)
 
     def finish(self, value: jax.Array, axis_name: AxisName = None) -> Float[Array, "num_groups in"]:
         # Equal on all devices already; this says so to `shard_map`.
@@ -159,7 +150,9 @@ class Gradient:
         return jnp.zeros(spec.shape, jnp.float32)
 
     def cotangent(self, seen: Observed) -> Float[Array, "out in"]:
-        return _weight_gradient(seen)
+        out, in_ = seen.layout.shape
+        index = jnp.arange(-(-out // ROWS) * ROWS, dtype=jnp.int32).reshape(-1, ROWS)
+        return _map_groups(lambda gradient: gradient, seen, index).reshape(-1, in_)[:out]
 
     def finish(self, value: jax.Array, axis_name: AxisName = None) -> Float[Array, "out in"]:
         return value if axis_name is None else lax.pmean(value, axis_name)
@@ -271,37 +264,16 @@ def _join(a: jax.Array, batch: int) -> jax.Array:
     return a.reshape(*a.shape[:batch], -1, *a.shape[batch + 2 :])
 
 
-def _taps(a: jax.Array, geometry: ConvGeometry, output_size: tuple[int, int]) -> list[jax.Array]:
-    """What each tap of the kernel reads of a[., H, W, ...], zero-padded: [., OH, OW, ...] in HW order."""
-    none = [(0, 0, 0)]
-    padding = none + [(low, high, 0) for low, high in geometry.padding] + none * (a.ndim - 3)
-    a = lax.pad(a, jnp.zeros((), a.dtype), padding)  # which takes negative padding, too
-    (stride_h, stride_w), (out_h, out_w) = geometry.strides, output_size
-    return [
-        a[:, kh : kh + (out_h - 1) * stride_h + 1 : stride_h, kw : kw + (out_w - 1) * stride_w + 1 : stride_w]
-        for kh in range(geometry.kernel_size[0])
-        for kw in range(geometry.kernel_size[1])
-    ]
-
-
 def _input_squares(seen: Observed) -> Float[Array, "in"]:
     """|X_j|^2 of every column j = (kh, kw, c): the sum over the batch of what that tap reads of channel c."""
     squares = jnp.square(seen.x.astype(jnp.float32)).sum(axis=3 if seen.feature_major else 0)
     energy = squares if seen.feature_major else squares.transpose(2, 0, 1)  # [C, H, W]
-    taps = _taps(energy, seen.geometry, (seen.dy.shape[1], seen.dy.shape[2]))
+    taps = read_by_taps(energy, seen.geometry, (seen.dy.shape[1], seen.dy.shape[2]))
     return jnp.concatenate([tap.sum(axis=(1, 2)) for tap in taps])
 
 
-def _weight_gradient(seen: Observed) -> Float[Array, "out in"]:
-    """The dense gradient of the flattened kernel for the outputs of dy: one product for each tap.
-
-    (XLA's own gradient of a convolution is many times slower on a CPU inside a loop.)
-    """
-    # In float32, since not every backend multiplies bfloat16 into float32.
-    x, dy = seen.x.astype(jnp.float32), seen.dy.astype(jnp.float32)
-    over = (3, 1, 2) if seen.feature_major else (0, 1, 2)
-    taps = _taps(x, seen.geometry, (dy.shape[1], dy.shape[2]))
-    return jnp.concatenate([lax.dot_general(tap, dy, ((over, over), ((), ()))) for tap in taps]).T
+def _map_groups(reduce: Callable[[jax.Array], jax.Array], seen: Observed, out_idx: jax.Array) -> jax.Array:
+    return map_groups(reduce, seen.x, seen.dy, out_idx, seen.geometry, feature_major=seen.feature_major)
 
 
 def _norm_over_rows(gradient: Float[Array, "num_groups R in"]) -> Float[Array, "num_groups in"]:
