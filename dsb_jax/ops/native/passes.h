@@ -238,15 +238,16 @@ DSB_INLINE void with_gradients(const Call& c, const Tile& tile, float* room, con
   }
 }
 
-// dy of one group at the positions [w_begin, w_end) of an output row -> panel[w][row][lane]; phantom rows are zero.
+// dy of one group at the positions [w_begin, w_end) of an output row -> panel; phantom rows are zero. Strides of the
+// panel are in floats.
 template <class T>
-DSB_INLINE void pack_output(const Call& c, const Outputs<T>& dy, Int group, Int h, Int w_begin, Int w_end,
-                            float* panel) {
+DSB_INLINE void pack_output(const Call& c, const Outputs<T>& dy, Int group, Int h, Int w_begin, Int w_end, float* panel,
+                            Int position_stride, Int row_stride) {
   const Sizes& s = c.sizes;
   for (Int r = 0; r < s.rows; ++r) {
     const Int out = c.out_idx[group * s.rows + r];
     for (Int w = w_begin; w < w_end; ++w) {
-      float* to = panel + ((w - w_begin) * s.rows + r) * c.tiling.lanes;
+      float* to = panel + (w - w_begin) * position_stride + r * row_stride;
       if (out >= s.out) {
         memset(to, 0, c.tiling.lanes * sizeof(float));
       } else {
@@ -355,7 +356,7 @@ void input_gradient_products(const Call& c, const Tile& tile, const Outputs<T>& 
         }
         const Taps taps = runs_of(taps_h, taps_w, s.kernel_w);
         if (taps.count == 0) continue;
-        pack_output(c, dy, group, h, w, next, panel);
+        pack_output(c, dy, group, h, w, next, panel, s.rows * t.lanes, t.lanes);
         float* dx = packed + ((h - tile.h_begin) * t.slots_w + w - tile.w_begin) * t.lanes;
         for (Int run = 0; run < taps.count; ++run) {
           const Int tap = taps.first + run * s.kernel_w;
@@ -382,7 +383,7 @@ void input_gradient_tile(const Call& c, const Tile& tile, float* scratch) {
 // sums[k, r] += sum over a rectangle of positions and all lanes of x[offset k] * dy[r], for four rows or fewer.
 template <int Columns, int Rows>
 DSB_INLINE void weight_cell(const Call& c, Int column, const float* x, const float* dy, Int height, Int width,
-                            Int dy_height, float* sums) {
+                            Int dy_height, Int dy_row, float* sums) {
   const Int lanes = c.tiling.lanes, x_height = c.tiling.slots_w * lanes, rows = c.sizes.rows;
   Vector sum[Columns][4];
 #pragma GCC unroll 16
@@ -393,19 +394,15 @@ DSB_INLINE void weight_cell(const Call& c, Int column, const float* x, const flo
 #pragma GCC unroll 16
   for (int k = 0; k < Columns; ++k) of[k] = x + c.offsets[column + k];
   for (Int h = 0; h < height; ++h) {
-    for (Int w = 0; w < width; ++w) {
-      const float* at_dy = dy + h * dy_height + w * rows * lanes;
-      const Int at_x = h * x_height + w * lanes;
-      for (Int l = 0; l < lanes; l += kVector) {
-        Vector right[Rows];
+    for (Int l = 0; l < width * lanes; l += kVector) {  // positions of a row follow each other
+      Vector right[Rows];
 #pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) right[r] = load(at_dy + r * lanes + l);
+      for (int r = 0; r < Rows; ++r) right[r] = load(dy + h * dy_height + r * dy_row + l);
 #pragma GCC unroll 16
-        for (int k = 0; k < Columns; ++k) {
-          const Vector left = load(of[k] + at_x + l);
+      for (int k = 0; k < Columns; ++k) {
+        const Vector left = load(of[k] + h * x_height + l);
 #pragma GCC unroll 16
-          for (int r = 0; r < Rows; ++r) sum[k][r] = multiply_add(left, right[r], sum[k][r]);
-        }
+        for (int r = 0; r < Rows; ++r) sum[k][r] = multiply_add(left, right[r], sum[k][r]);
       }
     }
   }
@@ -428,12 +425,12 @@ constexpr Int kGradientColumns = DSB_VECTOR == 16 ? 6 : 2;
 
 template <int Columns>
 DSB_INLINE void weight_rows(const Call& c, Int column, const float* x, const float* dy, Int height, Int width,
-                            Int dy_height, float* sums) {
+                            Int dy_height, Int dy_row, float* sums) {
   const Int rows = c.sizes.rows;
   for (Int r = 0; r < rows; r += 4) {
-    const float* at_dy = dy + r * c.tiling.lanes;
+    const float* at_dy = dy + r * dy_row;
     with_count<4>(smaller(4, rows - r), [&](auto n) {
-      weight_cell<Columns, n.value>(c, column, x, at_dy, height, width, dy_height, sums + r);
+      weight_cell<Columns, n.value>(c, column, x, at_dy, height, width, dy_height, dy_row, sums + r);
     });
   }
 }
@@ -452,9 +449,9 @@ void weight_gradient_products(const Call& c, const Tile& tile, Range groups, con
   const Sizes& s = c.sizes;
   const Tiling& t = c.tiling;
   // dy is packed for a rectangle of positions: whole rows of the tile if more than one.
-  const Int width = tile.w_end - tile.w_begin, row_floats = s.rows * t.lanes;
-  const Int positions = larger(1, kPanelFloats / row_floats);
+  const Int width = tile.w_end - tile.w_begin, positions = larger(1, kPanelFloats / (s.rows * t.lanes));
   const Int tall = larger(1, positions / width), wide = smaller(positions, width);
+  const Int dy_height = wide * t.lanes, dy_row = odd_lines(tall * dy_height);
   for (Int group = groups.begin; group < groups.end; ++group) {
     const int32_t* starts = c.starts_of(group);
     if (starts[0] == starts[s.taps()]) continue;
@@ -462,18 +459,19 @@ void weight_gradient_products(const Call& c, const Tile& tile, Range groups, con
       const Int h1 = smaller(tile.h_end, h0 + tall);
       for (Int w0 = tile.w_begin; w0 < tile.w_end; w0 += wide) {
         const Int w1 = smaller(tile.w_end, w0 + wide);
-        for (Int h = h0; h < h1; ++h) pack_output(c, dy, group, h, w0, w1, panel + (h - h0) * wide * row_floats);
+        for (Int h = h0; h < h1; ++h)
+          pack_output(c, dy, group, h, w0, w1, panel + (h - h0) * dy_height, t.lanes, dy_row);
         for (Int tap = 0; tap < s.taps(); ++tap) {
           const Range hs = positions_of(tap / s.kernel_w, s.stride_h, s.pad_top, s.height, h0, h1);
           const Range ws = positions_of(tap % s.kernel_w, s.stride_w, s.pad_left, s.width, w0, w1);
           if (hs.begin >= hs.end || ws.begin >= ws.end) continue;
-          const float* at_dy = panel + ((hs.begin - h0) * wide + ws.begin - w0) * row_floats;
+          const float* at_dy = panel + ((hs.begin - h0) * wide + ws.begin - w0) * t.lanes;
           const float* x = packed + ((hs.begin - tile.h_begin) * t.slots_w + ws.begin - tile.w_begin) * t.lanes;
-          const Int height = hs.end - hs.begin, across = ws.end - ws.begin, dy_height = wide * row_floats;
+          const Int height = hs.end - hs.begin, across = ws.end - ws.begin;
           for (Int k = starts[tap], count; k < starts[tap + 1]; k += count) {
             count = smaller(kGradientColumns, starts[tap + 1] - k);
             with_count<kGradientColumns>(
-                count, [&](auto n) { weight_rows<n.value>(c, k, x, at_dy, height, across, dy_height, sums); });
+                count, [&](auto n) { weight_rows<n.value>(c, k, x, at_dy, height, across, dy_height, dy_row, sums); });
           }
         }
       }

@@ -105,7 +105,9 @@ struct Call {
 };
 
 // Floats of dy that a gradient packs at once, at the most.
-static inline Int panel_floats(const Sizes& s, const Tiling& t) { return larger(kPanelFloats, s.rows * t.lanes); }
+static inline Int panel_floats(const Sizes& s, const Tiling& t) {
+  return larger(kPanelFloats, s.rows * t.lanes) + 2 * kCacheLine * s.rows;
+}
 
 // The taps of one axis that lie inside of the image at an output position: `a` with 0 <= at * stride + a - pad < size.
 static inline Range inside(Int at, Int stride, Int pad, Int size, Int kernel) {
