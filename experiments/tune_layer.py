@@ -14,7 +14,7 @@ from jax import lax
 
 from dsb_jax.layout import random_layout
 from dsb_jax.ops.dispatch import GPU_KERNELS, unsupported_reason
-from dsb_jax.ops.implementations import kernels_of
+from dsb_jax.ops.implementations import kernels_of, take_batch_major
 from dsb_jax.ops.layer_call import LayerCall
 from dsb_jax.ops.tuning import Result
 from dsb_jax.topology import kernel_index
@@ -124,9 +124,10 @@ class Example:
     def passes(self, implementation: str, tiles: KernelTiles | None) -> dict[str, Call]:
         """The three passes of an implementation.
 
-        Dense takes its activations with the batch first, as in a model that is mostly dense: the form XLA is best at.
+        Those that take activations with the batch first get them so, as a model that is mostly dense has them.
         """
-        feature_major = implementation != "dense"
+        layer = self.layer
+        feature_major = not take_batch_major([implementation], layer.geometry, layer.input_size, layer.batch)
         kernels = kernels_of(implementation, tiles, feature_major=feature_major)
         return {name: self.one_pass(name, kernels, feature_major=feature_major) for name in Kernels._fields}
 

@@ -20,7 +20,6 @@ from dsb_jax.ops.partitioning import Product
 from pallas_kernels.interface import ConvGeometry, Index
 
 PANEL_ROWS = 128  # output rows in one product: fewer waste a CPU's or GPU's matrix units, more hold more scratch
-NATIVE_WEIGHTS = 2**22  # of the gradient, at once: the native kernels keep up to 64 sums of each
 
 
 def map_groups(
@@ -31,6 +30,7 @@ def map_groups(
     geometry: ConvGeometry,
     *,
     feature_major: bool,
+    with_kernels: bool = True,
 ) -> jax.Array:
     """`reduce(gradient[some groups, R, in])` of all groups, one after the other along the first axis of its result.
 
@@ -41,16 +41,17 @@ def map_groups(
       out_idx: int32[num_groups, R], the outputs of each group; those of `out` and more are zero.
       geometry: kernel size, strides, padding.
       feature_major: the order of both activations.
+      with_kernels: False for products of XLA alone.
     """
     x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)  # not every backend multiplies bfloat16 into float32
     num_groups, rows = out_idx.shape
     out = dy.shape[0 if feature_major else 3]
     on_cpu = cpu_convolution.serves(x, dy)
-    if on_cpu and loading.unavailable_reason() is None:
-        gradient, most_rows = _native(x, dy, geometry, feature_major), max(1, NATIVE_WEIGHTS // geometry.in_features)
+    if on_cpu and with_kernels and loading.unavailable_reason() is None:
+        gradient = _native(x, dy, geometry, feature_major)
     else:
-        gradient, most_rows = _of_rows(x, dy, geometry, feature_major, on_cpu), PANEL_ROWS
-    together = min(num_groups, max(1, most_rows // rows))
+        gradient = _of_rows(x, dy, geometry, feature_major, on_cpu)
+    together = min(num_groups, max(1, PANEL_ROWS // rows))
     chunks = -(-num_groups // together)
     spare = jnp.full((chunks * together - num_groups, rows), out, out_idx.dtype)
     index = jnp.concatenate([out_idx, spare]).reshape(chunks, together, rows)

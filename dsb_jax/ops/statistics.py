@@ -48,6 +48,7 @@ class Observed(NamedTuple):
       geometry: kernel size, strides, padding.
       feature_major: the order.
       axis_name: mapped axes over which the batch is spread; None on one device and under GSPMD.
+      with_kernels: whether our own kernels may compute.
     """
 
     x: jax.Array
@@ -56,6 +57,7 @@ class Observed(NamedTuple):
     geometry: ConvGeometry
     feature_major: bool = False
     axis_name: AxisName = None
+    with_kernels: bool = True
 
 
 class Statistic(Protocol):
@@ -204,10 +206,14 @@ def _observe_bwd(how, residuals, dy):
     (geometry, feature_major), (x, zero, layout) = how, residuals
     statistic, axis_name = zero.statistic, zero.axis_name  # not `zero` in the closure: it would keep a tracer alive
 
-    def cotangent(x: jax.Array, dy: jax.Array, layout: BlockLayout) -> Any:
-        return statistic.cotangent(Observed(x, dy, layout, geometry, feature_major, axis_name))
+    # Where types carry shardings the partitioner decides how to multiply, for which jax can not lower a sum of a
+    # kernel's results over devices ("Unsupported reduction computation").
+    is_explicit = bool(jax.typeof(dy).sharding.mesh.explicit_axes)
 
-    if jax.typeof(dy).sharding.mesh.explicit_axes:  # then the partitioner may decide how to multiply
+    def cotangent(x: jax.Array, dy: jax.Array, layout: BlockLayout) -> Any:
+        return statistic.cotangent(Observed(x, dy, layout, geometry, feature_major, axis_name, not is_explicit))
+
+    if is_explicit:
         cotangent = jax.sharding.auto_axes(cotangent, out_sharding=jax.sharding.PartitionSpec())
     names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
     devices = {name: lax.axis_index(name) for name in names}
@@ -273,7 +279,8 @@ def _input_squares(seen: Observed) -> Float[Array, "in"]:
 
 
 def _map_groups(reduce: Callable[[jax.Array], jax.Array], seen: Observed, out_idx: jax.Array) -> jax.Array:
-    return map_groups(reduce, seen.x, seen.dy, out_idx, seen.geometry, feature_major=seen.feature_major)
+    options = {"feature_major": seen.feature_major, "with_kernels": seen.with_kernels}
+    return map_groups(reduce, seen.x, seen.dy, out_idx, seen.geometry, **options)
 
 
 def _norm_over_rows(gradient: Float[Array, "num_groups R in"]) -> Float[Array, "num_groups in"]:

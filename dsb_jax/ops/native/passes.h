@@ -74,6 +74,15 @@ void pack_input(const Call& c, const Tile& tile, float* packed) {
   });
 }
 
+// Where the positions end that follow `begin` and have the same taps.
+template <class TapsAt>
+DSB_INLINE Int run_end(Int begin, Int end, const TapsAt& taps_at) {
+  const Range taps = taps_at(begin);
+  Int w = begin + 1;
+  while (w < end && taps_at(w).begin == taps.begin && taps_at(w).end == taps.end) ++w;
+  return w;
+}
+
 // ---------------------------------------------------------------------------------------------------------- forward
 
 // Where a register tile of the forward pass lies.
@@ -177,13 +186,10 @@ void forward_products(const Call& c, const Tile& tile, Range groups, const float
       p.first = cut == 0, p.last = cut == cuts - 1;
       for (Int h = tile.h_begin; h < tile.h_end; ++h) {
         const Range rows = inside(h, s.stride_h, s.pad_top, s.height, s.kernel_h);
+        const auto taps_at = [&](Int w) { return inside(w, s.stride_w, s.pad_left, s.width, s.kernel_w); };
         for (Int w = tile.w_begin, w_end; w < tile.w_end; w = w_end) {
-          const Range taps_w = inside(w, s.stride_w, s.pad_left, s.width, s.kernel_w);
-          for (w_end = w + 1; w_end < tile.w_end; ++w_end) {
-            const Range other = inside(w_end, s.stride_w, s.pad_left, s.width, s.kernel_w);
-            if (other.begin != taps_w.begin || other.end != taps_w.end) break;
-          }
-          p.taps = runs_of(rows, taps_w, s.kernel_w);
+          w_end = run_end(w, tile.w_end, taps_at);
+          p.taps = runs_of(rows, taps_at(w), s.kernel_w);
           p.y = (h * s.out_width + w) * s.batch;
           const Int position = (h - tile.h_begin) * (tile.w_end - tile.w_begin) + w - tile.w_begin;
           const float* x = packed + ((h - tile.h_begin) * t.slots_w + w - tile.w_begin) * t.lanes;
@@ -345,16 +351,12 @@ void input_gradient_products(const Call& c, const Tile& tile, const Outputs<T>& 
     for (Int h = h_begin; h < h_end; ++h) {
       auto taps_h = inside(h, s.stride_h, s.pad_top, s.height, s.kernel_h);
       taps_h = owned(taps_h, h, s.stride_h, tile.h_begin, tile.h_end);
-      auto taps_at = [&](Int w) {
+      const auto taps_at = [&](Int w) {
         return owned(inside(w, s.stride_w, s.pad_left, s.width, s.kernel_w), w, s.stride_w, tile.w_begin, tile.w_end);
       };
       for (Int w = w_begin, next; w < w_end; w = next) {
-        const Range taps_w = taps_at(w);
-        for (next = w + 1; next < smaller(w_end, w + together); ++next) {
-          const Range other = taps_at(next);
-          if (other.begin != taps_w.begin || other.end != taps_w.end) break;
-        }
-        const Taps taps = runs_of(taps_h, taps_w, s.kernel_w);
+        next = run_end(w, smaller(w_end, w + together), taps_at);
+        const Taps taps = runs_of(taps_h, taps_at(w), s.kernel_w);
         if (taps.count == 0) continue;
         pack_output(c, dy, group, h, w, next, panel, s.rows * t.lanes, t.lanes);
         float* dx = packed + ((h - tile.h_begin) * t.slots_w + w - tile.w_begin) * t.lanes;
