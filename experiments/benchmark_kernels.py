@@ -12,7 +12,7 @@ for once. Operands stay where they are from run to run, so that what fits a cach
 
 The bound is the larger of two times: every operand once through the memory, and every weight at every position; at the
 rates of a large copy and a large dense product that are measured first. On a CPU with native kernels "of peak" is the
-part of what its cores do in registers alone; products with padding count as done, though some are left out. Each pass
+part, of the three passes, of what its cores do in registers alone; products with padding count as done, though some are left out. Each pass
 is compared with the reference in float32 on a slice of N; exit code 1, after the results are written, if one is off or
 fails.
 
@@ -40,7 +40,7 @@ from experiments.kernel_shapes import Layer, layers_of
 
 FLAGS = flags.FLAGS
 HEAD = ("blocks", "sparsity", "implementation", "forward", "of bound", "dense")
-COLUMNS = (*HEAD, "fwd", "dx", "dw", "all", "of peak: fwd", "dx", "dw", "error")
+COLUMNS = (*HEAD, "fwd", "dx", "dw", "all", "of peak, %", "error")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
         "shapes": ["512x512x1024", "128x128x3x3@8x8x32"], "gemms": [], "models": [], "sparsities": ["0.5", "0.9"],
@@ -167,9 +167,9 @@ def layer_table(layer: Layer, results: Sequence[dict[str, Any]]) -> Table:
         ratios = (r["speedup"].get(name) for name in (*PASSES, BOTH))
         of_peak = (r["passes"].get(name, {}).get("core_peak_fraction") for name in PASSES)
         table.add_row(
-            *head, f"{forward['s'] * 1e6:.0f} us", f"{forward['bound_fraction']:.0%}",
-            f"{forward['dense_s'] * 1e6:.0f} us", *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
-            *("" if part is None else f"{part:.0%}" for part in of_peak),
+            *head, f"{forward['s'] * 1e3:.3g} ms", f"{forward['bound_fraction']:.0%}",
+            f"{forward['dense_s'] * 1e3:.3g} ms", *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+            "/".join("" if part is None else f"{part * 100:.0f}" for part in of_peak),
             "" if None in errors else f"{max(errors):.0e}",
         )  # fmt: skip
     return table

@@ -69,7 +69,7 @@ class Cost:
 # Fitted to 24 layers, 83 cases on one core: convolutions of 32 to 512 channels at 32x32 to 2x2, strides 1 and 2, batch
 # 128 and less; matrices of 64x64 to 4096x1024 over 128 to 2048 rows; blocks of 4x4, 16x16 and 32x8, densities 0.1 and
 # 0.5. Half of the times are predicted within 16 %, nine of ten within 57 %: the machine was shared. On two cores, what
-# the model chooses takes 1.7 % longer than the best choice, on average over passes and cases.
+# the model chooses takes 2.6 % longer than the best choice, on average over passes and cases.
 _COSTS = {
     "native": Passes(
         Cost(activation=0.38, column=0.040, product=0.0118, weight=2.3, call=4e4),

@@ -24,6 +24,7 @@ const Passes* passes = nullptr;
 
 constexpr Int kLanes = 32;  // of a tile: two cache lines side by side of each row of x
 constexpr Int kHugePage = 2 << 20;
+constexpr double kWakeNanoseconds = 1.5e5;
 constexpr double kL2Share = 0.8;  // of a packed tile; the rest is for dy, sums and weights
 
 Int l2_floats() {
@@ -60,11 +61,20 @@ float* scratch(Int floats) {
   return buffer.data;
 }
 
-// run(i) for all i < count, on the threads of XLA's pool and on this one, which never waits for a task that has not
-// begun: so a pool whose threads are all busy is no deadlock.
+// Of XLA's pool, so many threads as `nanoseconds` of work are worth: to wake one takes as long as it should gain.
+struct Threads {
+  ffi::ThreadPool& pool;
+  Int count;
+
+  Threads(ffi::ThreadPool& of, double nanoseconds)
+      : pool(of), count(smaller(of.num_threads(), 1 + Int(nanoseconds / kWakeNanoseconds))) {}
+};
+
+// run(i) for all i < count, on some threads and on this one, which never waits for a task that has not begun: so a pool
+// whose threads are all busy is no deadlock.
 template <class Run>
-void parallel(ffi::ThreadPool& pool, Int count, const Run& run) {
-  const Int threads = smaller(pool.num_threads(), count);
+void parallel(const Threads& of, Int count, const Run& run) {
+  const Int threads = smaller(of.count, count);
   if (threads <= 1) {
     for (Int i = 0; i < count; ++i) run(i);
     return;
@@ -83,16 +93,16 @@ void parallel(ffi::ThreadPool& pool, Int count, const Run& run) {
       state->done.fetch_add(1, std::memory_order_release);
     }
   };
-  for (Int i = 1; i < threads; ++i) pool.Schedule(decltype(work)(work));
+  for (Int i = 1; i < threads; ++i) of.pool.Schedule(decltype(work)(work));
   work();
   while (state->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 
 // The same with so many floats of scratch for each.
 template <class Run>
-ffi::Error parallel(ffi::ThreadPool& pool, Int count, Int floats, const Run& run) {
+ffi::Error parallel(const Threads& of, Int count, Int floats, const Run& run) {
   std::atomic<bool> failed{false};
-  parallel(pool, count, [&](Int i) {
+  parallel(of, count, [&](Int i) {
     float* memory = scratch(floats);
     if (memory == nullptr) {
       failed = true;
@@ -264,7 +274,7 @@ ffi::Error arrange(ffi::ThreadPool& pool, Call& c, const Operands& of, const ffi
       order(in_idx, blocks == nullptr ? nullptr : static_cast<const float*>(blocks->untyped_data()), group);
     }
   };
-  parallel(pool, s.groups, [&](Int group) {
+  parallel(Threads(pool, double(s.columns() * s.rows)), s.groups, [&](Int group) {
     if (of.in_idx.element_type() == ffi::U16) {
       by_type(static_cast<const uint16_t*>(of.in_idx.untyped_data()), group);
     } else {
@@ -293,21 +303,28 @@ bool streams(ffi::AnyBuffer result) {
   return aligned && result.dimensions().back() % passes->vector == 0 && Int(result.element_count()) > l2_floats() / 2;
 }
 
+// Of a pass on one core, roughly.
+double nanoseconds(const Sizes& s) {
+  const double positions = double(s.positions() * s.batch);
+  const double activations = double(s.channels * s.height * s.width * s.batch) + double(s.out) * positions;
+  return 0.3 * activations + 0.02 * positions * double(s.columns() * s.rows);
+}
+
 Range part_of(Int all, Int i, Int count) { return {all * i / count, all * (i + 1) / count}; }
 
 ffi::Error forward(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBuffer x, ffi::AnyBuffer blocks, Floats bias,
                    int64_t, ffi::AnyBuffer y) {
   const Sizes s = of.sizes(x.dimensions(), y.dimensions());
-  const Int threads = pool.num_threads();
-  const Tiling t = tiling_of(of, s, s.out_height, s.out_width, s.halo_h(), s.halo_w(), threads);
+  const Threads threads(pool, nanoseconds(s));
+  const Tiling t = tiling_of(of, s, s.out_height, s.out_width, s.halo_h(), s.halo_w(), threads.count);
   Call c = call_of(of, s, t, x.element_type());
   c.x = x.untyped_data(), c.result = y.untyped_data(), c.streams = streams(y);
   c.bias = bias.element_count() > 0 ? bias.typed_data() : nullptr;
   if (ffi::Error error = arrange(pool, c, of, &blocks); error.failure()) return error;
   // A thread has some of the groups where there are few tiles; but a row of [batch][features] has the outputs of all.
-  const Int ranges = of.batch_major ? 1 : larger(1, smaller(s.groups, threads / t.tiles()));
+  const Int ranges = of.batch_major ? 1 : larger(1, smaller(s.groups, threads.count / t.tiles()));
   const Int floats = t.packed_size + s.rows * t.tile_h * t.tile_w * t.lanes + t.outputs_size;
-  return parallel(pool, t.tiles() * ranges, floats, [&](Int i, float* memory) {
+  return parallel(threads, t.tiles() * ranges, floats, [&](Int i, float* memory) {
     const Tile tile = tile_at(t, i / ranges, s.out_height, s.out_width);
     passes->forward(c, tile, part_of(s.groups, i % ranges, ranges), memory);
   });
@@ -317,7 +334,8 @@ ffi::Error input_gradient(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBuf
                           int64_t, ffi::AnyBuffer dx) {
   const Sizes s = of.sizes(dx.dimensions(), dy.dimensions());
   const Int slots_h = s.out_height + s.halo_h(), slots_w = s.out_width + s.halo_w();
-  const Tiling t = tiling_of(of, s, slots_h, slots_w, 0, 0, pool.num_threads());
+  const Threads threads(pool, nanoseconds(s));
+  const Tiling t = tiling_of(of, s, slots_h, slots_w, 0, 0, threads.count);
   Call c = call_of(of, s, t, dy.element_type());
   c.dy = dy.untyped_data(), c.result = dx.untyped_data(), c.streams = streams(dx);
   if (ffi::Error error = arrange(pool, c, of, &blocks); error.failure()) return error;
@@ -329,7 +347,7 @@ ffi::Error input_gradient(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBuf
     memset(dx.untyped_data(), 0, dx.size_bytes());  // inputs that no tap reads
   }
   const Int floats = t.packed_size + panel_floats(s, t) + t.outputs_size;
-  return parallel(pool, t.tiles(), floats,
+  return parallel(threads, t.tiles(), floats,
                   [&](Int i, float* memory) { passes->input_gradient(c, tile_at(t, i, slots_h, slots_w), memory); });
 }
 
@@ -342,12 +360,13 @@ ffi::Error weight_gradient(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBu
   if (ffi::Error error = arrange(pool, c, of, nullptr); error.failure()) return error;
   // Tiles are summed in parts whose number depends on sizes alone, and the parts in their order: so do the bits.
   const Int parts = smaller(most_parts, t.tiles()), size = s.columns() * s.rows;
-  const Int ranges = larger(1, smaller(s.groups, pool.num_threads() / parts));
+  const Threads threads(pool, nanoseconds(s));
+  const Int ranges = larger(1, smaller(s.groups, threads.count / parts));
   const Int floats = t.packed_size + panel_floats(s, t) + t.outputs_size;
   const auto columns_of = [&](Range groups) {
     return Range{c.starts_of(groups.begin)[0], c.starts_of(groups.end - 1)[s.taps()]};
   };
-  ffi::Error error = parallel(pool, parts * ranges, floats, [&](Int i, float* memory) {
+  ffi::Error error = parallel(threads, parts * ranges, floats, [&](Int i, float* memory) {
     const Range groups = part_of(s.groups, i % ranges, ranges), columns = columns_of(groups);
     const Range tiles = part_of(t.tiles(), i / ranges, parts);
     float* sums = of.floats + i / ranges * size;
@@ -359,7 +378,7 @@ ffi::Error weight_gradient(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBu
   if (error.failure()) return error;
   float* result = static_cast<float*>(d_blocks.untyped_data());
   const int32_t* place = of.integers + s.columns();
-  parallel(pool, s.groups, [&](Int group) {
+  parallel(Threads(pool, double(size * parts)), s.groups, [&](Int group) {
     const Range columns = columns_of({group, group + 1});
     for (Int k = columns.begin; k < columns.end; ++k) {
       float* to = result + place[k] / s.block_columns * s.rows * s.block_columns + place[k] % s.block_columns;
