@@ -12,9 +12,9 @@ for once. Operands stay where they are from run to run, so that what fits a cach
 
 The bound is the larger of two times: every operand once through the memory, and every weight at every position; at the
 rates of a large copy and a large dense product that are measured first. On a CPU with native kernels "of peak" is the
-part, of the three passes, of what its cores do in registers alone; products with padding count as done, though some are left out. Each pass
-is compared with the reference in float32 on a slice of N; exit code 1, after the results are written, if one is off or
-fails.
+part, of the three passes, of what its cores do in registers alone; products with padding count as done, though some are
+left out. Each pass is compared with the reference in float32 on a slice of N; exit code 1, after the results are
+written, if one is off or fails.
 
 Without --shapes, --gemms and --models, a GPU measures all the layers of four models and four square products: that
 takes hours, and --limit_s ends it sooner. A CPU measures two small layers in a minute or two. --cores=1 keeps all
