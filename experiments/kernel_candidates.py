@@ -69,7 +69,7 @@ def unavailable(name: str) -> str | None:
     """
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementations: {name!r} is unknown; choose of {', '.join(IMPLEMENTATIONS)}.")
-    if name in GPU_KERNELS and jax.default_backend() != "gpu":
+    if name in GPU_KERNELS and not has_gpu():
         return f"needs a GPU, the backend is {jax.default_backend()}"
     if name == "native":
         return f"needs a CPU, the backend is {jax.default_backend()}" if has_gpu() else loading.unavailable_reason()

@@ -49,7 +49,7 @@ class Layer:
 
     @property
     def is_matmul(self) -> bool:
-        return self.geometry == matmul_geometry(self.geometry.in_channels) and self.input_size == (1, 1)
+        return self.geometry.is_matmul(self.input_size)
 
     @property
     def in_features(self) -> int:

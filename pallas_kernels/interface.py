@@ -71,24 +71,32 @@ class ConvGeometry:
             sizes.append((size + low + high - kernel) // stride + 1)
         return sizes[0], sizes[1]
 
+    def is_matmul(self, input_size: tuple[int, ...]) -> bool:
+        """Whether it is the product of a matrix: a 1x1 kernel at one position of each example."""
+        return self == matmul_geometry(self.in_channels) and input_size == (1, 1)
+
 
 def matmul_geometry(in_features: int) -> ConvGeometry:
     """The geometry of a linear layer: x is `[in, 1, 1, N]`."""
     return ConvGeometry(in_channels=in_features)
 
 
-def patches(x: jax.Array, geometry: ConvGeometry) -> jax.Array:
-    """x[C, H, W, N] -> [in, OH, OW, N]: row (kh, kw, c) is channel c shifted by the tap and strided."""
-    (top, bottom), (left, right) = geometry.padding
-    out_h, out_w = geometry.output_size(x.shape[1], x.shape[2])
-    stride_h, stride_w = geometry.strides
-    padded = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (top, bottom, 0), (left, right, 0), (0, 0, 0)))
-    taps = [
-        padded[:, kh : kh + (out_h - 1) * stride_h + 1 : stride_h, kw : kw + (out_w - 1) * stride_w + 1 : stride_w]
+def read_by_taps(a: jax.Array, geometry: ConvGeometry) -> list[jax.Array]:
+    """What each tap of the kernel reads of a[., H, W, ...], zero-padded: [., OH, OW, ...] in HW order."""
+    (stride_h, stride_w), (out_h, out_w) = geometry.strides, geometry.output_size(a.shape[1], a.shape[2])
+    none = [(0, 0, 0)]
+    padding = none + [(low, high, 0) for low, high in geometry.padding] + none * (a.ndim - 3)
+    a = lax.pad(a, jnp.zeros((), a.dtype), padding)  # which takes negative padding, too
+    return [
+        a[:, kh : kh + (out_h - 1) * stride_h + 1 : stride_h, kw : kw + (out_w - 1) * stride_w + 1 : stride_w]
         for kh in range(geometry.kernel_size[0])
         for kw in range(geometry.kernel_size[1])
     ]
-    return jnp.concatenate(taps)
+
+
+def patches(x: jax.Array, geometry: ConvGeometry) -> jax.Array:
+    """x[C, H, W, N] -> [in, OH, OW, N]: row (kh, kw, c) is channel c shifted by the tap and strided."""
+    return jnp.concatenate(read_by_taps(x, geometry))
 
 
 def accumulator_dtype(dtype: Any) -> jnp.dtype:

@@ -18,7 +18,7 @@ from jax.export import is_symbolic_dim
 
 from dsb_jax.ops import cpu_convolution
 from dsb_jax.ops.convolution import add_bias, convolve
-from pallas_kernels.interface import ConvGeometry, Index, Kernels, matmul_geometry
+from pallas_kernels.interface import ConvGeometry, Index, Kernels
 from pallas_kernels.kernel_index import block_group, row_place
 
 
@@ -88,15 +88,11 @@ def _permutes_output(positions: int, in_features: int) -> bool:
     return not is_symbolic_dim(positions) and 2 * positions <= in_features
 
 
-def _is_matmul(geometry: ConvGeometry, input_size: tuple[int, ...]) -> bool:
-    return geometry == matmul_geometry(geometry.in_channels) and input_size == (1, 1)
-
-
 def _product(
     x: jax.Array, kernel: jax.Array, geometry: ConvGeometry, order: _Order, precision: lax.PrecisionLike
 ) -> jax.Array:
     """x by the flattened kernel[in, features]; linear in both."""
-    if _is_matmul(geometry, x.shape[1:3]):
+    if geometry.is_matmul(x.shape[1:3]):
         form = "chwn,co->ohwn" if order.feature_major else "nhwc,co->nhwo"
         return jnp.einsum(form, x, kernel, precision=precision)
     if cpu_convolution.serves(x, kernel):
@@ -158,7 +154,7 @@ def dense_kernels(*, feature_major: bool) -> Kernels:
         else:
             kernel = to_output_order(kernel, index, out, 1)
         kernel = kernel.astype(dy.dtype)
-        if cpu_convolution.serves(dy, kernel) and not _is_matmul(geometry, input_size):
+        if cpu_convolution.serves(dy, kernel) and not geometry.is_matmul(input_size):
             return cpu_convolution.input_gradient(dy, kernel, geometry, feature_major, input_size, precision)
         ends = (geometry.in_channels, batch)
         shape = (ends[0], *input_size, ends[1]) if feature_major else (ends[1], *input_size, ends[0])
@@ -177,7 +173,7 @@ def dense_kernels(*, feature_major: bool) -> Kernels:
         permutes_output = _permutes_output(count(x.shape[1:3], geometry, x), geometry.in_features)
         if permutes_output:
             dy = to_group_order(dy, index, order.features)
-        if cpu_convolution.serves(x, dy) and not _is_matmul(geometry, x.shape[1:3]):
+        if cpu_convolution.serves(x, dy) and not geometry.is_matmul(x.shape[1:3]):
             gradient = cpu_convolution.weight_gradient(x, dy, geometry, feature_major, precision)
         else:
             shape = geometry.in_features, dy.shape[order.features]

@@ -7,7 +7,6 @@ XLA (`dsb_jax.ops.cpu_convolution`) where there are none. Elsewhere it is one pr
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from dsb_jax.ops import cpu_convolution, primitive
 from dsb_jax.ops.implementations import kernels_of, take_batch_major
 from dsb_jax.ops.native import loading
 from dsb_jax.ops.partitioning import Product
-from pallas_kernels.interface import ConvGeometry, Index
+from pallas_kernels.interface import ConvGeometry, Index, read_by_taps
 
 PANEL_ROWS = 128  # output rows in one product: fewer waste a CPU's or GPU's matrix units, more hold more scratch
 
@@ -87,21 +86,8 @@ def _of_rows(
             of_rows = cpu_convolution.weight_gradient(x, own, geometry, feature_major, None)
         else:
             over = (3, 1, 2) if feature_major else (0, 1, 2)
-            taps = read_by_taps(x, geometry, (dy.shape[1], dy.shape[2]))
+            taps = read_by_taps(x, geometry)
             of_rows = jnp.concatenate([lax.dot_general(tap, own, ((over, over), ((), ()))) for tap in taps])
         return of_rows.T.reshape(*some.shape, -1)
 
     return gradient
-
-
-def read_by_taps(a: jax.Array, geometry: ConvGeometry, output_size: tuple[int, int]) -> list[Any]:
-    """What each tap of the kernel reads of a[., H, W, ...], zero-padded: [., OH, OW, ...] in HW order."""
-    none = [(0, 0, 0)]
-    padding = none + [(low, high, 0) for low, high in geometry.padding] + none * (a.ndim - 3)
-    a = lax.pad(a, jnp.zeros((), a.dtype), padding)  # which takes negative padding, too
-    (stride_h, stride_w), (out_h, out_w) = geometry.strides, output_size
-    return [
-        a[:, kh : kh + (out_h - 1) * stride_h + 1 : stride_h, kw : kw + (out_w - 1) * stride_w + 1 : stride_w]
-        for kh in range(geometry.kernel_size[0])
-        for kw in range(geometry.kernel_size[1])
-    ]

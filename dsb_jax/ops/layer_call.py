@@ -47,7 +47,7 @@ class LayerCall:
         Raises:
           ValueError: if the blocks do not fit the layer.
         """
-        if geometry == matmul_geometry(geometry.in_channels) and input_size == (1, 1):
+        if geometry.is_matmul(input_size):
             dense = linear_spec(geometry.in_channels, out)
         else:
             dense = conv_spec(geometry.kernel_size, geometry.in_channels, out)

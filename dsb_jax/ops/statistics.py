@@ -29,9 +29,9 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 from dsb_jax.layout import BlockLayout
-from dsb_jax.ops.dense_gradient import map_groups, read_by_taps
+from dsb_jax.ops.dense_gradient import map_groups
 from dsb_jax.spec import LayerSpec
-from pallas_kernels.interface import ConvGeometry
+from pallas_kernels.interface import ConvGeometry, read_by_taps
 
 ROWS = 16  # of a group, where all of the gradient is wanted
 
@@ -206,7 +206,7 @@ def _observe_bwd(how, residuals, dy):
     (geometry, feature_major), (x, zero, layout) = how, residuals
     statistic, axis_name = zero.statistic, zero.axis_name  # not `zero` in the closure: it would keep a tracer alive
 
-    # Where types carry shardings the partitioner decides how to multiply, for which jax can not lower a sum of a
+    # Where types carry shardings the partitioner decides how to multiply, for which jax cannot lower a sum of a
     # kernel's results over devices ("Unsupported reduction computation").
     is_explicit = bool(jax.typeof(dy).sharding.mesh.explicit_axes)
 
@@ -274,7 +274,7 @@ def _input_squares(seen: Observed) -> Float[Array, "in"]:
     """|X_j|^2 of every column j = (kh, kw, c): the sum over the batch of what that tap reads of channel c."""
     squares = jnp.square(seen.x.astype(jnp.float32)).sum(axis=3 if seen.feature_major else 0)
     energy = squares if seen.feature_major else squares.transpose(2, 0, 1)  # [C, H, W]
-    taps = read_by_taps(energy, seen.geometry, (seen.dy.shape[1], seen.dy.shape[2]))
+    taps = read_by_taps(energy, seen.geometry)
     return jnp.concatenate([tap.sum(axis=(1, 2)) for tap in taps])
 
 

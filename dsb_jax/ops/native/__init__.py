@@ -18,7 +18,7 @@ from jax import lax
 
 from dsb_jax.ops.cpu_model import available_cores
 from dsb_jax.ops.native.loading import TARGETS, register
-from pallas_kernels.interface import ConvGeometry, Index, Kernels, matmul_geometry
+from pallas_kernels.interface import ConvGeometry, Index, Kernels
 
 DTYPES = ("float32", "bfloat16")
 
@@ -114,8 +114,7 @@ def weight_gradient(
 
 def takes_batch_major(geometry: ConvGeometry, input_size: tuple[int, int], batch: int) -> bool:
     """Whether `NATIVE_BATCH_MAJOR` is to compute a product: that of a matrix, with examples for half of the cores."""
-    is_matmul = geometry == matmul_geometry(geometry.in_channels) and input_size == (1, 1)
-    return is_matmul and batch >= _FEW_LANES * available_cores()
+    return geometry.is_matmul(input_size) and batch >= _FEW_LANES * available_cores()
 
 
 NATIVE = Kernels(forward, input_gradient, weight_gradient)
