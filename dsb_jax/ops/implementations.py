@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Iterable
 
 from dsb_jax.ops.dense import dense_kernels
-from dsb_jax.ops.native import NATIVE, NATIVE_BATCH_MAJOR, takes_batch_major
+from dsb_jax.ops.native import NATIVE, NATIVE_BATCH_MAJOR, prefers_batch_major
 from dsb_jax.ops.portable import PORTABLE
 from dsb_jax.ops.xla import XLA
 from pallas_kernels.interface import ConvGeometry, Kernels
@@ -36,4 +36,4 @@ def kernels_of(name: str, tiles: KernelTiles | None = None, *, feature_major: bo
 def take_batch_major(names: Iterable[str], geometry: ConvGeometry, input_size: tuple[int, int], batch: int) -> bool:
     """Whether all of these implementations compute a product with activations [N, H, W, C], too."""
     names = set(names)
-    return names == {"dense"} or (names <= {"dense", "native"} and takes_batch_major(geometry, input_size, batch))
+    return names == {"dense"} or (names <= {"dense", "native"} and prefers_batch_major(geometry, input_size, batch))

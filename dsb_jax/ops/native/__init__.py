@@ -112,7 +112,7 @@ def weight_gradient(
     return gradient.astype(dtype)
 
 
-def takes_batch_major(geometry: ConvGeometry, input_size: tuple[int, int], batch: int) -> bool:
+def prefers_batch_major(geometry: ConvGeometry, input_size: tuple[int, int], batch: int) -> bool:
     """Whether `NATIVE_BATCH_MAJOR` is to compute a product: that of a matrix, with examples for half of the cores."""
     return geometry.is_matmul(input_size) and batch >= _FEW_LANES * available_cores()
 

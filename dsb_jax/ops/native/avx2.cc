@@ -17,13 +17,11 @@
 #endif
 
 namespace dsb {
-namespace avx2 {
-#include "vectors.h"
-// After it:
+namespace {
 #include "passes.h"
-}  // namespace avx2
+}  // namespace
 
-extern const Passes kAvx2 = {avx2::kVector, avx2::forward, avx2::input_gradient, avx2::weight_gradient, avx2::peak};
+extern const Passes kAvx2 = kPasses;
 }  // namespace dsb
 
 #if defined(__clang__)

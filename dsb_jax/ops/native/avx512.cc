@@ -18,14 +18,11 @@
 #endif
 
 namespace dsb {
-namespace avx512 {
-#include "vectors.h"
-// After it:
+namespace {
 #include "passes.h"
-}  // namespace avx512
+}  // namespace
 
-extern const Passes kAvx512 = {avx512::kVector, avx512::forward, avx512::input_gradient, avx512::weight_gradient,
-                               avx512::peak};
+extern const Passes kAvx512 = kPasses;
 }  // namespace dsb
 
 #if defined(__clang__)

@@ -2,120 +2,17 @@
 //
 // A call gives back, beside its result, two arrays that it works in. So the memory is XLA's, reused from call to call,
 // and stands in its account. What a tile is packed into belongs to the thread.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <string>
-#include <thread>
 
-#include "product.h"
-#include "xla/ffi/api/ffi.h"
+#include "threads.h"
+#include "tiling.h"
 
 namespace dsb {
 namespace {
 
-namespace ffi = xla::ffi;
-
 const Passes* passes = nullptr;
-
-constexpr Int kLanes = 32;  // of a tile: two cache lines side by side of each row of x
-constexpr Int kHugePage = 2 << 20;
-constexpr double kWakeNanoseconds = 1.5e5;
-constexpr double kL2Share = 0.8;  // of a packed tile; the rest is for dy, sums and weights
-
-Int l2_floats() {
-  static const Int size = [] {
-    const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    return Int(bytes > 0 ? bytes : 1 << 20) / 4;
-  }();
-  return size;
-}
-
-// ---------------------------------------------------------------------------------------------------------- threads
-
-// Memory of this thread, kept: fresh pages would cost more than what is computed in them.
-float* scratch(Int floats) {
-  struct Buffer {
-    float* data = nullptr;
-    Int size = 0;
-    ~Buffer() { free(data); }
-  };
-  static thread_local Buffer buffer;
-#ifdef __SANITIZE_ADDRESS__
-  const Int bytes = floats * Int(sizeof(float));  // and no more, so that what lies beyond is noticed
-#else
-  if (floats <= buffer.size) return buffer.data;
-  const Int bytes = ceil_div(floats * Int(sizeof(float)), kHugePage) * kHugePage;
-#endif
-  free(buffer.data);
-  buffer = {};
-  void* data = nullptr;
-  if (posix_memalign(&data, kHugePage, bytes) != 0) return nullptr;
-  madvise(data, bytes, MADV_HUGEPAGE);
-  buffer.data = static_cast<float*>(data);
-  buffer.size = bytes / Int(sizeof(float));
-  return buffer.data;
-}
-
-// Of XLA's pool, so many threads as `nanoseconds` of work are worth: to wake one takes as long as it should gain.
-struct Threads {
-  ffi::ThreadPool& pool;
-  Int count;
-
-  Threads(ffi::ThreadPool& of, double nanoseconds)
-      : pool(of), count(smaller(of.num_threads(), 1 + Int(nanoseconds / kWakeNanoseconds))) {}
-};
-
-// run(i) for all i < count, on some threads and on this one, which never waits for a task that has not begun: so a pool
-// whose threads are all busy is no deadlock.
-template <class Run>
-void parallel(const Threads& of, Int count, const Run& run) {
-  const Int threads = smaller(of.count, count);
-  if (threads <= 1) {
-    for (Int i = 0; i < count; ++i) run(i);
-    return;
-  }
-  struct State {
-    std::atomic<Int> next{0}, done{0};
-    Int count;
-    const Run* run;  // of the caller's frame: not touched by threads that come when all is done
-  };
-  auto state = std::make_shared<State>();
-  state->count = count;
-  state->run = &run;
-  auto work = [state] {
-    for (Int i; (i = state->next.fetch_add(1)) < state->count;) {
-      (*state->run)(i);
-      state->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  for (Int i = 1; i < threads; ++i) of.pool.Schedule(decltype(work)(work));
-  work();
-  while (state->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
-}
-
-// The same with so many floats of scratch for each.
-template <class Run>
-ffi::Error parallel(const Threads& of, Int count, Int floats, const Run& run) {
-  std::atomic<bool> failed{false};
-  parallel(of, count, [&](Int i) {
-    float* memory = scratch(floats);
-    if (memory == nullptr) {
-      failed = true;
-    } else {
-      run(i, memory);
-    }
-  });
-  if (!failed) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                    "no memory for tiles of " + std::to_string(4 * floats) + " bytes");
-}
-
-// ------------------------------------------------------------------------------------------------------------ tiles
 
 using Integers = ffi::Buffer<ffi::S32>;
 using Floats = ffi::Buffer<ffi::F32>;
@@ -140,65 +37,10 @@ struct Operands {
     s.pad_top = window[4], s.pad_left = window[5];
     s.groups = out_idx.dimensions()[0], s.rows = out_idx.dimensions()[1];
     s.blocks = in_idx.dimensions()[0], s.block_columns = in_idx.dimensions()[1];
+    s.batch_major = batch_major;
     return s;
   }
 };
-
-// Where a tile is one position (a matrix product), more lanes take the place of more positions.
-Int lanes_of(const Sizes& s, Int positions, Int features, Int threads) {
-  const Int half = kLanes / 2;
-  const auto padded = [&](Int lanes) { return ceil_div(s.batch, lanes) * lanes; };
-  if (s.batch <= half) return padded(passes->vector);
-  // Half of them where more than an eighth would be spare.
-  Int lanes = 8 * padded(kLanes) > 9 * padded(half) ? half : kLanes;
-  const auto fits = [&](Int more) {
-    return more * s.rows <= kPanelFloats && more * features <= l2_floats() / 2 && s.batch >= more * threads &&
-           padded(more) == padded(lanes);
-  };
-  while (positions == 1 && fits(2 * lanes)) lanes *= 2;
-  return lanes;
-}
-
-// Tiles of extent_h x extent_w positions or slots, of which each needs `halo` more in the buffer.
-Tiling tiling_of(const Operands& of, const Sizes& s, Int extent_h, Int extent_w, Int halo_h, Int halo_w, Int threads) {
-  Tiling t;
-  t.lanes = lanes_of(s, extent_h * extent_w, of.batch_major ? s.channels + s.out : s.channels, threads);
-  t.tiles_n = ceil_div(s.batch, t.lanes);
-  const Int slot = s.channels * s.phases_h() * s.phases_w() * t.lanes;
-  const Int room = larger(1, Int(kL2Share * double(l2_floats())) / slot);
-  Int least = 0;
-  for (Int tiles_w = 1; tiles_w <= extent_w; ++tiles_w) {  // the cut that packs the fewest slots
-    const Int tile_w = ceil_div(extent_w, tiles_w);
-    const Int tile_h = smaller(extent_h, larger(1, room / (tile_w + halo_w) - halo_h));
-    const Int tiles_h = ceil_div(extent_h, tile_h);
-    const Int packed = (extent_h + tiles_h * halo_h) * (extent_w + tiles_w * halo_w);
-    const bool fits = (tile_h + halo_h) * (tile_w + halo_w) <= room;
-    if (least == 0 || packed < least) {
-      least = packed;
-      t.tiles_h = tiles_h, t.tiles_w = tiles_w;
-    }
-    if (fits && tile_h == extent_h) break;
-  }
-  while (t.tiles() < threads && t.tiles_h < extent_h) ++t.tiles_h;
-  t.tile_h = ceil_div(extent_h, t.tiles_h), t.tiles_h = ceil_div(extent_h, t.tile_h);
-  t.tile_w = ceil_div(extent_w, t.tiles_w), t.tiles_w = ceil_div(extent_w, t.tile_w);
-  t.slots_h = t.tile_h + halo_h, t.slots_w = t.tile_w + halo_w;
-  t.phase_size = t.slots_h * t.slots_w * t.lanes;
-  t.channel_size = odd_lines(s.phases_h() * s.phases_w() * t.phase_size);
-  t.out_size = odd_lines(t.lanes);
-  const auto whole = [&](Int features) {  // transposes are of whole vectors
-    return of.batch_major ? ceil_div(features, passes->vector) * passes->vector : features;
-  };
-  t.packed_size = whole(s.channels) * t.channel_size;
-  t.outputs_size = of.batch_major ? whole(s.out) * t.out_size : 0;
-  return t;
-}
-
-Tile tile_at(const Tiling& t, Int i, Int extent_h, Int extent_w) {
-  const Int w = i % t.tiles_w * t.tile_w, h = i / t.tiles_w % t.tiles_h * t.tile_h;
-  const Int n = i / (t.tiles_w * t.tiles_h) * t.lanes;
-  return {n, h, smaller(extent_h, h + t.tile_h), w, smaller(extent_w, w + t.tile_w)};
-}
 
 // --------------------------------------------------------------------------------------------------------- operands
 
@@ -292,8 +134,8 @@ ffi::Error arrange(ffi::ThreadPool& pool, Call& c, const Operands& of, const ffi
 
 Call call_of(const Operands& of, const Sizes& s, const Tiling& t, ffi::DataType type) {
   Call c = {};
-  c.sizes = s, c.tiling = t, c.batch_major = of.batch_major;
-  c.element = type == ffi::BF16 ? Element::kBFloat16 : Element::kFloat32;
+  c.sizes = s, c.tiling = t;
+  c.element = type == ffi::BF16 ? kBFloat16 : kFloat32;
   return c;
 }
 
@@ -316,17 +158,17 @@ ffi::Error forward(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBuffer x, 
                    int64_t, ffi::AnyBuffer y) {
   const Sizes s = of.sizes(x.dimensions(), y.dimensions());
   const Threads threads(pool, nanoseconds(s));
-  const Tiling t = tiling_of(of, s, s.out_height, s.out_width, s.halo_h(), s.halo_w(), threads.count);
+  const Tiling t = tiling_of(s, passes->vector, s.out_height, s.out_width, s.halo_h(), s.halo_w(), threads.count);
   Call c = call_of(of, s, t, x.element_type());
   c.x = x.untyped_data(), c.result = y.untyped_data(), c.streams = streams(y);
   c.bias = bias.element_count() > 0 ? bias.typed_data() : nullptr;
   if (ffi::Error error = arrange(pool, c, of, &blocks); error.failure()) return error;
   // A thread has some of the groups where there are few tiles; but a row of [batch][features] has the outputs of all.
-  const Int ranges = of.batch_major ? 1 : larger(1, smaller(s.groups, threads.count / t.tiles()));
+  const Int ranges = s.batch_major ? 1 : larger(1, smaller(s.groups, threads.count / t.tiles()));
   const Int floats = t.packed_size + s.rows * t.tile_h * t.tile_w * t.lanes + t.outputs_size;
   return parallel(threads, t.tiles() * ranges, floats, [&](Int i, float* memory) {
     const Tile tile = tile_at(t, i / ranges, s.out_height, s.out_width);
-    passes->forward(c, tile, part_of(s.groups, i % ranges, ranges), memory);
+    passes->forward[c.element](c, tile, part_of(s.groups, i % ranges, ranges), memory);
   });
 }
 
@@ -335,7 +177,7 @@ ffi::Error input_gradient(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBuf
   const Sizes s = of.sizes(dx.dimensions(), dy.dimensions());
   const Int slots_h = s.out_height + s.halo_h(), slots_w = s.out_width + s.halo_w();
   const Threads threads(pool, nanoseconds(s));
-  const Tiling t = tiling_of(of, s, slots_h, slots_w, 0, 0, threads.count);
+  const Tiling t = tiling_of(s, passes->vector, slots_h, slots_w, 0, 0, threads.count);
   Call c = call_of(of, s, t, dy.element_type());
   c.dy = dy.untyped_data(), c.result = dx.untyped_data(), c.streams = streams(dx);
   if (ffi::Error error = arrange(pool, c, of, &blocks); error.failure()) return error;
@@ -347,14 +189,15 @@ ffi::Error input_gradient(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBuf
     memset(dx.untyped_data(), 0, dx.size_bytes());  // inputs that no tap reads
   }
   const Int floats = t.packed_size + panel_floats(s, t) + t.outputs_size;
-  return parallel(threads, t.tiles(), floats,
-                  [&](Int i, float* memory) { passes->input_gradient(c, tile_at(t, i, slots_h, slots_w), memory); });
+  return parallel(threads, t.tiles(), floats, [&](Int i, float* memory) {
+    passes->input_gradient[c.element](c, tile_at(t, i, slots_h, slots_w), memory);
+  });
 }
 
 ffi::Error weight_gradient(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBuffer x, ffi::AnyBuffer dy, Floats,
                            int64_t most_parts, ffi::AnyBuffer d_blocks) {
   const Sizes s = of.sizes(x.dimensions(), dy.dimensions());
-  const Tiling t = tiling_of(of, s, s.out_height, s.out_width, s.halo_h(), s.halo_w(), 1);
+  const Tiling t = tiling_of(s, passes->vector, s.out_height, s.out_width, s.halo_h(), s.halo_w(), 1);
   Call c = call_of(of, s, t, x.element_type());
   c.x = x.untyped_data(), c.dy = dy.untyped_data();
   if (ffi::Error error = arrange(pool, c, of, nullptr); error.failure()) return error;
@@ -372,7 +215,7 @@ ffi::Error weight_gradient(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBu
     float* sums = of.floats + i / ranges * size;
     memset(sums + columns.begin * s.rows, 0, (columns.end - columns.begin) * s.rows * sizeof(float));
     for (Int tile = tiles.begin; tile < tiles.end; ++tile) {
-      passes->weight_gradient(c, tile_at(t, tile, s.out_height, s.out_width), groups, sums, memory);
+      passes->weight_gradient[c.element](c, tile_at(t, tile, s.out_height, s.out_width), groups, sums, memory);
     }
   });
   if (error.failure()) return error;

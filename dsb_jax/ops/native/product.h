@@ -28,7 +28,7 @@ static inline Int odd_lines(Int floats) { return (ceil_div(floats, kCacheLine) |
 
 constexpr Int kPanelFloats = 8192;  // of dy that a gradient packs for one group: they stay in L1
 
-enum class Element : int { kFloat32, kBFloat16 };
+enum Element { kFloat32, kBFloat16 };  // of activations in memory
 
 // The sizes of one product; pads may be negative.
 struct Sizes {
@@ -36,6 +36,7 @@ struct Sizes {
   Int out, out_height, out_width;
   Int kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left;
   Int groups, rows, blocks, block_columns;
+  bool batch_major;  // whether x and y are [batch][features]: of a matrix product alone
 
   Int taps() const { return kernel_h * kernel_w; }
   Int positions() const { return out_height * out_width; }
@@ -92,9 +93,8 @@ struct Call {
   Element element;
   const void* x;  // forward, weight gradient
   const void* dy;
-  void* result;      // y or dx
-  bool batch_major;  // whether x and y are [batch][features] instead: of a matrix product alone
-  bool streams;      // whether the result leaves the caches: then it is written past them
+  void* result;  // y or dx
+  bool streams;  // whether the result leaves the caches: then it is written past them
   const float* bias;
   const int32_t* out_idx;  // [groups][rows]
   const int32_t* offsets;  // [columns], sorted by tap in each panel: of the first position of a packed tile
@@ -124,15 +124,15 @@ static inline Taps runs_of(Range rows, Range columns, Int kernel_w) {
   return {first, width, height};
 }
 
-// The passes over one tile, compiled once for each set of instructions.
+// The passes over one tile, compiled once for each set of instructions; of each two, by Element.
 struct Passes {
   Int vector;  // floats of a vector
   // Writes the output of groups [begin, end).
-  void (*forward)(const Call&, const Tile&, Range groups, float* scratch);
+  void (*forward[2])(const Call&, const Tile&, Range groups, float* scratch);
   // Writes the part of dx that the tile owns.
-  void (*input_gradient)(const Call&, const Tile&, float* scratch);
+  void (*input_gradient[2])(const Call&, const Tile&, float* scratch);
   // Adds the tile's part to sums[columns][rows] of groups [begin, end).
-  void (*weight_gradient)(const Call&, const Tile&, Range groups, float* sums, float* scratch);
+  void (*weight_gradient[2])(const Call&, const Tile&, Range groups, float* sums, float* scratch);
   // Operations in a second of multiply-adds in registers alone, on one core: what the passes are measured against.
   double (*peak)();
 };

@@ -1,31 +1,18 @@
 // Vectors of 16 floats (AVX-512) or 8 (AVX2), and activations as float32 or bfloat16 in memory.
-//
-// Included by avx512.cc and avx2.cc after what sets the instructions, in a namespace of its own for each.
+#pragma once
+
 #define DSB_INLINE static inline __attribute__((always_inline))
+#define DSB_EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); ++i)
+
+constexpr Int kVector = DSB_VECTOR;
 
 #if DSB_VECTOR == 16
 #define DSB_OF_WIDTH(name) _mm512_##name
 using Vector = __m512;
+using Half = __m256i;         // of the bytes of a vector
 constexpr Int kRowBlock = 8;  // rows of a register tile, beside two vectors of lanes
 
-DSB_INLINE Vector load(const uint16_t* p) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-DSB_INLINE __m256i round_to_bfloat16(Vector a) {
-  const __m512i bits = _mm512_castps_si512(a);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 is_nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, _mm512_set1_epi32(0x7fc0)));
-}
-DSB_INLINE void store(uint16_t* p, Vector a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to_bfloat16(a));
-}
-DSB_INLINE void stream(uint16_t* p, Vector a) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), round_to_bfloat16(a));
-}
+DSB_INLINE void stream(Half* p, Half a) { _mm256_stream_si256(p, a); }
 // Parts of four floats, `stride` apart.
 DSB_INLINE Vector load_parts(const float* p, Int stride) {
   Vector a = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
@@ -46,22 +33,10 @@ DSB_INLINE __m128 fold(Vector a) {
 #else
 #define DSB_OF_WIDTH(name) _mm256_##name
 using Vector = __m256;
+using Half = __m128i;
 constexpr Int kRowBlock = 5;
 
-DSB_INLINE Vector load(const uint16_t* p) {
-  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-DSB_INLINE __m128i round_to_bfloat16(Vector a) {
-  const __m256i bits = _mm256_castps_si256(a);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-  rounded = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), is_nan);
-  return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-}
-DSB_INLINE void store(uint16_t* p, Vector a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), round_to_bfloat16(a)); }
-DSB_INLINE void stream(uint16_t* p, Vector a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), round_to_bfloat16(a)); }
+DSB_INLINE void stream(Half* p, Half a) { _mm_stream_si128(p, a); }
 DSB_INLINE Vector load_parts(const float* p, Int stride) {
   return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
 }
@@ -72,8 +47,6 @@ DSB_INLINE void store_parts(float* p, Int stride, Vector a) {
 DSB_INLINE __m128 fold(Vector a) { return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)); }
 #endif
 
-constexpr Int kVector = DSB_VECTOR;
-
 DSB_INLINE Vector zero() { return DSB_OF_WIDTH(setzero_ps)(); }
 DSB_INLINE Vector splat(float a) { return DSB_OF_WIDTH(set1_ps)(a); }
 DSB_INLINE Vector add(Vector a, Vector b) { return DSB_OF_WIDTH(add_ps)(a, b); }
@@ -81,6 +54,26 @@ DSB_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return DSB_OF_WID
 DSB_INLINE Vector load(const float* p) { return DSB_OF_WIDTH(loadu_ps)(p); }
 DSB_INLINE void store(float* p, Vector a) { DSB_OF_WIDTH(storeu_ps)(p, a); }
 DSB_INLINE void stream(float* p, Vector a) { DSB_OF_WIDTH(stream_ps)(p, a); }
+
+// bfloat16 is the upper half of a float32.
+using Words = uint32_t __attribute__((vector_size(4 * kVector)));
+using Shorts = uint16_t __attribute__((vector_size(2 * kVector)));
+
+DSB_INLINE Shorts to_bfloat16(Vector a) {
+  const Words bits = Words(a), is_nan = Words(a != a);
+  const Words nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // the even one of two
+  return __builtin_convertvector((nearest & ~is_nan) | (0x7fc0 & is_nan), Shorts);
+}
+DSB_INLINE Vector load(const uint16_t* p) {
+  Shorts upper;
+  memcpy(&upper, p, sizeof(upper));
+  return Vector(__builtin_convertvector(upper, Words) << 16);
+}
+DSB_INLINE void store(uint16_t* p, Vector a) {
+  const Shorts upper = to_bfloat16(a);
+  memcpy(p, &upper, sizeof(upper));
+}
+DSB_INLINE void stream(uint16_t* p, Vector a) { stream(reinterpret_cast<Half*>(p), Half(to_bfloat16(a))); }
 
 // Of every four lanes: sums of a, b, a, b.
 DSB_INLINE Vector pairs(Vector a, Vector b) {
@@ -140,11 +133,9 @@ template <class T>
 void pack_rows(const T* rows, Int features, Int exist, Int lanes, Int stride, float* tile) {
   each_block(lanes, features, [&](Int l, Int f) {
     Vector v[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) v[i] = l + i < exist ? load_some(rows + (l + i) * features + f, features - f) : zero();
+    DSB_EACH (i, 4) v[i] = l + i < exist ? load_some(rows + (l + i) * features + f, features - f) : zero();
     transpose_parts(v);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) store_parts(tile + (f + i) * stride + l, 4 * stride, v[i]);
+    DSB_EACH (i, 4) store_parts(tile + (f + i) * stride + l, 4 * stride, v[i]);
   });
 }
 
@@ -153,8 +144,7 @@ template <class T>
 void unpack_rows(const float* tile, Int stride, Int features, Int exist, T* rows, bool past_caches) {
   each_block(exist, features, [&](Int l, Int f) {
     Vector v[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) v[i] = load_parts(tile + (f + i) * stride + l, 4 * stride);
+    DSB_EACH (i, 4) v[i] = load_parts(tile + (f + i) * stride + l, 4 * stride);
     transpose_parts(v);
     for (int i = 0; i < smaller(4, exist - l); ++i)
       store_some(rows + (l + i) * features + f, v[i], features - f, past_caches);
