@@ -39,6 +39,18 @@ def _few_programs():
         jax.clear_caches()
 
 
+def always(*names, of):
+    """For `parametrize`: all of `of`, of which those not named wait for `make campaign`, being near to one that is."""
+    missing = set(names) - set(of)
+    assert not missing, missing
+    return [
+        name
+        if name in names
+        else pytest.param(*(name if isinstance(name, tuple) else (name,)), marks=pytest.mark.campaign)
+        for name in of
+    ]
+
+
 def make_layout(
     seed: int, shape: tuple[int, int], block_shape: tuple[int, int], counts: tuple[int, ...]
 ) -> BlockLayout:

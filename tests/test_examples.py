@@ -63,6 +63,7 @@ def test_transformer():
         assert seconds > 0
 
 
+@pytest.mark.campaign
 def test_finetune_dense():
     table = rows("examples/finetune_dense.py", "--steps=150", "--seeds=0")
     dense, pruned, finetuned, gradual, kept, _, planned = table["0"]

@@ -20,6 +20,7 @@ from pallas_kernels import ConvGeometry, Index, matmul_geometry
 from pallas_kernels.aot import compile_for, find_gpu, unavailable
 from pallas_kernels.kernel_index import derive, entries_for
 from pallas_kernels.pallas_gpu import pallas_kernels
+from tests.conftest import always
 
 pytestmark = [
     pytest.mark.skipif(unavailable() is not None, reason=str(unavailable())),
@@ -282,7 +283,14 @@ def case_name(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-@pytest.mark.parametrize(("arch", "layer", "block_shape", "dtype"), CASES, ids=case_name)
+FORWARD = [  # of CASES, in each run of the tests
+    ("sm_90", "64 at 32x32", (32, 8), "bfloat16"), ("sm_90", "512 at 4x4", (128, 4), "bfloat16"),
+    ("sm_90", "128 at 16x16", (128, 4), "float32"), ("sm_80", "64 at 32x32", (16, 16), "bfloat16"),
+    ("sm_89", "512 at 4x4", (64, 4), "bfloat16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "layer", "block_shape", "dtype"), always(*FORWARD, of=CASES), ids=case_name)
 def test_forward_and_weight_gradient(arch, layer, block_shape, dtype):
     geometry, out, _, _ = LAYERS[layer]
     kernels = pallas_kernels()

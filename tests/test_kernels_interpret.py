@@ -17,7 +17,7 @@ from pallas_kernels.pallas_gpu import pallas_kernels
 from pallas_kernels.tiles import KernelTiles, Tiles
 from pallas_kernels.triton_gpu import triton_kernels
 from tests import triton_interpreter
-from tests.conftest import make_layout
+from tests.conftest import always, make_layout
 
 SAME = ((1, 1), (1, 1))
 SMALL = Tiles(positions=32, columns=16)
@@ -94,8 +94,12 @@ both_implementations = pytest.mark.parametrize("interpreted", ["pallas", "triton
 
 @pytest.mark.parametrize(
     ("interpreted", "case"),
-    [("pallas", case) for case in CASES if case != "linear, long"]
-    + [("triton", case) for case in ("stride 2", "uneven everything", "5x5 and wide blocks", "linear")],
+    always(
+        *(("pallas", case) for case in ("3x3", "uneven everything", "linear")),
+        *(("triton", case) for case in ("uneven everything", "linear")),
+        of=[("pallas", case) for case in CASES if case != "linear, long"]
+        + [("triton", case) for case in ("stride 2", "uneven everything", "5x5 and wide blocks", "linear")],
+    ),
     indirect=["interpreted"],
 )
 def test_equal_to_the_reference(interpreted, case):

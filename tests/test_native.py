@@ -182,11 +182,18 @@ LARGE = {
 }
 
 
+def large(name):
+    """geometry, size, layout and arrays of one of them."""
+    geometry, size, batch, shape, block_shape, num_blocks = LARGE[name]
+    groups = -(-shape[0] // block_shape[0])
+    counts = tuple(num_blocks * (g + 1) // groups - num_blocks * g // groups for g in range(groups))
+    layout = make_layout(0, shape, block_shape, counts)
+    return geometry, size, layout, arrays_of(geometry, size, batch, layout)
+
+
 @pytest.mark.parametrize("name", LARGE)
 def test_many_tiles(instructions, name):
-    geometry, size, batch, shape, block_shape, num_blocks = LARGE[name]
-    layout = random_layout(jax.random.key(0), shape, block_shape=block_shape, num_blocks=num_blocks)
-    arrays = arrays_of(geometry, size, batch, layout)
+    geometry, _, layout, arrays = large(name)
     results = three_passes(NATIVE, geometry, *arrays, layout.index)
     wanted = three_passes(XLA, geometry, *arrays, layout.index)
     assert_near(results, wanted, 2e-5)
@@ -200,12 +207,10 @@ import jax, numpy as np
 from tests import test_native as t
 print(os.environ["NPROC"], end="", flush=True)
 for name in t.LARGE:
-    geometry, size, batch, shape, block_shape, num_blocks = t.LARGE[name]
-    layout = t.random_layout(jax.random.key(0), shape, block_shape=block_shape, num_blocks=num_blocks)
-    arrays = *t.arrays_of(geometry, size, batch, layout), layout.index
-    results = t.three_passes(t.NATIVE, geometry, *arrays)
+    geometry, size, layout, arrays = t.large(name)
+    results = t.three_passes(t.NATIVE, geometry, *arrays, layout.index)
     if size == (1, 1):
-        results += t.three_passes_batch_major(geometry, *arrays)
+        results += t.three_passes_batch_major(geometry, *arrays, layout.index)
     print("", *(hashlib.sha256(np.ascontiguousarray(r)).hexdigest() for r in results), end="", flush=True)
 """
 

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import dsb_jax as dsb
+from tests.conftest import always
 from tests.nnx_models import BOTH, CLASSES
 
 SIZES = {"sparsity": 0.75, "block_shape": (8, 4), "min_blocks": 1}
@@ -68,7 +69,7 @@ def trained_by_nnx(model, tx, shape):
     return dsb.nnx.params(model), dsb.nnx.topology(model), nnx.as_pure(optimizer.opt_state), losses
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", always("cnn", of=BOTH))
 def test_sixty_steps_and_three_adaptations_give_equal_bits(name):
     linen_class, nnx_class, shape = BOTH[name]
     x, linen, model = jnp.zeros(shape), linen_class(), nnx_class(nnx.Rngs(0))

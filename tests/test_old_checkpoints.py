@@ -20,6 +20,7 @@ from dsb_jax.train import adapt_step, train_step
 from dsb_jax.training import data
 from dsb_jax.training.checkpoints import check_workdir, restore
 from dsb_jax.training.old_checkpoints import renamed
+from tests.conftest import always
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "checkpoints_8cce860.tar.xz"
 RUNS = ("dsb", "dsb_block", "ssb", "rigl", "set", "dense")
@@ -83,9 +84,7 @@ def test_an_old_run_is_restored(name, old, expected):
     assert checksums(restored.state) == expected[name]["restored"]
 
 
-@pytest.mark.parametrize(
-    "name", [GOING_ON[0], *(pytest.param(name, marks=pytest.mark.campaign) for name in GOING_ON[1:])]
-)
+@pytest.mark.parametrize("name", always(GOING_ON[0], of=GOING_ON))
 def test_an_old_run_goes_on(name, old, expected, batches):
     found, want = go_on(restore(old / name), batches), expected[name]
     assert (found["adapted"] != {}) == (name != "dense")

@@ -18,6 +18,7 @@ from dsb_jax.methods import DSB, LayerState, Static
 from dsb_jax.ops.dispatch import record_choices
 from dsb_jax.paths import nodes
 from dsb_jax.topology import LayerTopology
+from tests.conftest import always
 from tests.linen_models import (
     KEY,
     Block,
@@ -117,7 +118,9 @@ LIFTED = {
 }
 
 
-@pytest.mark.parametrize("name", LIFTED)
+@pytest.mark.parametrize(
+    "name", always("scan", "scan along 1 of vmap", "broadcast scan", "jit of remat itself", of=LIFTED)
+)
 def test_lifted_layers(name):
     model, kernel_shape, axes = LIFTED[name]
     model.init(KEY, X)  # caches of nn.jit must not leak into the sparse model
@@ -201,7 +204,7 @@ def looped(variables, x):
     return jnp.square(x).mean()
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", always(1, of=[0, 1]))
 def test_a_stack_of_twelve_is_adapted_as_twelve_layers(axis):
     """Statistics of each layer, and its new layout and weights, are those of a loop with the same weights."""
     model = sparse(Scanned(axis=axis, length=12), X)
