@@ -40,10 +40,10 @@ def define_flags() -> None:
     flags.DEFINE_string("block_shape", "16x16", "Rows x columns of a block.")
     flags.DEFINE_list("grow", ["norm", "block_gradient"], "Growth criteria to time.")
     flags.DEFINE_list("granularities", ["block", "panel_column"], "What is dropped and grown.")
-    flags.DEFINE_integer("update_interval", 100, "Training steps between adaptations.")
+    flags.DEFINE_integer("update_interval", 100, "Training steps between adaptations.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 128, "Images in a step.")
     flags.DEFINE_integer("adapt_batch_size", 32, "Images that an adaptation measures on, as in a run.")
-    flags.DEFINE_integer("rounds", 5, "Turns; each times every candidate once.")
+    flags.DEFINE_integer("rounds", 5, "Turns; each times every candidate once.", lower_bound=1)
     flags.DEFINE_string("json", None, "Write the results to this file.")
 
 
@@ -151,8 +151,8 @@ def main() -> None:
         table.add_column(column, justify="left" if column in ("layer or model", "granularity", "grow") else "right")
     for r in results:
         table.add_row(
-            r.get("layer") or r["model"], r["granularity"], r["grow"], f"{r['adapt_s'] * 1e3:.0f} ms",
-            f"{r['train_step_s'] * 1e3:.0f} ms", f"{r['amortized_share']:.2%}",
+            r.get("layer") or r["model"], r["granularity"], r["grow"], timing.milliseconds(r["adapt_s"]),
+            timing.milliseconds(r["train_step_s"]), f"{r['amortized_share']:.2%}",
         )  # fmt: skip
     console.print(table)
     if path is not None:

@@ -44,7 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_size", 128, "Images or texts in a step.")
     flags.DEFINE_integer("image_size", 32, "Height and width of the images.")
     flags.DEFINE_integer("text_length", 128, "Tokens of a text.", lower_bound=1)
-    flags.DEFINE_integer("rounds", 7, "Turns; each times every candidate once.")
+    flags.DEFINE_integer("rounds", 7, "Turns; each times every candidate once.", lower_bound=1)
     flags.DEFINE_enum("implementation", "auto", IMPLEMENTATIONS, "Of the sparse products.")
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of the computation.")
     flags.DEFINE_bool("layers", True, "Time each layer, too (of the first distribution).")
@@ -82,7 +82,8 @@ def main() -> None:
         build(config)  # what cannot be is refused before anything is started or compiled
     results: list[dict[str, Any]] = []
     versions: dict[str, str] = {}
-    python = None if is_text else torch_process.find_python(FLAGS.peer_python, console)
+    unwritten = "PyTorch has no transformer here, only the models of images" if is_text else None
+    python = torch_process.find_python(FLAGS.peer_python, console, unwritten)
     with torch_process.running(python, dense, used_cores) as torch:
         if torch is not None:
             versions["torch"] = torch.version
@@ -125,10 +126,10 @@ def step_table(results: list[dict[str, Any]]) -> Table:
     for name in ("sparsity", "blocks", "dense step", "PyTorch step", "sparse step", "speed-up", "over fastest"):
         table.add_column(name, justify="right")
     for r in results:
-        torch, over = r["torch_step_s"], r["speedup_over_fastest"]
+        over = r["speedup_over_fastest"]
         table.add_row(
-            f"{r['sparsity']:g}", r["block_shape"], f"{r['dense_step_s'] * 1e3:.0f} ms",
-            "-" if torch is None else f"{torch * 1e3:.0f} ms", f"{r['sparse_step_s'] * 1e3:.0f} ms",
+            f"{r['sparsity']:g}", r["block_shape"], timing.milliseconds(r["dense_step_s"]),
+            timing.milliseconds(r["torch_step_s"]), timing.milliseconds(r["sparse_step_s"]),
             f"{r['speedup']:.2f}x", "-" if over is None else f"{over:.2f}x",
         )  # fmt: skip
     return table
@@ -146,7 +147,7 @@ def layer_table(result: dict[str, Any]) -> Table:
         table.add_row(
             r["layer"], f"{r['out']} x {r['in']}", "x".join(map(str, r["input"])),
             f"{r['num_blocks']} of {shape_text(r['block_shape'])}",
-            f"{r['dense_s'] * 1e3:.1f} ms", f"{r['sparse_s'] * 1e3:.1f} ms", f"{r['speedup']:.2f}x",
+            timing.milliseconds(r["dense_s"]), timing.milliseconds(r["sparse_s"]), f"{r['speedup']:.2f}x",
             r["implementation"],
         )  # fmt: skip
     return table

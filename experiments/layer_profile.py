@@ -170,10 +170,11 @@ def show(console: Console, rows: list[dict[str, Any]], *, all_layers: bool) -> N
 def step_table(rows: list[dict[str, Any]]) -> Table:
     """One row for each sparsity of a model."""
     first = rows[0]
-    torch = "" if first["torch_step_s"] is None else f"; PyTorch {first['torch_step_s'] * 1e3:.1f} ms"
+    torch = "" if first["torch_step_s"] is None else f"; PyTorch {timing.milliseconds(first['torch_step_s'])}"
+    step = timing.milliseconds(first["dense_step_s"])
     table = Table(
-        title=f"{first['model']}, blocks of {first['block_shape']}, {first['distribution']}: dense step "
-        f"{first['dense_step_s'] * 1e3:.1f} ms, {first['layer_share']:.0%} of it convolutions and linear layers{torch}"
+        title=f"{first['model']}, blocks of {first['block_shape']}, {first['distribution']}: dense step {step}, "
+        f"{first['layer_share']:.0%} of it convolutions and linear layers{torch}"
     )
     columns = ("estimated step", "estimated speed-up", "measured step", "measured speed-up", "over fastest")
     for name in ("sparsity", *columns):
@@ -197,7 +198,7 @@ def layer_table(row: dict[str, Any]) -> Table:
         table.add_row(
             layer["path"], "x".join(map(str, layer["shape"])), "x".join(map(str, layer["input"])),
             "-" if stays else f"{layer['num_blocks']} of {shape_text(layer['block_shape'])}",
-            f"{layer['dense_s'] * 1e3:.2f} ms", f"{layer['dense_s'] / row['dense_step_s']:.1%}",
+            timing.milliseconds(layer["dense_s"]), f"{layer['dense_s'] / row['dense_step_s']:.1%}",
             *_time_and_ratio(layer["sparse_s"], layer["speedup"]),
             "stays dense" if stays else layer["implementation"],
         )  # fmt: skip
@@ -205,7 +206,7 @@ def layer_table(row: dict[str, Any]) -> Table:
 
 
 def _time_and_ratio(seconds: float | None, ratio: float | None) -> tuple[str, str]:
-    return "-" if seconds is None else f"{seconds * 1e3:.2f} ms", "-" if ratio is None else f"{ratio:.2f}x"
+    return timing.milliseconds(seconds), "-" if ratio is None else f"{ratio:.2f}x"
 
 
 if __name__ == "__main__":

@@ -52,6 +52,14 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
+def milliseconds(seconds: float | None) -> str:
+    """In a table: three digits or more, such as 0.42 ms, 57.3 ms, 1140 ms; "-" for None."""
+    if seconds is None:
+        return "-"
+    ms = seconds * 1e3
+    return f"{ms:.{0 if ms >= 100 else 1 if ms >= 10 else 2}f} ms"
+
+
 def environment(**versions: str) -> dict[str, Any]:
     """What a number in a file needs beside it; `versions` of packages that are not installed here."""
     return {

@@ -90,12 +90,13 @@ class TorchProcess:
         )
 
 
-def find_python(flag: str, console: Console) -> str | None:
+def find_python(flag: str, console: Console, unwritten: str | None = None) -> str | None:
     """The Python that the rival runs in; None for no rival, and then a line says why.
 
     Args:
       flag: a path, or a command; "" for this Python if PyTorch is installed beside it; "none" for no rival.
       console: for the line.
+      unwritten: why there is no rival for the model, if there is none.
 
     Raises:
       ValueError: if what was given cannot be started, or is to be compared with another device than a CPU.
@@ -103,6 +104,9 @@ def find_python(flag: str, console: Console) -> str | None:
     if flag == NONE:
         return None
     backend = jax.default_backend()
+    if unwritten is not None:
+        console.print(f"without PyTorch's step: {unwritten}.", markup=False, highlight=False, soft_wrap=True)
+        return None
     if not flag:
         cure = "--peer_python=PATH of a Python that has it, or pip install 'dsb-jax[peers]'"
         reason = f"not installed here; {cure}" if importlib.util.find_spec("torch") is None else ""

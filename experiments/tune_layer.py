@@ -121,15 +121,22 @@ class Example:
         call = functools.partial(getattr(kernels, name), geometry=layer.geometry, **options)  # type: ignore[arg-type]
         return functools.partial(repeated(call, self.repeats), first, second, self.index)
 
-    def passes(self, implementation: str, tiles: KernelTiles | None) -> dict[str, Call]:
-        """The three passes of an implementation.
-
-        Those that take activations with the batch first get them so, as a model that is mostly dense has them.
-        """
+    def is_feature_major(self, implementation: str) -> bool:
+        """What takes activations with the batch first gets them so, as a model that is mostly dense has them."""
         layer = self.layer
-        feature_major = not take_batch_major([implementation], layer.geometry, layer.input_size, layer.batch)
+        return not take_batch_major([implementation], layer.geometry, layer.input_size, layer.batch)
+
+    def passes(self, implementation: str, tiles: KernelTiles | None) -> dict[str, Call]:
+        """The three passes of an implementation."""
+        feature_major = self.is_feature_major(implementation)
         kernels = kernels_of(implementation, tiles, feature_major=feature_major)
         return {name: self.one_pass(name, kernels, feature_major=feature_major) for name in Kernels._fields}
+
+    def result(self, implementation: str, call: Call) -> jax.Array:
+        """What a pass of `passes` computes, in float32; activations as [C, H, W, N]."""
+        result = call().astype(jnp.float32)
+        turned = result.ndim == 4 and not self.is_feature_major(implementation)
+        return jnp.moveaxis(result, (0, -1), (-1, 0)) if turned else result
 
 
 def try_out(calls: Mapping[str, Call]) -> tuple[dict[str, Call], str]:
@@ -175,9 +182,7 @@ def tune_tiles(example: Example, factory: Factory, rounds: int, candidates: Pass
 
 def error_of(result: jax.Array, dense: jax.Array) -> float:
     """The relative error of a pass against that of dense, in the Frobenius norm."""
-    right = jnp.moveaxis(dense, (0, -1), (-1, 0)) if dense.ndim == 4 else dense
-    got, right = result.astype(jnp.float32), right.astype(jnp.float32)
-    return float(jnp.linalg.norm((got - right).ravel()) / jnp.linalg.norm(right.ravel()))
+    return float(jnp.linalg.norm((result - dense).ravel()) / jnp.linalg.norm(dense.ravel()))
 
 
 def measure(
@@ -203,7 +208,7 @@ def measure(
     """
     example = Example(layer, repeats)
     dense, _ = try_out(example.passes("dense", None))
-    right = {name: call() for name, call in dense.items()}
+    right = {name: example.result("dense", call) for name, call in dense.items()}
     candidates = {"dense": dense}
     chosen: dict[str, KernelTiles | None] = {"dense": None}
     for name in SPARSE_IMPLEMENTATIONS[backend]:
@@ -220,7 +225,7 @@ def measure(
             if len(passes) < len(Kernels._fields):
                 raise Untunable(said)
             for of, call in passes.items():
-                if not (error := error_of(call(), right[of])) <= TOLERANCE:
+                if not (error := error_of(example.result(name, call), right[of])) <= TOLERANCE:
                     raise Untunable(f"its {of} is off by {error:.2g} of its norm")
         except (Untunable, ImportError, NotImplementedError) as reason:
             say(f"{layer}: {name} left out: {reason}")

@@ -106,6 +106,8 @@ def test_auto_follows_the_predicted_break_even(monkeypatch, implementation):
     why = "" if implementation == "native" else "; native: they are not here"
     choice = choose("auto", layout_of(0.05), backend="cpu", **SIZES)
     assert choice == Choice.all(implementation, f"predicted {in_words(of_density[0])} of the dense time{why}")
+    choice = choose("auto", layout_of(0.3), backend="cpu", **SIZES)  # a pass may be dense: its ratio is of what serves
+    assert choice.reason == f"predicted {in_words(of_density[2])} of the dense time{why}"
     taken = choose("auto", layout_of(0.95), backend="cpu", **SIZES).passes
     assert taken == Passes(*(implementation if ratio < 0.9 else "dense" for ratio in of_density[-1]))
     # Arithmetic intensity depends on R alone: taller blocks are not slower at equal density.

@@ -103,6 +103,19 @@ def test_without_pytorch_a_line_says_how_to_get_it(monkeypatch, capsys):
         assert torch is None
 
 
+def test_a_model_that_pytorch_has_not_is_told_whatever_the_flag_says(capsys, tmp_path):
+    python = fake_peer.write(tmp_path)
+    for flag in ("", python):
+        assert torch_process.find_python(flag, Console(width=200), "no transformer") is None
+        assert capsys.readouterr().out == "without PyTorch's step: no transformer.\n"
+    assert torch_process.find_python("none", Console(width=200), "no transformer") is None
+    assert capsys.readouterr().out == ""
+
+
+def test_times_in_tables_have_three_digits():
+    assert list(map(timing.milliseconds, (4.2e-4, 0.0573, 1.14, None))) == ["0.42 ms", "57.3 ms", "1140 ms", "-"]
+
+
 def test_the_python_of_the_flag(monkeypatch, tmp_path):
     console, python = Console(), fake_peer.write(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)

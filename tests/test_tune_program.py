@@ -16,6 +16,8 @@ import pytest
 from dsb_jax.linen import SparseConv
 from dsb_jax.ops import record_choices
 from dsb_jax.ops import tuning as tuned
+from dsb_jax.ops.cpu_model import available_cores
+from dsb_jax.ops.dispatch import unsupported_reason
 from dsb_jax.ops.layer_call import LayerCall
 from dsb_jax.ops.native import loading
 from dsb_jax.ops.tuning import Result
@@ -140,12 +142,15 @@ def test_only_a_table_of_its_own_kind_is_gone_on_with(tmp_path):
         tune.open_table(path, "cpu", "third")
 
 
-def test_candidates_agree_on_linear_layers():
-    linear = LayerCall.of(8, matmul_geometry(36), input_size=(1, 1), **SIZES)
+@pytest.mark.parametrize("batch", [3, 16 * available_cores()])  # native takes some with the batch first
+def test_candidates_agree_on_linear_layers(batch):
+    linear = LayerCall.of(8, matmul_geometry(36), input_size=(1, 1), **SIZES | {"batch": batch})
     example = tune_layer.Example(linear, 1)
-    dense = example.passes("dense", None)
-    for name, call in example.passes("xla", None).items():
-        assert tune_layer.error_of(call(), dense[name]()) < 1e-5
+    right = {name: example.result("dense", call) for name, call in example.passes("dense", None).items()}
+    for implementation in tune_layer.SPARSE_IMPLEMENTATIONS["cpu"]:
+        if unsupported_reason(implementation, linear, "cpu") is None:
+            for name, call in example.passes(implementation, None).items():
+                assert tune_layer.error_of(example.result(implementation, call), right[name]) < 1e-5
 
 
 def test_repeats_compute_the_same_as_once():

@@ -13,6 +13,7 @@ import dsb_jax as dsb
 from dsb_jax.linen import SparseDense
 from dsb_jax.measuring import Measured
 from dsb_jax.methods import DSB, SET
+from dsb_jax.ops import sparse_matmul
 from dsb_jax.paths import layer_path, nodes
 from dsb_jax.spec import linear_spec
 from tests.topologies import DrawnByNumPy
@@ -102,6 +103,10 @@ WRONG = {
     "another method's": (lambda: update(norms(16, 12)), r"have \(16, 12\) for one, where method 'dsb' takes \(2, 12\)"),
     "parameters": (lambda: adapt(topology=trees()[0]), "this is no topology: it has 2 leaves, such as 'one/bias'"),
     "input": (lambda: adapt(x=X[:, :5]), "one holds a matrix of 16 outputs x 12 inputs, but .* make it 16 x 5"),
+    "whole inputs": (
+        lambda: sparse_matmul(X.astype(int), trees()[0]["one"]["blocks"], trees()[1]["one"]["blocks"].layout),
+        r"x is int64, to which weights would be cut; pass x\.astype\(jnp\.float32\)",
+    ),
     "plan": (lambda: dsb.restage(*trees(), (), None, METHOD, ADAMW, None), "plan=None is no SparsityPlan; make one"),
     "other plan": (lambda: dsb.from_dense({}, "x"), "plan='x' is no SparsityPlan"),
     "no layers": (lambda: dsb.make_plan({"fc": {}}, sparsity=0.5), r"give dsb_jax\.linen\.find_layers\(model, x\)"),

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
@@ -49,6 +50,8 @@ def _check(
             f"blocks has shape {blocks.shape}, but the layout holds {layout.num_blocks} blocks of "
             f"{layout.block_shape[0]}x{layout.block_shape[1]}; pass the blocks and the layout of one layer."
         )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x is {x.dtype}, to which weights would be cut; pass x.astype(jnp.float32).")
     if x.shape[channel_axis] != geometry.in_channels or geometry.in_features != layout.shape[1]:
         raise ValueError(
             f"x has {x.shape[channel_axis]} input channels and the kernel {geometry.kernel_size} taps, but the layout "
@@ -102,7 +105,7 @@ def sparse_conv(
       [N, OH, OW, out], or [out, OH, OW, N] if `feature_major`, in x's dtype.
 
     Raises:
-      ValueError: if shapes do not fit or the implementation is unknown.
+      ValueError: if shapes do not fit, x holds no floating-point numbers, or the implementation is unknown.
       NotImplementedError: if the implementation asked for cannot serve the layer here.
     """
     _check(x, 0 if feature_major else 3, blocks, layout, geometry, bias, kernel_index)

@@ -272,17 +272,18 @@ def _choose(layer: LayerCall, target: Target, precision: lax.PrecisionLike) -> C
     names, ratios = [], []
     skipped: dict[str, str] = {}  # what would win but cannot serve, and why
     for i, of in enumerate(Passes._fields):
-        candidates = sorted((ratio[i], name) for name, ratio in predicted.items() if ratio[i] < CLEAR_WIN)
-        taken, ratio = "dense", min(ratio[i] for ratio in predicted.values())
-        for wins, name in candidates:
-            if (reason := unsupported_reason(name, layer, backend, precision, (of,))) is None:
-                taken, ratio = name, wins
+        taken, best = "dense", 1.0  # of those that serve
+        for ratio, name in sorted((ratios_of[i], name) for name, ratios_of in predicted.items()):
+            reason = unsupported_reason(name, layer, backend, precision, (of,))
+            if reason is None:
+                taken, best = name if ratio < CLEAR_WIN else "dense", ratio
                 break
-            if name == "native":
-                loading.tell_missing()
-            skipped.setdefault(name, reason.split(";")[0])
+            if ratio < CLEAR_WIN:
+                if name == "native":
+                    loading.tell_missing()
+                skipped.setdefault(name, reason.split(";")[0])
         names.append(taken)
-        ratios.append(ratio)
+        ratios.append(best)
     if skipped and set(names) == {"dense"}:
         return Choice.all("dense", next(iter(skipped.values())))
     on = f" on {device_kind}" if backend == "gpu" else ""

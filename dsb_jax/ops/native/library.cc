@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "threads.h"
 #include "tiling.h"
@@ -44,6 +45,29 @@ struct Operands {
 
 // --------------------------------------------------------------------------------------------------------- operands
 
+std::string of_layer(const Sizes& s) {
+  return " of a " + std::to_string(s.out) + "x" + std::to_string(s.taps() * s.channels) + " matrix in " +
+         std::to_string(s.blocks) + " blocks of " + std::to_string(s.rows) + "x" + std::to_string(s.block_columns) +
+         "; the layout is damaged, or of another layer.";
+}
+
+// Of a whole layout, out_idx is a permutation: else an output would be left unwritten. Growing measures some groups.
+ffi::Error check_rows(const Operands& of, const Sizes& s, bool whole) {
+  const int32_t* out_idx = of.out_idx.typed_data();
+  const Int count = s.groups * s.rows;
+  std::vector<bool> seen(whole ? count : 0);
+  for (Int i = 0; i < count; ++i) {
+    const Int out = out_idx[i];
+    const bool twice = whole && out >= 0 && out < count && seen[out];
+    if (out < 0 || (whole && out >= count) || twice) {
+      return ffi::Error::InvalidArgument("out_idx holds " + std::to_string(out) + (twice ? " twice" : "") +
+                                         of_layer(s));
+    }
+    if (whole) seen[out] = true;
+  }
+  return ffi::Error::Success();
+}
+
 // Puts the columns of every panel in the order of their taps: `offsets` and `starts` of the call, `place`, their
 // numbers among in_idx, and their weights, if the pass has any. Every index is checked here, before it is used.
 ffi::Error arrange(ffi::ThreadPool& pool, Call& c, const Operands& of, const ffi::AnyBuffer* blocks) {
@@ -53,24 +77,15 @@ ffi::Error arrange(ffi::ThreadPool& pool, Call& c, const Operands& of, const ffi
   c.out_idx = of.out_idx.typed_data(), c.offsets = offsets, c.starts = starts, c.weights = weights;
   const Tiling& t = c.tiling;
   const Int taps = s.taps(), in = taps * s.channels;
-  const auto layer = [&] {
-    return " of a " + std::to_string(s.out) + "x" + std::to_string(in) + " matrix in " + std::to_string(s.blocks) +
-           " blocks of " + std::to_string(s.rows) + "x" + std::to_string(s.block_columns) +
-           "; the layout is damaged, or of another layer.";
-  };
   if (s.channels * t.channel_size > INT32_MAX) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                      "a tile of all input channels is larger than 8 GiB" + layer());
+                      "a tile of all input channels is larger than 8 GiB" + of_layer(s));
   }
   const int32_t* start = of.group_start.typed_data();
   bool ordered = start[0] == 0 && start[s.groups] == s.blocks;
   for (Int g = 0; g < s.groups; ++g) ordered &= start[g] <= start[g + 1];
-  if (!ordered) return ffi::Error::InvalidArgument("group_start does not cut the blocks into groups" + layer());
-  for (Int i = 0; i < s.groups * s.rows; ++i) {
-    if (c.out_idx[i] < 0) {
-      return ffi::Error::InvalidArgument("out_idx holds " + std::to_string(c.out_idx[i]) + layer());
-    }
-  }
+  if (!ordered) return ffi::Error::InvalidArgument("group_start does not cut the blocks into groups" + of_layer(s));
+  if (ffi::Error error = check_rows(of, s, blocks != nullptr); error.failure()) return error;
   std::atomic<Int> wrong{-1};
   const auto order = [&](const auto* in_idx, const auto* values, Int group) {
     const Int begin = start[group] * s.block_columns, end = start[group + 1] * s.block_columns;
@@ -125,7 +140,7 @@ ffi::Error arrange(ffi::ThreadPool& pool, Call& c, const Operands& of, const ffi
   });
   if (const Int i = wrong; i >= 0) {
     return ffi::Error::InvalidArgument("in_idx holds an index outside 0.." + std::to_string(in - 1) + " in block " +
-                                       std::to_string(i / s.block_columns) + layer());
+                                       std::to_string(i / s.block_columns) + of_layer(s));
   }
   return ffi::Error::Success();
 }

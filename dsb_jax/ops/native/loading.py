@@ -34,7 +34,10 @@ def _load() -> ctypes.CDLL | str:
     if found is None and (here := f"{platform.system()} on {platform.machine()}") != "Linux on x86_64":
         return f"they are for Linux on x86-64, this is {here}; use auto or xla"
     if found is None:
-        return "they were not compiled with dsb_jax, for want of a C++ compiler; install one, then dsb_jax anew"
+        return (
+            "they were not compiled with dsb_jax: no C++ compiler (g++, clang++, or what CXX names) was found, or it "
+            "failed; install one, then dsb_jax anew"
+        )
     try:
         library = ctypes.CDLL(os.fspath(found))
     except OSError as error:
@@ -56,7 +59,7 @@ def _api_of_jaxlib() -> int:
 @functools.cache
 def unavailable_reason() -> str | None:
     """Why the native kernels cannot be used in this process, with the cure; None if they can."""
-    wanted = os.environ.get(VARIABLE, "")
+    wanted = os.environ.get(VARIABLE, "").lower()
     if wanted == "off":
         return f"{VARIABLE}=off"
     if wanted and wanted not in VECTORS:
@@ -75,7 +78,7 @@ def unavailable_reason() -> str | None:
 def tell_missing() -> None:
     """Warns, once in a process, where the library should be and is not."""
     reason = unavailable_reason()
-    if reason is not None and os.environ.get(VARIABLE) != "off":
+    if reason is not None and os.environ.get(VARIABLE, "").lower() != "off":
         warnings.warn(f"dsb_jax computes without its native CPU kernels, so slower: {reason}.", stacklevel=2)
 
 
