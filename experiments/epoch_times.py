@@ -51,14 +51,23 @@ class EpochTime:
 
 @dataclasses.dataclass(frozen=True)
 class TimePanel:
-    """One model on one set of terms; all times are from one file, in which dense and sparse steps took turns."""
+    """One model on one set of terms; all times are from one file, in which dense and sparse steps took turns.
+
+    `torch_s`, of the same dense model in PyTorch, is None if it was not measured.
+    """
 
     model: str
     num_classes: int
     terms: ProfileTerms
     file: Path
     dense_s: float
+    torch_s: float | None
     times: tuple[EpochTime, ...]
+
+    @property
+    def fastest_dense_s(self) -> float:
+        """What the sparse step is compared with."""
+        return self.dense_s if self.torch_s is None else min(self.dense_s, self.torch_s)
 
     @property
     def missing(self) -> list[float]:
@@ -110,16 +119,20 @@ def read_profile(file: Path) -> list[TimePanel]:
             )
             for row in sorted(group, key=lambda row: row["sparsity"])
         ]
-        dense_s = steps * group[0]["dense_step_s"]
-        panels.append(TimePanel(model, int(body.get("num_classes", 10)), terms, file, dense_s, tuple(times)))
+        dense_s, torch = steps * group[0]["dense_step_s"], group[0].get("torch_step_s")
+        torch_s = steps * torch if isinstance(torch, int | float) else None
+        panels.append(TimePanel(model, int(body.get("num_classes", 10)), terms, file, dense_s, torch_s, tuple(times)))
     return panels
 
 
 def _device(body: dict[str, Any]) -> str:
-    """The device's name; for a CPU, which jax does not name, its cores and kind."""
+    """The device's name; for a CPU, which jax does not name, its kind and the cores that were used."""
     environment = body.get("environment", {})
     name = str(environment.get("device", "unknown device"))
-    return f"{environment.get('cores', '?')} cores, {environment.get('machine', '?')}" if name == "cpu" else name
+    if name != "cpu":
+        return name
+    cores = body.get("cores") or environment.get("cores", "?")
+    return f"{cores} {'core' if cores == 1 else 'cores'}, {environment.get('machine', '?')}"
 
 
 def rows_of(panels: Iterable[TimePanel], num_classes: int) -> tuple[list[list[TimePanel]], list[str]]:

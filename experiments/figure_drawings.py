@@ -50,7 +50,10 @@ def place_of(sparsity: float) -> float:
 
 
 def draw_times(rows: Sequence[Sequence[TimePanel]], title: str) -> Figure:
-    """Seconds of an epoch: bars for dense, the paper's estimate, and the measured step; a row for each set of terms."""
+    """Seconds of an epoch: bars for dense, by XLA and PyTorch, the paper's estimate, and the measured step.
+
+    A row for each set of terms. Ratios are to the faster of the dense steps.
+    """
     figure, grid = _panels(len(rows), max(map(len, rows)), width=3.8, height=3.2)
     names = [field.name for field in dataclasses.fields(ProfileTerms)]
     differ = [name for name in names if len({getattr(row[0].terms, name) for row in rows}) > 1]
@@ -60,25 +63,33 @@ def draw_times(rows: Sequence[Sequence[TimePanel]], title: str) -> Figure:
         for axes in line[len(row) :]:
             axes.remove()
         for panel, axes in zip(row, line, strict=False):
-            legend["dense"] = axes.bar([0], [panel.dense_s], 0.5, color="#7f7f7f")
-            axes.axhline(panel.dense_s, color="#7f7f7f", linestyle="--", linewidth=0.8)
+            fastest = panel.fastest_dense_s
+            if panel.torch_s is None:
+                legend["dense"] = axes.bar([0], [panel.dense_s], 0.5, color="#7f7f7f")
+            else:
+                legend["dense, XLA"] = axes.bar([-0.21], [panel.dense_s], 0.36, color="#7f7f7f")
+                legend["dense, PyTorch"] = axes.bar([0.21], [panel.torch_s], 0.36, color="#bfbfbf")
+            axes.axhline(fastest, color="#7f7f7f", linestyle="--", linewidth=0.8)
             for i, time in enumerate(panel.times, start=1):
                 if time.estimated_s is not None:
                     bar = axes.bar([i - 0.21], [time.estimated_s], 0.36, **ESTIMATE)
                     legend["sparse, estimated as in the paper"] = bar
-                    _tell_ratio(axes, i - 0.21, time.estimated_s, panel.dense_s)
+                    _tell_ratio(axes, i - 0.21, time.estimated_s, fastest)
                 bar = axes.bar([i + 0.21], [time.measured_s], 0.36, color=STYLES[BLOCKS]["color"])
                 legend["sparse, training step measured"] = bar
-                _tell_ratio(axes, i + 0.21, time.measured_s, panel.dense_s)
+                _tell_ratio(axes, i + 0.21, time.measured_s, fastest)
             axes.set_xticks(range(len(panel.times) + 1), ["dense", *(f"{time.sparsity:g}" for time in panel.times)])
-            highest = max([panel.dense_s, *(max(t.measured_s, t.estimated_s or 0) for t in panel.times)])
+            highest = max(
+                [panel.dense_s, panel.torch_s or 0, *(max(t.measured_s, t.estimated_s or 0) for t in panel.times)]
+            )
             axes.set(xlabel="sparsity of the sparse layers", ylim=(0, 1.1 * highest))
             own = textwrap.fill(_told_profile(panel, differ), 46)
             axes.set_title(f"{panel.model}\n{own}" if own else panel.model, fontsize=10)
         line[0].set_ylabel("seconds an epoch")
     note = f"{_told_profile(rows[0][0], shared)}. An epoch is {TRAIN_IMAGES:,} // batch size training steps of "
     note += f"{IMAGE_SIZE}x{IMAGE_SIZE} images: its time is steps x step time, without data loading, evaluation and "
-    _finish(figure, title, note + "adaptations. Above the bars: dense over sparse.", legend)
+    over = "dense, the faster of the two," if any(panel.torch_s for row in rows for panel in row) else "dense"
+    _finish(figure, title, f"{note}adaptations. Above the bars: {over} over sparse.", legend)
     return figure
 
 
@@ -206,10 +217,19 @@ def _panels(rows: int, columns: int, *, width: float, height: float) -> tuple[Fi
     return figure, grid
 
 
+def _columns(labels: Sequence[str], width: float) -> int:
+    """As many columns of a legend as go into so many inches, at about 0.07 for a character and 0.55 for its sign."""
+
+    def inches(columns: int) -> float:
+        return sum(0.55 + 0.07 * max(map(len, column)) for column in np.array_split(labels, columns))
+
+    return max((n for n in range(1, len(labels) + 1) if inches(n) <= width), default=1)
+
+
 def _finish(figure: Figure, title: str, note: str, legend: dict[str, Any]) -> None:
     """Title above the panels, note and legend below them, where they cover nothing."""
     width = figure.get_size_inches()[0]
-    columns = len(legend) if len(legend) * 1.4 <= width else -(-len(legend) // 2)
+    columns = _columns([*legend], width)
     figure.suptitle(title, fontsize=12)
     figure.legend(
         [*legend.values()], [*legend], loc="outside lower center", ncols=columns, frameon=False, fontsize=9,

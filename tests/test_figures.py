@@ -1,5 +1,6 @@
 """The figures' points by hand: means, deviations, what belongs together, what is missing and what makes it."""
 
+import dataclasses
 import functools
 import json
 import shlex
@@ -233,8 +234,18 @@ def test_the_time_of_an_epoch_by_hand(tmp_path):
         EpochTime(0.95, None, pytest.approx(25)),  # an estimate below zero is none
     )
     assert panel.missing == [0.9]
+    assert (panel.torch_s, panel.fastest_dense_s) == (None, panel.dense_s)
+    assert panel.terms.device == "2 cores, x86_64"
     (panel,) = epoch_times.read_profile(profile(tmp_path, batch_size=128))
     assert panel.dense_s == pytest.approx(390 * 0.2)  # the last, incomplete batch is left out
+    file = profile(tmp_path, cores=1)
+    body = json.loads(file.read_text())
+    for torch_step_s, fastest in ((0.1, 50), (0.3, 100)):
+        body["results"][0]["torch_step_s"] = torch_step_s
+        file.write_text(json.dumps(body))
+        (panel,) = epoch_times.read_profile(file)
+        assert (panel.torch_s, panel.fastest_dense_s) == (pytest.approx(500 * torch_step_s), pytest.approx(fastest))
+        assert panel.terms.device == "1 core, x86_64"  # those that were used
 
 
 def test_profiles_go_to_the_figure_of_their_classes(tmp_path):
@@ -333,11 +344,14 @@ def test_legend_and_title_cover_nothing(tmp_path):
             write(tmp_path, run, 0.9 + run.seed / 100, [(40, 0.2, 0.1)])
     panel = panel_of(tmp_path)
     times = epoch_times.read_profile(profile(tmp_path, models=("vgg16", "wrn-22-2")))
+    beside = [dataclasses.replace(panel, torch_s=panel.dense_s / 2) for panel in times]
     for figure in (
         figure_drawings.draw_accuracy([panel], [v.label for v in METHODS], "title", varied=("granularity",)),
         figure_drawings.draw_accuracy([panel] * 3, [v.label for v in METHODS], "title"),
         figure_drawings.draw_adaptations(panel, "title"),
         figure_drawings.draw_times([times], "title"),
+        figure_drawings.draw_times([beside], "title"),
+        figure_drawings.draw_times([beside[:1]], "title"),
         figure_drawings.draw_times([times, epoch_times.read_profile(profile(tmp_path, dtype="bfloat16"))], "title"),
     ):
         figure.draw_without_rendering()

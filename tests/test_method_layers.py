@@ -185,7 +185,9 @@ def test_update_keeps_the_contract(name):
             assert 0 <= report.accepted <= report.requested <= PLANNED.num_active
             assert 0 <= report.turnover <= 1
             assert 0 <= report.collateral <= 1
-            assert report.accepted > 0 or step == END - 1 or name == "ssb"
+        # A block of which few weights are new may be refused, for what comes along with it.
+        grew = np.any if name == "dsb, blocks" else np.all
+        assert grew(reports.accepted > 0) or step == END - 1 or name == "ssb"
 
     moves_within_the_schedule()
     keys, stack, statistic = trained(name, 0)

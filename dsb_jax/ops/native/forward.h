@@ -131,7 +131,7 @@ void forward(const Call& c, const Tile& tile, Range groups, float* scratch) {
   T* result = static_cast<T*>(c.result);
   float* sums = scratch + c.tiling.packed_size;
   pack_input<T>(c, tile, scratch);
-  if (!c.sizes.batch_major) {
+  if (!s.batch_major) {
     forward_products<T>(c, tile, groups, scratch, sums, {result + tile.n, s.positions() * s.batch, exist, c.streams});
     return;
   }

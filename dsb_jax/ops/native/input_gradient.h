@@ -56,7 +56,7 @@ template <class T>
 void unpack_input_gradient(const Call& c, const Tile& tile, const float* packed) {
   const Sizes& s = c.sizes;
   const Int exist = smaller(c.tiling.lanes, s.batch - tile.n), step = s.stride_w * s.batch;
-  if (c.sizes.batch_major) {
+  if (s.batch_major) {
     T* dx = static_cast<T*>(c.result) + tile.n * s.channels;
     unpack_rows(packed, c.tiling.channel_size, s.channels, exist, dx, c.streams);
     return;

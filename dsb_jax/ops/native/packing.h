@@ -57,7 +57,7 @@ template <class T>
 void pack_input(const Call& c, const Tile& tile, float* packed) {
   const Sizes& s = c.sizes;
   const Int exist = smaller(c.tiling.lanes, s.batch - tile.n), step = s.stride_w * s.batch;
-  if (c.sizes.batch_major) {
+  if (s.batch_major) {
     pack_rows(at<T>(c.x, tile.n * s.channels), s.channels, exist, c.tiling.lanes, c.tiling.channel_size, packed);
     return;
   }
@@ -82,7 +82,7 @@ template <class T, class Run>
 DSB_INLINE void with_gradients(const Call& c, const Tile& tile, float* room, const Run& run) {
   const Sizes& s = c.sizes;
   const Int lanes = c.tiling.lanes, exist = smaller(lanes, s.batch - tile.n);
-  if (c.sizes.batch_major) {
+  if (s.batch_major) {
     pack_rows(at<T>(c.dy, tile.n * s.out), s.out, exist, lanes, c.tiling.out_size, room);
     run(Outputs<const float>{room, c.tiling.out_size, lanes});
   } else {

@@ -20,7 +20,7 @@ constexpr Int kHugePage = 2 << 20;
 constexpr double kWakeNanoseconds = 1.5e5;
 
 // Memory of this thread, kept: fresh pages would cost more than what is computed in them.
-float* scratch(Int floats) {
+inline float* scratch(Int floats) {
   struct Buffer {
     float* data = nullptr;
     Int size = 0;

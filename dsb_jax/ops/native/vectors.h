@@ -1,4 +1,6 @@
 // Vectors of 16 floats (AVX-512) or 8 (AVX2), and activations as float32 or bfloat16 in memory.
+//
+// This and what includes it comes by way of passes.h, which says how.
 #pragma once
 
 #define DSB_INLINE static inline __attribute__((always_inline))
