@@ -35,8 +35,8 @@ def _load() -> ctypes.CDLL | str:
         return f"they are for Linux on x86-64, this is {here}; use auto or xla"
     if found is None:
         return (
-            "they were not compiled, for want of a C++ compiler that works; install g++ or clang++, or name one by CXX, "
-            "then install dsb_jax anew"
+            "they were not compiled, for want of a C++ compiler that works; install g++ or clang++, or name one by "
+            "CXX, then install dsb_jax anew"
         )
     try:
         library = ctypes.CDLL(os.fspath(found))
