@@ -18,7 +18,7 @@ from dsb_jax.ops import choose, sparse_matmul
 from dsb_jax.ops.native import NATIVE, NATIVE_BATCH_MAJOR, loading
 from dsb_jax.ops.xla import XLA
 from pallas_kernels import ConvGeometry, matmul_geometry
-from tests.conftest import make_layout
+from tests.conftest import always, make_layout
 
 pytestmark = pytest.mark.skipif(loading.unavailable_reason() is not None, reason=str(loading.unavailable_reason()))
 INSTRUCTIONS = [name for name, width in loading.VECTORS.items() if width <= loading.vector()]
@@ -127,8 +127,6 @@ def cases(draw):
     return geometry, size, batch, layout, draw(st.sampled_from(["float32", "float32", "bfloat16"]))
 
 
-@settings(max_examples=15, deadline=None)
-@given(cases())
 def check_case(case):
     geometry, size, batch, layout, dtype = case
     arrays = arrays_of(geometry, size, batch, layout, dtype)
@@ -144,14 +142,9 @@ def check_case(case):
             assert_near(others, wanted, 1e-5 if dtype == "float32" else 2**-8)
 
 
-def test_any_sizes():
-    check_case()
-    loading.use(INSTRUCTIONS[0])
-
-
-@pytest.mark.campaign
-def test_any_sizes_many_times():
-    settings(max_examples=2000, deadline=None)(check_case)()
+@pytest.mark.parametrize("examples", always(15, of=[15, 1000]))
+def test_any_sizes(examples):
+    settings(max_examples=examples)(given(cases())(check_case))()
     loading.use(INSTRUCTIONS[0])
 
 
