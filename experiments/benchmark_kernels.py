@@ -167,8 +167,8 @@ def layer_table(layer: Layer, results: Sequence[dict[str, Any]]) -> Table:
         ratios = (r["speedup"].get(name) for name in (*PASSES, BOTH))
         of_peak = (r["passes"].get(name, {}).get("core_peak_fraction") for name in PASSES)
         table.add_row(
-            *head, f"{forward['s'] * 1e3:.3g} ms", f"{forward['bound_fraction']:.0%}",
-            f"{forward['dense_s'] * 1e3:.3g} ms", *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+            *head, timing.milliseconds(forward["s"]), f"{forward['bound_fraction']:.0%}",
+            timing.milliseconds(forward["dense_s"]), *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
             "/".join("" if part is None else f"{part * 100:.0f}" for part in of_peak),
             "" if None in errors else f"{max(errors):.0e}",
         )  # fmt: skip

@@ -53,11 +53,11 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
 
 
 def milliseconds(seconds: float | None) -> str:
-    """In a table: three digits or more, such as 0.42 ms, 57.3 ms, 1140 ms; "-" for None."""
+    """In a table: three digits, and all before the point, such as 0.42 ms, 57.3 ms, 1140 ms; "-" for None."""
     if seconds is None:
         return "-"
     ms = seconds * 1e3
-    return f"{ms:.{0 if ms >= 100 else 1 if ms >= 10 else 2}f} ms"
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
 
 
 def environment(**versions: str) -> dict[str, Any]:

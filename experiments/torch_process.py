@@ -104,16 +104,17 @@ def find_python(flag: str, console: Console, unwritten: str | None = None) -> st
     if flag == NONE:
         return None
     backend = jax.default_backend()
-    if unwritten is not None:
-        console.print(f"without PyTorch's step: {unwritten}.", markup=False, highlight=False, soft_wrap=True)
+    reason = unwritten
+    if reason is None and not flag:
+        if backend != "cpu":
+            reason = f"it would run on a CPU, beside {backend}"
+        elif importlib.util.find_spec("torch") is None:
+            cure = "--peer_python=PATH of a Python that has it, or pip install 'dsb-jax[peers]'"
+            reason = f"not installed here; {cure}"
+    if reason is not None:
+        console.print(f"without PyTorch's step: {reason}.", markup=False, highlight=False, soft_wrap=True)
         return None
     if not flag:
-        cure = "--peer_python=PATH of a Python that has it, or pip install 'dsb-jax[peers]'"
-        reason = f"not installed here; {cure}" if importlib.util.find_spec("torch") is None else ""
-        reason = f"it would run on a CPU, beside {backend}" if backend != "cpu" else reason
-        if reason:
-            console.print(f"without PyTorch's step: {reason}.", markup=False, highlight=False, soft_wrap=True)
-            return None
         return sys.executable
     if backend != "cpu":
         raise ValueError(f"peer_python={flag}: PyTorch would run on a CPU, beside {backend}; leave it out.")

@@ -30,7 +30,7 @@ from dsb_jax.ops.layer_call import LayerCall
 from dsb_jax.ops.tuning import Result
 from dsb_jax.plan import MIN_BLOCKS
 from dsb_jax.training.config import DTYPES
-from experiments import program
+from experiments import program, timing
 from experiments.flags import parse_block_shape
 from experiments.kernel_shapes import layers_of
 from experiments.tune_layer import SPARSE_IMPLEMENTATIONS, measure
@@ -169,7 +169,9 @@ def run_all(
                 tiles=FLAGS.tiles, known=known, say=lambda text: console.print(escape(text)),
             )  # fmt: skip
             keep(layer, results)
-            times = ", ".join(f"{result.implementation} {sum(result.seconds) * 1e3:.3g} ms" for result in results)
+            times = ", ".join(
+                f"{result.implementation} {timing.milliseconds(sum(result.seconds))}" for result in results
+            )
             console.print(f"{escape(str(layer))}: {times}")
             longest = max(longest, time.perf_counter() - start)
             bar.advance(task)

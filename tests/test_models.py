@@ -14,6 +14,7 @@ from dsb_jax.plan import make_plan
 from dsb_jax.rules import Rule
 from dsb_jax.training.models import create
 from dsb_jax.training.models.layers import max_pool
+from tests.conftest import always
 
 # name: image, all parameters (batch norm included) for 10 classes, convolutions and linear layers
 SIZES = {
@@ -177,10 +178,7 @@ def test_layer_classes_are_arguments():
     assert built == ["stem", "conv_1", "conv_2", "conv_3", "head"]
 
 
-LONG = [pytest.param(name, marks=pytest.mark.campaign) for name in ("resnet18", "vgg16")]
-
-
-@pytest.mark.parametrize("name", ["convnet", "wrn-10-1", *LONG])
+@pytest.mark.parametrize("name", always("convnet", "wrn-10-1", of=["convnet", "wrn-10-1", "resnet18", "vgg16"]))
 def test_feature_major_models_compute_the_same(name):
     images = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
     models_ = [

@@ -136,7 +136,7 @@ def check_case(case):
         results = three_passes(NATIVE, geometry, *arrays, layout.index)
         assert {result.dtype for result in results} == {jnp.dtype(dtype)}
         assert_near(results, wanted, 1e-5 if dtype == "float32" else 2**-8)
-        if geometry == matmul_geometry(geometry.in_channels) and size == (1, 1):
+        if geometry.is_matmul(size):
             others = three_passes_batch_major(geometry, *arrays, layout.index)
             assert {result.dtype for result in others} == {jnp.dtype(dtype)}
             assert_near(others, wanted, 1e-5 if dtype == "float32" else 2**-8)
@@ -186,11 +186,11 @@ def large(name):
 
 @pytest.mark.parametrize("name", LARGE)
 def test_many_tiles(instructions, name):
-    geometry, _, layout, arrays = large(name)
+    geometry, size, layout, arrays = large(name)
     results = three_passes(NATIVE, geometry, *arrays, layout.index)
     wanted = three_passes(XLA, geometry, *arrays, layout.index)
     assert_near(results, wanted, 2e-5)
-    if geometry == matmul_geometry(geometry.in_channels):
+    if geometry.is_matmul(size):
         assert_near(three_passes_batch_major(geometry, *arrays, layout.index), wanted, 2e-5)
 
 
@@ -202,7 +202,7 @@ print(os.environ["NPROC"], end="", flush=True)
 for name in t.LARGE:
     geometry, size, layout, arrays = t.large(name)
     results = t.three_passes(t.NATIVE, geometry, *arrays, layout.index)
-    if size == (1, 1):
+    if geometry.is_matmul(size):
         results += t.three_passes_batch_major(geometry, *arrays, layout.index)
     print("", *(hashlib.sha256(np.ascontiguousarray(r)).hexdigest() for r in results), end="", flush=True)
 """

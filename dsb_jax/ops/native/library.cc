@@ -58,8 +58,8 @@ ffi::Error check_rows(const Operands& of, const Sizes& s, bool whole) {
   std::vector<bool> seen(whole ? count : 0);
   for (Int i = 0; i < count; ++i) {
     const Int out = out_idx[i];
-    const bool twice = whole && out >= 0 && out < count && seen[out];
-    if (out < 0 || (whole && out >= count) || twice) {
+    const bool inside = out >= 0 && (!whole || out < count), twice = inside && whole && seen[out];
+    if (!inside || twice) {
       return ffi::Error::InvalidArgument("out_idx holds " + std::to_string(out) + (twice ? " twice" : "") +
                                          of_layer(s));
     }
@@ -147,7 +147,7 @@ ffi::Error arrange(ffi::ThreadPool& pool, Call& c, const Operands& of, const ffi
 
 // ----------------------------------------------------------------------------------------------------------- passes
 
-Call call_of(const Operands& of, const Sizes& s, const Tiling& t, ffi::DataType type) {
+Call call_of(const Sizes& s, const Tiling& t, ffi::DataType type) {
   Call c = {};
   c.sizes = s, c.tiling = t;
   c.element = type == ffi::BF16 ? kBFloat16 : kFloat32;
@@ -174,7 +174,7 @@ ffi::Error forward(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBuffer x, 
   const Sizes s = of.sizes(x.dimensions(), y.dimensions());
   const Threads threads(pool, nanoseconds(s));
   const Tiling t = tiling_of(s, passes->vector, s.out_height, s.out_width, s.halo_h(), s.halo_w(), threads.count);
-  Call c = call_of(of, s, t, x.element_type());
+  Call c = call_of(s, t, x.element_type());
   c.x = x.untyped_data(), c.result = y.untyped_data(), c.streams = streams(y);
   c.bias = bias.element_count() > 0 ? bias.typed_data() : nullptr;
   if (ffi::Error error = arrange(pool, c, of, &blocks); error.failure()) return error;
@@ -193,7 +193,7 @@ ffi::Error input_gradient(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBuf
   const Int slots_h = s.out_height + s.halo_h(), slots_w = s.out_width + s.halo_w();
   const Threads threads(pool, nanoseconds(s));
   const Tiling t = tiling_of(s, passes->vector, slots_h, slots_w, 0, 0, threads.count);
-  Call c = call_of(of, s, t, dy.element_type());
+  Call c = call_of(s, t, dy.element_type());
   c.dy = dy.untyped_data(), c.result = dx.untyped_data(), c.streams = streams(dx);
   if (ffi::Error error = arrange(pool, c, of, &blocks); error.failure()) return error;
   const auto covers = [](Int phases, Int stride, Int slots, Int pad, Int size) {
@@ -213,7 +213,7 @@ ffi::Error weight_gradient(ffi::ThreadPool& pool, const Operands& of, ffi::AnyBu
                            int64_t most_parts, ffi::AnyBuffer d_blocks) {
   const Sizes s = of.sizes(x.dimensions(), dy.dimensions());
   const Tiling t = tiling_of(s, passes->vector, s.out_height, s.out_width, s.halo_h(), s.halo_w(), 1);
-  Call c = call_of(of, s, t, x.element_type());
+  Call c = call_of(s, t, x.element_type());
   c.x = x.untyped_data(), c.dy = dy.untyped_data();
   if (ffi::Error error = arrange(pool, c, of, nullptr); error.failure()) return error;
   // Tiles are summed in parts whose number depends on sizes alone, and the parts in their order: so do the bits.

@@ -56,10 +56,14 @@ def _api_of_jaxlib() -> int:
     return int(found[1])
 
 
+def _wanted() -> str:
+    return os.environ.get(VARIABLE, "").lower()
+
+
 @functools.cache
 def unavailable_reason() -> str | None:
     """Why the native kernels cannot be used in this process, with the cure; None if they can."""
-    wanted = os.environ.get(VARIABLE, "").lower()
+    wanted = _wanted()
     if wanted == "off":
         return f"{VARIABLE}=off"
     if wanted and wanted not in VECTORS:
@@ -78,7 +82,7 @@ def unavailable_reason() -> str | None:
 def tell_missing() -> None:
     """Warns, once in a process, where the library should be and is not."""
     reason = unavailable_reason()
-    if reason is not None and os.environ.get(VARIABLE, "").lower() != "off":
+    if reason is not None and _wanted() != "off":
         warnings.warn(f"dsb_jax computes without its native CPU kernels, so slower: {reason}.", stacklevel=2)
 
 
